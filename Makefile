@@ -1,0 +1,88 @@
+# Everything runs in .venv, which this file makes. `make help` lists the targets.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+# Where the tests need PyTorch they need its CPU build only.
+TORCH ?= torch==2.13.0
+# For instance: make test PYTEST_ARGS="-n 2 -k transport"
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Asked only when the virtual environment has to be made. Each candidate is run: a version
+# manager leaves commands on the path that do not work.
+PYTHON ?= python3 python3.13 python3.12 python3.11
+FIND_PYTHON = for p in $(PYTHON); do \
+	if "$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	then echo "$$p"; exit; fi; done; \
+	echo "no Python 3.11 or newer with venv among: $(PYTHON)" >&2; \
+	echo "(Debian: apt-get install python3-venv)" >&2; exit 1
+
+.PHONY: help demo test bench lint format clean
+
+help: ## list the targets
+	@echo "gpuremote: the targets of this Makefile"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.stamp-demo ## handwritten digits on a device server, compared with local NumPy
+	@echo "== demo: PCA and a logistic regression of handwritten digits on a device server"
+	@$(BIN)/python examples/digits.py
+
+test: lint ## every check: lint, types, then the test suite on asyncio and on uvloop
+	@echo "== test: the suite on plain asyncio"
+	@GPUREMOTE_TEST_LOOP=asyncio $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@echo "== test: the suite on uvloop"
+	@GPUREMOTE_TEST_LOOP=uvloop $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.stamp-bench ## every workload with every contender, into benchmarks/results/
+	@echo "== bench: gpuremote beside plain sockets, asyncio streams, pyzmq and memcpy"
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+lint: $(VENV)/.stamp-test ## ruff, the layers of the imports, mypy --strict
+	@echo "== lint: style and formatting (ruff)"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "== lint: imports go downwards only (import-linter)"
+	@$(BIN)/lint-imports
+	@echo "== lint: types (mypy --strict)"
+	@$(BIN)/mypy
+
+format: $(VENV)/.stamp-test ## rewrite the sources as ruff formats them
+	@echo "== format: imports and layout (ruff)"
+	@$(BIN)/ruff check --select I --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove the virtual environment and all that the tools left
+	@echo "== clean: removing $(VENV), caches and build folders"
+	@rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache \
+		.import_linter_cache .hypothesis
+
+# One virtual environment, made in steps: a demo must not wait for PyTorch. Each step is
+# recorded by a stamp, so that one that was interrupted runs again.
+$(VENV)/.stamp-venv:
+	@python=$$($(FIND_PYTHON)); \
+	echo "== setup: a virtual environment in $(VENV) ($$("$$python" --version))"; \
+	"$$python" -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.stamp-demo: pyproject.toml | $(VENV)/.stamp-venv
+	@echo "== setup: gpuremote and what the demo needs"
+	@$(PIP) install -e '.[demo]'
+	@touch $@
+
+$(VENV)/.stamp-bench: pyproject.toml | $(VENV)/.stamp-venv
+	@echo "== setup: gpuremote and what the benchmarks need"
+	@$(PIP) install -e '.[bench]'
+	@touch $@
+
+$(VENV)/.stamp-test: pyproject.toml | $(VENV)/.stamp-venv
+	@echo "== setup: PyTorch for the tests ($(TORCH); large, downloaded once)"
+	@$(PIP) install '$(TORCH)'
+	@echo "== setup: gpuremote and what the tests need"
+	@$(PIP) install -e '.[test]'
+	@touch $(VENV)/.stamp-demo $(VENV)/.stamp-bench $@

@@ -1,0 +1,1 @@
+"""The command line: ``gpuremote serve | devices | doctor | bench``."""

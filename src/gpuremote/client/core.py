@@ -1,0 +1,608 @@
+"""A session's core: names results, turns ops into records, keeps what may have to be sent again,
+and knows who waits for what. It never waits itself; a driver does.
+
+Two drivers use it unchanged: ``client.aio`` and ``client.blocking``.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from gpuremote import _clock
+from gpuremote.client.current import current_stream
+from gpuremote.client.stats import SessionStats
+from gpuremote.client.waits import Origin, Wait, describe_origin, origin
+from gpuremote.errors import (
+    GpuRemoteError,
+    ProtocolError,
+    SessionClosed,
+    error_from_wire,
+)
+from gpuremote.ops.meta import Meta, MetaTable
+from gpuremote.ops.plan import Plan, define, encode_definition
+from gpuremote.ops.spec import OpSpec
+from gpuremote.rpc.peer import Connection, Peer, Region
+from gpuremote.wire import caps
+from gpuremote.wire.batch import (
+    ALL_STREAMS,
+    FIRST_PLAN,
+    Op,
+    blob_record,
+    fixed_record,
+    free_record,
+)
+from gpuremote.wire.batch import PREFIX as BATCH_PREFIX
+from gpuremote.wire.frames import (
+    HEADER,
+    NUMBER,
+    Kind,
+    ResultForm,
+    message,
+    pack_info,
+    unpack_info,
+)
+from gpuremote.wire.state import SessionState, State, Stimulus
+
+__all__ = ["Core"]
+
+FLUSH_BYTES: Final = 48 * caps.KiB
+"""A batch of this size goes out whatever happens."""
+FLUSH_NS: Final = 200_000
+"""A batch also goes out once so many nanoseconds have passed since the last one."""
+MAX_FAILURES: Final = 256
+"""Failures kept for a ``synchronize``; of more only the number is kept."""
+MAX_LINKS: Final = 4096
+"""Copies to other servers whose failure is still passed on to the receiving session."""
+_EMPTY: Final = HEADER.size + BATCH_PREFIX.size
+_FREES: Final = 4096
+"""Handles per FREE record."""
+
+
+class Core:
+    """The client's side of one session, without a driver.
+
+    Parameters
+    ----------
+    peer_name : str
+        Address of the server, for error texts.
+    stack_depth : int
+        Frames kept per op, so that an error can say where the op was issued.
+    sync : bool
+        Debugging: the driver waits after every op.
+
+    Attributes
+    ----------
+    lock : threading.RLock
+        Guards everything here.
+    dead : GpuRemoteError or None
+        Why nothing can be issued any more.
+    dropped : deque of int
+        Handles of arrays that were collected; finalisers only append to it.
+    on_stall : callable
+        Set by the driver: make progress until ``peer.credit`` is positive (or raise).
+    on_output : callable
+        Set by the driver: something was left for the kernel to take later.
+    on_buffered : callable
+        Set by the driver: records lie in the buffer and nothing will send them by itself.
+    """
+
+    def __init__(
+        self, peer_name: str, *, stack_depth: int = 3, sync: bool = False,
+        download_policy: str = "error",
+    ) -> None:
+        self.lock = threading.RLock()
+        self.peer = Peer(self, self.lock)
+        self.peer.on_lost = self.count
+        self.state = SessionState()
+        self.stats = SessionStats()
+        self.metas = MetaTable()
+        self.plans: dict[Any, Plan] = {}
+        self.peer_name = peer_name
+        self.session = b""
+        self.advertised = peer_name
+        self.devices: list[Any] = []
+        self.download_policy = download_policy
+        self.dead: GpuRemoteError | None = None
+        self.dropped: deque[int] = deque()
+        self.sync = sync
+        self.on_stall: Callable[[], None] = _nothing
+        self.on_output: Callable[[], None] = _nothing
+        self.on_buffered: Callable[[], None] = _nothing
+        self.on_deferred: Callable[[], None] = _nothing
+        self.poll: Callable[[], None] = _nothing
+        self.deferred: deque[int] = deque()
+        self.sources: weakref.WeakSet[Core] = weakref.WeakSet()
+        self._linked: dict[int, tuple[Core, int]] = {}
+        self.draining = False
+        self._stalled = False
+        self.owner: Any = None
+        self.streams = False
+        self.dropped_streams: deque[int] = deque()
+        self.dropped_events: deque[int] = deque()
+        self.on_sync: Callable[[Wait], None] = _ignore
+        self._stream = 0
+        self._depth = stack_depth
+        self._next = 1
+        self._next_plan = FIRST_PLAN
+        self._buffer = _new_buffer(1)
+        self._flush_after = 0
+        self._waits: dict[int, Wait] = {}
+        self._origins: deque[tuple[int, str, Origin]] = deque()
+        self._failures: dict[int, GpuRemoteError] = {}
+        self._more_failures = 0
+        self._farewell = Wait(0, "close")
+
+    # -- issuing ------------------------------------------------------------------------------
+
+    def call(self, plan: Plan, values: Sequence[Any]) -> int:
+        """Issue a plan call; the number that names its (first) result."""
+        with self.lock:
+            if self.dead is not None:
+                raise self.dead
+            if self.streams:
+                self._switch()
+            number = self._next
+            self._next = number + (plan.n_out or 1)
+            self._buffer += plan.layout.pack(plan.id, *values)
+            self.stats.ops += 1
+            self._origins.append((number, plan.spec.name, origin(self._depth)))
+            self._issued()
+        if self._stalled:
+            self._relieve()
+        if self.sync:
+            self._check(number, plan.spec.name)
+        return number
+
+    def _check(self, number: int, name: str) -> None:
+        """Debugging: wait until the op has run, and raise here if it failed."""
+        wait = self.ask(Op.SYNC, ALL_STREAMS, kind="debug")
+        self.on_sync(wait)
+        failure = self.take_failures()
+        if failure is not None:
+            raise failure
+
+    def record(self, op: Op, *values: int, name: str = "", blob: Any = None) -> int:
+        """Issue a record of a fixed kind; its number."""
+        number = self._record(op, values, name, blob)
+        if self._stalled:
+            self._relieve()
+        return number
+
+    def _record(self, op: Op, values: tuple[int, ...], name: str = "", blob: Any = None) -> int:
+        encoded = (
+            fixed_record(op, *values)
+            if blob is None
+            else blob_record(op, *values, blob=pack_info(blob))
+        )
+        with self.lock:
+            if self.dead is not None:
+                raise self.dead
+            if self.streams:
+                self._switch()
+            number = self._next
+            self._next = number + 1
+            self._buffer += encoded
+            if name:
+                self._origins.append((number, name, origin(self._depth)))
+            self._issued()
+        return number
+
+    def _switch(self) -> None:
+        """Name the stream for what follows, if it is another one than before."""
+        wanted = current_stream.get(_NO_STREAM).get(id(self), 0)
+        if wanted != self._stream:
+            self._stream = wanted
+            self._buffer += fixed_record(Op.STREAM_USE, wanted)
+            self._next += 1
+
+    def _issued(self) -> None:
+        """Decide whether what lies in the buffer goes out now."""
+        if len(self._buffer) >= FLUSH_BYTES or _clock.now_ns() >= self._flush_after:
+            self.flush()
+        else:
+            self.on_buffered()
+
+    def plan(
+        self,
+        key: Any,
+        spec: OpSpec,
+        operands: Sequence[Meta | str],
+        params: dict[str, Any],
+        device: int,
+    ) -> Plan:
+        """Define a plan that was not seen before, and remember it by ``key``."""
+        with self.lock:
+            if self.dead is not None:
+                raise self.dead
+            if len(self.plans) >= caps.MAX_PLANS - 1:
+                self.plans.clear()
+                self._record(Op.CLEAR_PLANS, ())
+            plan = define(self._next_plan, spec, operands, params, device, self.metas)
+            self._next_plan += 1
+            self._record(Op.DEFINE, (), blob=encode_definition(plan))
+            self.plans[key] = plan
+            self.stats.plans += 1
+        return plan
+
+    def flush(self) -> None:
+        """Send what lies in the buffer, and give back the handles that were dropped."""
+        with self.lock:
+            dropped = self.dropped
+            if self.streams:
+                self._drop_streams()
+            while True:
+                count = min(len(dropped), _FREES)
+                if count:
+                    self._buffer += free_record([dropped.popleft() for _ in range(count)])
+                    self._next += 1
+                    self.stats.freed += count
+                buffer = self._buffer
+                if len(buffer) == _EMPTY:
+                    return
+                self._buffer = _new_buffer(self._next)
+                self._flush_after = _clock.now_ns() + FLUSH_NS
+                self.stats.batches += 1
+                self._post(Kind.BATCH, buffer)
+
+    def _drop_streams(self) -> None:
+        for queue, op in (
+            (self.dropped_events, Op.EVENT_DROP),
+            (self.dropped_streams, Op.STREAM_DROP),
+        ):
+            while queue:
+                ident = queue.popleft()
+                if op is Op.STREAM_DROP and ident == self._stream:
+                    self._stream = 0  # the server falls back to the default stream as well
+                self._buffer += fixed_record(op, ident)
+                self._next += 1
+
+    def _post(self, kind: Kind, body: bytearray, **more: Any) -> Any:
+        entry = self.peer.post(kind, body, **more)
+        connection = self.peer.connection
+        if connection is None or connection.pending_output:
+            self.on_output()
+        if self.peer.credit <= 0:
+            self._stalled = True
+        return entry
+
+    def _relieve(self) -> None:
+        """The server is behind: wait until it grants credit. Called without the lock, unless
+        the caller of this package holds it."""
+        self.stats.credit_waits += 1
+        self.on_stall()
+        self._stalled = False
+
+    # -- asking -------------------------------------------------------------------------------
+
+    def ask(
+        self,
+        op: Op,
+        *values: int,
+        kind: str,
+        into: memoryview | None = None,
+        name: str = "",
+    ) -> Wait:
+        """Issue a record that has an answer, and send everything up to it."""
+        with self.lock:
+            self._flush_after = _NEVER
+            try:
+                number = self._record(op, values, name)
+            finally:
+                self._flush_after = 0
+            wait = Wait(number, kind, into)
+            self._waits[number] = wait
+            self.stats.round_trips[kind] += 1
+            self.flush()
+        if self._stalled:
+            self._relieve()
+        return wait
+
+    def put(
+        self, shape: tuple[int, ...], dtype: str, device: int, view: memoryview
+    ) -> tuple[int, Wait | None]:
+        """Upload bytes: the handle, and what to wait for until ``view`` may be reused (None:
+        it may be at once, the bytes were small and went into the batch)."""
+        if view.nbytes <= caps.INLINE_PAYLOAD:
+            blob = [list(shape), dtype, device, bytes(view)]
+            with self.lock:
+                if len(self._buffer) + view.nbytes + 1024 > caps.MAX_BATCH // 2:
+                    self.flush()
+                number = self._record(Op.PUT_INLINE, (), "put", blob)
+            if self._stalled:
+                self._relieve()
+            self.stats.payload_copied += view.nbytes
+            return number, None
+        numbers, wait = self.put_many([(shape, dtype, device, view)])
+        return numbers[0], wait
+
+    def put_many(
+        self, items: Sequence[tuple[tuple[int, ...], str, int, memoryview]]
+    ) -> tuple[list[int], Wait]:
+        """Upload several arrays as the payload of one message."""
+        with self.lock:
+            numbers = []
+            for shape, dtype, device, _ in items:
+                numbers.append(self._record(Op.PUT, (), "put", [list(shape), dtype, device]))
+            self.flush()
+            wait = Wait(numbers[0], "put")
+            for number in numbers:
+                self._waits[number] = wait
+            self.stats.round_trips["put"] += 1
+            connection_regions = [Region(view) for *_, view in items]
+            body = message(b"".join(NUMBER.pack(number) for number in numbers))
+            wait.entry = self._post(
+                Kind.PAYLOAD,
+                body,
+                regions=connection_regions,
+                on_delivered=lambda: self._put_done(numbers, wait),
+            )
+        if self._stalled:
+            self._relieve()
+        return numbers, wait
+
+    def _put_done(self, numbers: list[int], wait: Wait) -> None:
+        for number in numbers:
+            self._waits.pop(number, None)
+        wait.finish()
+
+    def cancel(self, wait: Wait) -> None:
+        """The program no longer waits. On return nothing touches its buffers any more."""
+        with self.lock:
+            if wait.done or wait.cancelled:
+                return
+            wait.cancelled = True
+            if wait.entry is not None:
+                numbers = [n for n, other in self._waits.items() if other is wait]
+                self.peer.cancel(wait.entry)
+                for number in numbers:
+                    self._waits.pop(number, None)
+                    if self.dead is None:
+                        self._record(Op.CANCEL, (number,))
+                if self.peer.connection is None:
+                    self.on_output()
+            elif wait.into is not None:
+                # The answer may come at any time, or be coming: it is dropped from now on.
+                self.peer.drop_arriving(wait)
+                wait.into = None
+
+    # -- the peer's sink ------------------------------------------------------------------------
+
+    def on_message(self, kind: int, arg: int, body: memoryview) -> None:
+        if kind == Kind.RESULT:
+            self._result(arg, body)
+        elif kind == Kind.FAILURE:
+            self._failure(unpack_info(body))
+        elif kind == Kind.GOODBYE:
+            self._said_goodbye(unpack_info(body))
+        elif kind == Kind.NOTICE:
+            notice = unpack_info(body)
+            if isinstance(notice, dict) and notice.get("event") == "draining":
+                self.draining = True
+        else:
+            raise ProtocolError(f"a server does not send messages of kind {kind}")
+
+    def _result(self, form: int, body: memoryview) -> None:
+        if len(body) < 8:
+            raise ProtocolError("a RESULT without a record number")
+        wait = self._waits.pop(NUMBER.unpack_from(body)[0], None)
+        if wait is None:
+            raise ProtocolError("a RESULT that nobody asked for")
+        if wait.cancelled:
+            return
+        if form == ResultForm.BYTES:
+            into = wait.into
+            if into is None or into.nbytes != len(body) - 8:
+                raise ProtocolError(f"{len(body) - 8} bytes came for an array of another size")
+            into[:] = body[8:]
+            self.stats.payload_copied += into.nbytes
+            wait.finish()
+        elif form == ResultForm.INFO:
+            wait.finish(unpack_info(body[8:]))
+        else:
+            raise ProtocolError(f"a RESULT of form {form} without payload")
+
+    def on_payload(
+        self, kind: int, arg: int, body: memoryview, sizes: tuple[int, ...]
+    ) -> tuple[Sequence[memoryview], object] | None:
+        if kind != Kind.RESULT or len(body) != 8 or len(sizes) != 1:
+            raise ProtocolError("a payload that is no RESULT")
+        number = NUMBER.unpack_from(body)[0]
+        wait = self._waits.get(number)
+        if wait is None:
+            raise ProtocolError("a RESULT that nobody asked for")
+        if wait.cancelled or wait.into is None:
+            del self._waits[number]
+            return None
+        if wait.into.nbytes != sizes[0]:
+            raise ProtocolError(f"{sizes[0]} bytes came for an array of {wait.into.nbytes}")
+        return [wait.into], wait
+
+    def on_payload_done(self, token: object) -> None:
+        assert isinstance(token, Wait)
+        self._waits.pop(token.number, None)
+        token.finish()
+
+    def on_payload_cancelled(self, token: object) -> None:
+        raise ProtocolError("a server does not cancel results")
+
+    def on_executed(self, number: int) -> None:
+        origins = self._origins
+        while origins and origins[0][0] <= number:
+            origins.popleft()
+
+    def executed(self) -> int:
+        return 0
+
+    def _failure(self, body: Any) -> None:
+        match body:
+            case [int(number), int(root), int(code), str(text), str(op)]:
+                pass
+            case _:
+                raise ProtocolError("a malformed FAILURE")
+        error = self._failures.get(root) or self._build(root, code, text, op)
+        wait = self._waits.pop(number, None)
+        if wait is not None and not wait.cancelled:
+            # Raised to the one that waits, so it need not be raised again.
+            self._failures.pop(root, None)
+            wait.finish(error=error)
+        elif number == root:
+            if len(self._failures) < MAX_FAILURES:
+                self._failures[root] = error
+            else:
+                self._more_failures += 1
+            linked = self._linked.pop(root, None)
+            if linked is not None:
+                # The other session has a lock of its own: only leave word there.
+                linked[0].deferred.append(linked[1])
+                linked[0].on_deferred()
+
+    def link_failure(self, number: int, other: Core, expected: int) -> None:
+        """If record ``number`` fails, ``other`` no longer expects what it should have brought."""
+        with self.lock:
+            if len(self._linked) >= MAX_LINKS:
+                self._linked.pop(next(iter(self._linked)))
+            self._linked[number] = (other, expected)
+        other.sources.add(self)
+
+    def run_deferred(self) -> None:
+        """Tell the server of copies that will not come; their results then fail."""
+        while self.deferred:
+            number = self.deferred.popleft()
+            if self.dead is None:
+                self.record(Op.CANCEL, number)
+                self.flush()
+
+    def _build(self, root: int, code: int, text: str, op: str) -> GpuRemoteError:
+        where = next((entry[2] for entry in self._origins if entry[0] == root), ())
+        return error_from_wire(
+            code,
+            text,
+            op=op,
+            peer=self.peer_name,
+            origin=describe_origin(where) if where else None,
+        )
+
+    def take_failures(self) -> GpuRemoteError | None:
+        """The first failure that nobody was told of yet, with a note on the others."""
+        with self.lock:
+            if not self._failures:
+                return None
+            first, *others = self._failures.values()
+            extra = len(others) + self._more_failures
+            self._failures.clear()
+            self._more_failures = 0
+        if extra:
+            names = ", ".join(sorted({str(other.op) for other in others}))
+            first.add_note(f"{extra} more ops failed since the last wait ({names})")
+        return first
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def say_goodbye(self) -> Wait:
+        """Ask the server to end the session once everything issued has been executed.
+
+        The answer is not an error in any case: a server that can't be reached ends the session
+        by itself when its grace period is over.
+        """
+        with self.lock:
+            if self.state.value is State.OPEN:
+                self.flush()
+                self.state.advance(Stimulus.GOODBYE)
+                self._post(Kind.GOODBYE, message(pack_info([0, ""])))
+            else:
+                self._farewell.finish()
+        return self._farewell
+
+    def _said_goodbye(self, body: Any) -> None:
+        match body:
+            case [int(code), str(text)]:
+                self._farewell.finish()
+                if code:
+                    self.die(error_from_wire(code, text, peer=self.peer_name))
+            case _:
+                raise ProtocolError("a malformed GOODBYE")
+
+    def die(self, error: GpuRemoteError) -> None:
+        """Fail everything that waits, and everything that will be issued."""
+        with self.lock:
+            if self.dead is None:
+                self.dead = error
+            waits, self._waits = self._waits, {}
+            self._origins.clear()
+            self._farewell.finish()
+            for wait in waits.values():
+                wait.finish(error=error)
+
+    def close(self) -> None:
+        """After this nothing can be issued."""
+        self.die(SessionClosed("the session was closed", peer=self.peer_name))
+        with self.lock:
+            connection, self.peer.connection = self.peer.connection, None
+        if connection is not None:
+            self.peer.on_lost(connection)
+            connection.close(1.0)
+
+    @property
+    def waiting(self) -> int:
+        """Answers that are still to come."""
+        return len(self._waits)
+
+    @property
+    def behind(self) -> bool:
+        """Whether the server has yet to take half of what it allows to be on its way."""
+        return self.peer.credit < caps.WINDOW_BYTES // 2
+
+    def caught_up(self) -> None:
+        """Nothing is on its way: the next record goes out at once."""
+        self._flush_after = 0
+
+    def count(self, connection: Connection) -> None:
+        """Add a connection's counters to the session's, when the connection ends."""
+        _add(self.stats, connection)
+
+    def snapshot(self) -> SessionStats:
+        """The counters up to now."""
+        with self.lock:
+            found = copy.copy(self.stats)
+            found.round_trips = Counter(self.stats.round_trips)
+            found.records = self._next - 1
+            found.messages_sent = self.peer.messages_sent
+            found.messages_received = self.peer.messages_received
+            if self.peer.connection is not None:
+                _add(found, self.peer.connection)
+        return found
+
+
+def _add(stats: SessionStats, connection: Connection) -> None:
+    found = connection.stats
+    stats.bytes_sent += found.bytes_sent
+    stats.bytes_received += found.bytes_received
+    stats.payload_sent += found.payload_sent
+    stats.payload_received += found.payload_received
+    stats.payload_copied += found.payload_copied
+
+
+_NEVER: Final = 1 << 63
+
+
+_NO_STREAM: Final[dict[int, int]] = {}
+
+
+def _nothing() -> None:
+    pass
+
+
+def _ignore(wait: Wait) -> None:
+    pass
+
+
+def _new_buffer(number: int) -> bytearray:
+    """An empty batch whose first record will be ``number``."""
+    buffer = bytearray(HEADER.size)
+    buffer += BATCH_PREFIX.pack(number)
+    return buffer

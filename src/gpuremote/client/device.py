@@ -1,0 +1,189 @@
+"""A remote device: makes arrays, takes uploads and copies, orders work in streams."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuremote._types import Shape
+from gpuremote.client import issue
+from gpuremote.client.array import RemoteArray
+from gpuremote.client.core import Core
+from gpuremote.client.waits import Wait
+from gpuremote.config import parse_address
+from gpuremote.errors import DeviceMismatch
+from gpuremote.memory.host import HostArray, host_array
+from gpuremote.ops.creation import arange_length
+from gpuremote.ops.meta import check_dtype
+from gpuremote.wire.batch import Op
+
+__all__ = ["Device"]
+
+A = TypeVar("A", bound=RemoteArray)
+
+
+class Device(Generic[A]):
+    """One device of a session.
+
+    Made by the session; its waiting methods (``put``, ``synchronize``) are in the subclass that
+    fits the session.
+
+    Attributes
+    ----------
+    index : int
+        Position in ``session.devices``.
+    kind : str
+        ``"cpu"``, ``"cuda"``, ...
+    name : str
+        ``"cpu:0@host:port"``.
+    memory_bytes : int
+        Memory of the device (not what this session may use of it).
+    """
+
+    def __init__(
+        self, core: Core, array_type: type[A], index: int, facts: Mapping[str, Any], server: str
+    ) -> None:
+        self._core = core
+        self._array_type = array_type
+        self.index = index
+        self.kind = str(facts.get("kind", "unknown"))
+        self.model = str(facts.get("name", ""))
+        self.memory_bytes = int(facts.get("memory", 0))
+        self.name = f"{self.kind}:{index}@{server}"
+
+    def __repr__(self) -> str:
+        return self.name
+
+    # -- arrays out of nothing --------------------------------------------------------------------
+
+    def empty(self, shape: int | Shape, dtype: npt.DTypeLike = np.float64) -> A:
+        """An array whose values are whatever lies in that memory."""
+        return self._filled("empty", shape, dtype)
+
+    def zeros(self, shape: int | Shape, dtype: npt.DTypeLike = np.float64) -> A:
+        return self._filled("zeros", shape, dtype)
+
+    def ones(self, shape: int | Shape, dtype: npt.DTypeLike = np.float64) -> A:
+        return self._filled("ones", shape, dtype)
+
+    def full(self, shape: int | Shape, value: Any, dtype: npt.DTypeLike | None = None) -> A:
+        params: dict[str, Any] = {"shape": _shape(shape)}
+        if dtype is not None:
+            params["dtype"] = _wire(dtype)
+        return self._create("full", params, (value,))
+
+    def arange(
+        self, start: float, stop: float | None = None, step: float = 1, dtype: npt.DTypeLike | None = None
+    ) -> A:
+        """Evenly spaced values, as ``numpy.arange``."""
+        if stop is None:
+            start, stop = 0, start
+        params: dict[str, Any] = {"length": arange_length(start, stop, step)}
+        if dtype is not None:
+            params["dtype"] = _wire(dtype)
+        return self._create("arange", params, (start, stop, step))
+
+    def linspace(self, start: float, stop: float, num: int = 50, endpoint: bool = True) -> A:
+        return self._create("linspace", {"num": num, "endpoint": endpoint}, (start, stop))
+
+    def eye(self, n: int, m: int | None = None, k: int = 0, dtype: npt.DTypeLike | None = None) -> A:
+        params: dict[str, Any] = {"n_rows": n, "n_cols": n if m is None else m, "k": k}
+        if dtype is not None:
+            params["dtype"] = _wire(dtype)
+        return self._create("eye", params)
+
+    def random_uniform(
+        self, shape: int | Shape, seed: int, dtype: npt.DTypeLike = np.float64
+    ) -> A:
+        """Numbers from [0, 1); the same for the same seed and backend."""
+        return self._create(
+            "random_uniform", {"shape": _shape(shape), "dtype": _wire(dtype)}, (seed,)
+        )
+
+    def random_normal(self, shape: int | Shape, seed: int, dtype: npt.DTypeLike = np.float64) -> A:
+        """Standard normal numbers; the same for the same seed and backend."""
+        return self._create(
+            "random_normal", {"shape": _shape(shape), "dtype": _wire(dtype)}, (seed,)
+        )
+
+    def _filled(self, name: str, shape: int | Shape, dtype: npt.DTypeLike) -> A:
+        return self._create(name, {"shape": _shape(shape), "dtype": _wire(dtype)})
+
+    def _create(self, name: str, params: Mapping[str, Any], scalars: tuple[Any, ...] = ()) -> A:
+        return issue.create(self._core, self._array_type, name, self.index, params, scalars)
+
+    # -- uploads and copies -------------------------------------------------------------------------
+
+    def _upload(self, value: Any, dtype: npt.DTypeLike | None = None) -> tuple[A, Wait | None]:
+        host = host_array(value, dtype)
+        core = self._core
+        core.stats.payload_copied += host.copied
+        number, wait = core.put(host.shape, _wire(host.dtype), self.index, host.view)
+        return self._array(number, host), wait
+
+    def _upload_many(
+        self, values: Any, dtype: npt.DTypeLike | None = None
+    ) -> tuple[list[A], Wait | None]:
+        hosts = [host_array(value, dtype) for value in values]
+        if not hosts:
+            return [], None
+        core = self._core
+        core.stats.payload_copied += sum(host.copied for host in hosts)
+        numbers, wait = core.put_many(
+            [(host.shape, _wire(host.dtype), self.index, host.view) for host in hosts]
+        )
+        return [self._array(n, host) for n, host in zip(numbers, hosts, strict=True)], wait
+
+    def _upload_small(self, value: npt.NDArray[Any]) -> A:
+        """An index array: small ones travel in the batch; a large one has to be put first."""
+        array, wait = self._upload(value)
+        if wait is not None:
+            self._finish_upload(wait)
+        return array
+
+    def _finish_upload(self, wait: Wait) -> None:
+        raise NotImplementedError
+
+    def _array(self, number: int, host: HostArray) -> A:
+        meta = self._core.metas.get(host.shape, host.dtype, self.index)
+        return self._array_type(self._core, number, meta)
+
+    def _take_copy(self, source: RemoteArray) -> A:
+        """A copy of an array of any session on this device; see ``RemoteArray.copy_to``."""
+        meta = source._meta
+        core = self._core
+        if source._core is core:
+            number = core.record(Op.COPY, source._id, self.index, name="copy_to")
+        else:
+            number = self._from_other_session(source)
+        return self._array_type(
+            core, number, core.metas.get(meta.shape, meta.dtype, self.index)
+        )
+
+    def _from_other_session(self, source: RemoteArray) -> int:
+        meta, core, other = source._meta, self._core, source._core
+        if other.dead is not None:
+            raise DeviceMismatch(f"the source array's session is over: {other.dead}")
+        ticket = secrets.token_bytes(24)
+        blob = [list(meta.shape), meta.wire_dtype, self.index, ticket]
+        number = core.record(Op.EXPECT, name="copy_to", blob=blob)
+        host, port = parse_address(core.advertised)
+        target = {"host": host, "port": port, "session": core.session, "ticket": ticket}
+        sender = other.record(Op.SEND_TO, source._id, name="copy_to", blob=target)
+        other.link_failure(sender, core, number)
+        # Neither side is waited for, and each must know before the other's bytes can come.
+        core.flush()
+        other.flush()
+        return number
+
+
+def _shape(shape: int | Shape) -> Shape:
+    return (shape,) if isinstance(shape, int) else tuple(int(length) for length in shape)
+
+
+def _wire(dtype: npt.DTypeLike) -> str:
+    return check_dtype(dtype).str.lstrip("<|=")

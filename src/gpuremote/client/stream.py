@@ -1,0 +1,87 @@
+"""Streams and events, with CUDA's meaning.
+
+Work in one stream runs in the order in which it was issued; work in different streams is not
+ordered, unless by an event. An op that uses an array which another stream is still making
+waits for it by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import AbstractContextManager
+from contextvars import Token
+from typing import TYPE_CHECKING, Any
+
+from gpuremote.client.core import Core
+from gpuremote.client.current import current_stream
+from gpuremote.errors import OpError
+from gpuremote.wire.batch import Op
+
+if TYPE_CHECKING:
+    from gpuremote.client.device import Device
+    from gpuremote.client.waits import Wait
+
+__all__ = ["Event", "Stream"]
+
+_idents = itertools.count(1)
+
+
+class Stream(AbstractContextManager["Stream"]):
+    """An ordered queue of work on one device. Made by ``device.stream()``.
+
+    ``with stream:`` puts the ops issued inside (by this thread or task) into it.
+    """
+
+    def __init__(self, core: Core, device: Device[Any]) -> None:
+        self._core = core
+        self.device = device
+        self.ident = next(_idents) & 0x7FFFFFFF
+        self._tokens: list[Token[dict[int, int]]] = []
+        core.record(Op.STREAM_NEW, self.ident, device.index)
+        core.streams = True
+
+    def __enter__(self) -> Stream:
+        chosen = dict(current_stream.get({}))
+        chosen[id(self._core)] = self.ident
+        self._tokens.append(current_stream.set(chosen))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        current_stream.reset(self._tokens.pop())
+
+    def __del__(self) -> None:
+        # Finalisers only append.
+        self._core.dropped_streams.append(self.ident)
+
+    def wait(self, event: Event) -> None:
+        """Work issued here from now on starts after ``event``. Does not block the caller."""
+        with self:
+            self._core.record(Op.EVENT_WAIT, event.ident)
+
+    def __repr__(self) -> str:
+        return f"<stream {self.ident} on {self.device}>"
+
+
+class Event:
+    """A point in a stream. Made by ``stream.record()``."""
+
+    def __init__(self, core: Core, stream: Stream) -> None:
+        self._core = core
+        self.ident = next(_idents) & 0x7FFFFFFF
+        with stream:
+            core.record(Op.EVENT_RECORD, self.ident)
+
+    def __del__(self) -> None:
+        self._core.dropped_events.append(self.ident)
+
+    def _ask(self, op: Op, kind: str) -> Wait:
+        return self._core.ask(op, self.ident, kind=kind)
+
+    def _ask_elapsed(self, end: Event) -> Wait:
+        return self._core.ask(Op.EVENT_ELAPSED, self.ident, end.ident, kind="event")
+
+    @staticmethod
+    def _milliseconds(answer: Any) -> float:
+        if answer is None:
+            raise OpError("one of the events has not been reached yet", op="elapsed_time")
+        return float(answer)

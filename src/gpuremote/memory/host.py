@@ -1,0 +1,134 @@
+"""Arrays of other libraries as host memory, and where results go."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuremote._types import Shape
+from gpuremote.errors import DTypeError, InvalidBuffer
+from gpuremote.ops.meta import check_dtype
+
+__all__ = ["HostArray", "host_array", "output_view"]
+
+
+class HostArray(NamedTuple):
+    """An array to upload.
+
+    Attributes
+    ----------
+    view : memoryview
+        Its bytes, C-contiguous; holds the exporter alive.
+    copied : int
+        Bytes that had to be copied because the input was not contiguous or not in native order.
+    """
+
+    shape: Shape
+    dtype: np.dtype[Any]
+    view: memoryview
+    copied: int
+
+
+def host_array(value: Any, dtype: npt.DTypeLike | None = None) -> HostArray:
+    """View ``value`` as a contiguous array in host memory.
+
+    Takes NumPy arrays, anything with the buffer protocol, DLPack on the CPU (torch tensors),
+    objects with ``get()`` and ``__cuda_array_interface__`` (CuPy: staged through the host),
+    Python scalars and nested lists.
+
+    Raises
+    ------
+    DTypeError
+        Object, string or other dtypes that can't live on a device.
+    InvalidBuffer
+        A DLPack exporter refused.
+    """
+    array = _as_numpy(value)
+    wanted = check_dtype(array.dtype if dtype is None else dtype)
+    ready = array if array.dtype == wanted and array.flags.c_contiguous else None
+    if ready is None:
+        # astype gives native byte order and C order in one pass.
+        ready = array.astype(wanted, order="C")
+        copied = ready.nbytes
+    else:
+        copied = 0
+    return HostArray(ready.shape, wanted, _bytes_of(ready), copied)
+
+
+def _as_numpy(value: Any) -> npt.NDArray[Any]:
+    if isinstance(value, np.ndarray):
+        return value
+    if hasattr(value, "__cuda_array_interface__") and hasattr(value, "get"):
+        staged: npt.NDArray[Any] = value.get()
+        return staged
+    if isinstance(value, (bytes, bytearray)):
+        return np.frombuffer(value, np.uint8)
+    if hasattr(value, "__dlpack__") and not isinstance(value, np.generic):
+        exporter = value.detach() if hasattr(value, "detach") else value
+        try:
+            return np.from_dlpack(exporter)
+        except (BufferError, RuntimeError, TypeError) as error:
+            raise InvalidBuffer(
+                f"{type(value).__name__} does not give its memory through DLPack: {error}"
+            ) from error
+    array = np.asarray(value)
+    if array.dtype == object:
+        raise DTypeError(
+            f"a {type(value).__name__} of objects can't live on a device; give numbers of one "
+            "dtype (is the nested list ragged?)"
+        )
+    return array
+
+
+def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
+    if not array.nbytes:
+        return memoryview(b"")
+    return array.reshape(-1).view(np.uint8).data
+
+
+def output_view(
+    out: Any, shape: Shape | None = None, dtype: np.dtype[Any] | None = None
+) -> memoryview:
+    """The writable bytes of ``out``, if an array of ``shape`` and ``dtype`` fits in exactly.
+
+    A NumPy array must have that shape and dtype; any other buffer that number of bytes.
+
+    Raises
+    ------
+    InvalidBuffer
+        Read-only, not C-contiguous, or of another shape, dtype or size. Nothing was written.
+    """
+    if hasattr(out, "__dlpack__") and not isinstance(out, np.ndarray):
+        try:
+            out = np.from_dlpack(out)
+        except (BufferError, RuntimeError, TypeError) as error:
+            raise InvalidBuffer(f"out does not give its memory through DLPack: {error}") from error
+    if isinstance(out, np.ndarray):
+        if shape is not None and (out.shape != shape or out.dtype != dtype):
+            raise InvalidBuffer(
+                f"out is {out.dtype}{out.shape}, the array is {dtype}{shape}; they must be equal"
+            )
+        if not out.flags.writeable:
+            raise InvalidBuffer("out is read-only")
+        if not out.flags.c_contiguous:
+            raise InvalidBuffer(
+                "out is not C-contiguous; get into a contiguous array and assign from it"
+            )
+        return _bytes_of(out)
+    try:
+        view = memoryview(out)
+    except TypeError as error:
+        raise InvalidBuffer(f"a {type(out).__name__} can't take an array's bytes") from error
+    if view.readonly:
+        raise InvalidBuffer("out is read-only")
+    if not view.c_contiguous:
+        raise InvalidBuffer("out is not C-contiguous")
+    if shape is not None and dtype is not None:
+        expected = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        if view.nbytes != expected:
+            raise InvalidBuffer(f"out has {view.nbytes} bytes, the array {expected}")
+    return view.cast("B") if view.nbytes else memoryview(bytearray(0))
+
+

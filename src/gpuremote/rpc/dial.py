@@ -1,0 +1,138 @@
+"""Opening a connection to a server: connect, handshake, hand over.
+
+Blocking, with one deadline for all of it; the asyncio driver runs it in a thread of the loop's
+executor (a connection is opened once, or after a loss: never on the hot path).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from pathlib import Path
+
+from gpuremote import _clock
+from gpuremote.errors import (
+    ConnectionLost,
+    GpuRemoteError,
+    HandshakeTimeout,
+    NotAGpuRemoteServer,
+    ProtocolError,
+    TransportUnavailable,
+    error_from_wire,
+)
+from gpuremote.transport.base import Connection
+from gpuremote.transport.tcp import TcpConnection, open_tcp, tune
+from gpuremote.wire.hello import Hello, HelloReader, Refusal, Welcome
+
+__all__ = ["dial", "host_identity", "read_hello"]
+
+
+def host_identity() -> str:
+    """Names this host and boot, without telling anything about it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = socket.gethostname()
+    return hashlib.sha256(boot.encode()).hexdigest()[:32]
+
+
+def dial(
+    host: str, port: int, hello: Hello, *, timeout: float, blocking: bool
+) -> tuple[Connection, Welcome]:
+    """Connect to ``host:port`` and complete the handshake.
+
+    Parameters
+    ----------
+    hello : Hello
+        What this side says.
+    timeout : float
+        Seconds for name resolution, connect and handshake together.
+    blocking : bool
+        Whether the connection will be driven by a blocking thread or by an event loop.
+
+    Raises
+    ------
+    ConnectionFailed
+        Refused, unreachable, no such host.
+    HandshakeTimeout
+        Connected, and then no answer in time.
+    NotAGpuRemoteServer
+        Something else answers there.
+    UnsupportedVersion
+        No common protocol version.
+    GpuRemoteError
+        Whatever the server refuses with.
+    """
+    deadline = _clock.now() + timeout
+    peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    sock = open_tcp(host, port, timeout)
+    try:
+        answer = _exchange(sock, hello, deadline, peer)
+        if isinstance(answer, Refusal):
+            raise _refused(answer, peer)
+        reason = tune(sock)
+        connection = TcpConnection(sock, blocking=blocking)
+        connection.reason = reason
+        return connection, answer
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _exchange(
+    sock: socket.socket, hello: Hello, deadline: float, peer: str
+) -> Welcome | Refusal:
+    try:
+        sock.settimeout(max(0.001, deadline - _clock.now()))
+        sock.sendall(hello.encode())
+    except TimeoutError as error:
+        raise HandshakeTimeout("the server does not take the handshake", peer=peer) from error
+    except OSError as error:
+        raise NotAGpuRemoteServer(
+            f"the connection broke during the handshake ({error}); is this a gpuremote server?",
+            peer=peer,
+        ) from error
+    answer = read_hello(sock, deadline, peer)
+    if isinstance(answer, Hello):
+        raise ProtocolError("the server answered with a client's handshake", peer=peer)
+    return answer
+
+
+def read_hello(sock: socket.socket, deadline: float, peer: str) -> Hello | Welcome | Refusal:
+    """Read one handshake message from a socket, and not a byte more.
+
+    Raises
+    ------
+    HandshakeTimeout, NotAGpuRemoteServer, UnsupportedVersion, ProtocolError
+    """
+    reader = HelloReader(peer)
+    while True:
+        remaining = deadline - _clock.now()
+        if remaining <= 0:
+            raise HandshakeTimeout(
+                "connected, but no answer to the handshake came in time; is this a gpuremote "
+                "server, and is it overloaded?",
+                peer=peer,
+            )
+        sock.settimeout(remaining)
+        try:
+            data = sock.recv(reader.missing)
+        except TimeoutError:
+            continue
+        except OSError as error:
+            raise NotAGpuRemoteServer(
+                f"the connection broke during the handshake ({error}); is this a gpuremote "
+                "server?",
+                peer=peer,
+            ) from error
+        found = reader.feed(data)
+        if found is not None:
+            return found
+
+
+def _refused(refusal: Refusal, peer: str) -> GpuRemoteError:
+    if refusal.code == TransportUnavailable.code:
+        return TransportUnavailable(refusal.message, reasons=refusal.reasons, peer=peer)
+    if refusal.code == ConnectionLost.code:
+        return ConnectionLost(refusal.message, peer=peer)
+    return error_from_wire(refusal.code, refusal.message, peer=peer)

@@ -1,0 +1,532 @@
+"""Reliable, ordered, exactly-once messages with payloads, over connections that may be lost.
+
+Both ends of a session run the same :class:`Peer`. It numbers what it sends, keeps it until the
+other end has it, and when a new connection replaces a broken one both ends exchange receipts
+and go on from the exact byte: nothing is applied twice, nothing is left out.
+
+The peer never blocks and owns no thread. Its owner gives it a lock that guards everything here
+except ``connection.receive``: the thread that receives calls ``receive`` without the lock and
+then :meth:`Peer.dispatch` with what came.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from gpuremote.errors import ConnectionLost, LimitExceeded, ProtocolError
+from gpuremote.transport.base import Connection, Incoming, Region
+from gpuremote.wire.caps import ACK_BYTES, ACK_MESSAGES, MAX_BULK, WINDOW_BYTES
+from gpuremote.wire.frames import (
+    CANCELLED,
+    CONTINUED,
+    HEADER,
+    IGNORABLE,
+    NUMBER,
+    Kind,
+    decode_ack,
+    encode_ack,
+    message,
+)
+from gpuremote.wire.hello import Receipt
+
+__all__ = ["Connection", "Entry", "Peer", "Region", "Sink"]
+
+_PREFIX: Final = HEADER.size
+_KINDS: Final = frozenset(int(kind) for kind in Kind)
+
+
+class Sink(Protocol):
+    """Where the messages of a peer go. Called with the owner's lock held."""
+
+    def on_message(self, kind: int, arg: int, body: memoryview) -> None:
+        """A reliable message without payload; ``body`` is valid during the call only."""
+
+    def on_payload(
+        self, kind: int, arg: int, body: memoryview, sizes: tuple[int, ...]
+    ) -> tuple[Sequence[memoryview], object] | None:
+        """A message with payload begins: where it goes and a token, or None to drop it."""
+
+    def on_payload_done(self, token: object) -> None:
+        """Every byte of the payload is in place."""
+
+    def on_payload_cancelled(self, token: object) -> None:
+        """The rest of the payload will not come."""
+
+    def on_executed(self, number: int) -> None:
+        """The other end has executed every record up to ``number``."""
+
+    def executed(self) -> int:
+        """The number to report as executed."""
+
+
+class Entry:
+    """A message that this side sent and keeps until the other end has it."""
+
+    __slots__ = ("arg", "body", "cancelled", "delivered", "flags", "kind", "on_delivered",
+                 "regions", "seq", "size", "started")
+
+    def __init__(
+        self,
+        seq: int,
+        kind: int,
+        flags: int,
+        arg: int,
+        body: bytearray,
+        regions: Sequence[Region],
+        on_delivered: Callable[[], None] | None,
+    ) -> None:
+        self.seq = seq
+        self.kind = kind
+        self.arg = arg
+        self.body = body
+        self.regions = regions
+        self.on_delivered = on_delivered
+        self.size = len(body)
+        self.flags = flags
+        self.started = False
+        self.delivered = False
+        self.cancelled = False
+
+
+class _Arriving:
+    """A message whose payload is on its way to this side."""
+
+    __slots__ = ("base", "buffers", "incoming", "seq", "token", "total")
+
+    def __init__(
+        self, seq: int, token: object, buffers: Sequence[memoryview] | None, total: int
+    ) -> None:
+        self.seq = seq
+        self.token = token
+        self.buffers = buffers
+        self.total = total
+        self.base = 0
+        self.incoming: Incoming | None = None
+
+    @property
+    def received(self) -> int:
+        return self.base + (self.incoming.received if self.incoming is not None else 0)
+
+
+class Peer:
+    """One end of a session.
+
+    Parameters
+    ----------
+    sink : Sink
+        Takes what arrives.
+    lock : threading.RLock
+        The owner's; every method is to be called with it held.
+
+    Attributes
+    ----------
+    connection : Connection or None
+        The current one; None while there is none.
+    failure : BaseException or None
+        Why there is none.
+    held : bool
+        While True no more credit is granted (the owner has a backlog).
+    on_lost : callable
+        Called with a connection that is about to be aborted, while its descriptor is open.
+    messages_sent, messages_received : int
+        Over the life of the session, control messages included.
+    """
+
+    def __init__(self, sink: Sink, lock: threading.RLock) -> None:
+        self.connection: Connection | None = None
+        self.failure: BaseException | None = None
+        self.held = False
+        self.on_lost: Callable[[Connection], None] = _ignore
+        self.messages_sent = 0
+        self.messages_received = 0
+        self._sink = sink
+        self._lock = lock
+        # Sending side.
+        self._sent = 0
+        self._unacked: deque[Entry] = deque()
+        self._posted = 0
+        self._limit = WINDOW_BYTES
+        self._bulk_out = 0
+        # Receiving side.
+        self._seen = 0
+        self._complete = 0
+        self._arriving: dict[int, _Arriving] = {}
+        self._got = 0
+        self._granted = WINDOW_BYTES
+        self._unreported = 0
+        self._delivered: list[int] = []
+        self._last_pong = 0
+
+    # -- sending ---------------------------------------------------------------------------
+
+    @property
+    def credit(self) -> int:
+        """Message bytes that may still be posted before the other end grants more."""
+        return self._limit - self._posted
+
+    @property
+    def unacknowledged(self) -> int:
+        """Messages kept because the other end may not have them."""
+        return len(self._unacked)
+
+    @property
+    def bulk_in_flight(self) -> int:
+        """Messages with payload that the other end has not got completely."""
+        return self._bulk_out
+
+    def post(
+        self,
+        kind: Kind,
+        body: bytearray,
+        regions: Sequence[Region] = (),
+        on_delivered: Callable[[], None] | None = None,
+        arg: int = 0,
+        flags: int = 0,
+    ) -> Entry:
+        """Send a reliable message.
+
+        Parameters
+        ----------
+        body : bytearray
+            Made by ``frames.message``; not to be touched afterwards.
+        regions : sequence of Region
+            Payload, lent until ``on_delivered`` (or :meth:`cancel`).
+        on_delivered : callable, optional
+            Called, with the lock held, when the other end has the message and its payload.
+        """
+        self._sent += 1
+        entry = Entry(self._sent, kind, flags, arg, body, regions, on_delivered)
+        self._unacked.append(entry)
+        self._posted += entry.size
+        if regions:
+            self._bulk_out += 1
+        if self.connection is not None:
+            self._transmit(entry)
+        return entry
+
+    def control(self, kind: Kind, body: bytearray | None = None, arg: int = 0) -> None:
+        """Send an unreliable message; dropped where there is no connection."""
+        connection = self.connection
+        if connection is None:
+            return
+        buffer = message() if body is None else body
+        HEADER.pack_into(buffer, 0, kind, 0, 0, arg, 0, self._complete)
+        self.messages_sent += 1
+        try:
+            connection.send(buffer)
+        except ConnectionLost as error:
+            self.lost(error)
+
+    def grant(self, limit: int) -> None:
+        """The other end takes message bytes up to ``limit`` in total."""
+        self._limit = max(self._limit, limit)
+
+    def acknowledge(self) -> None:
+        """Tell the other end what has arrived, and grant credit."""
+        if not self.held:
+            self._granted = self._got + WINDOW_BYTES
+        delivered, self._delivered = self._delivered, []
+        self._unreported = 0
+        self.control(Kind.ACK, encode_ack(self._granted, self._sink.executed(), delivered))
+
+    def cancel(self, entry: Entry) -> None:
+        """Take back a payload that is not delivered yet; the regions are free on return.
+
+        If part of it is on the wire, the connection is aborted, as nothing else ends the
+        transport's claim on the memory at once; the session then resumes without the payload.
+        """
+        if entry.delivered or entry.cancelled:
+            return
+        entry.cancelled = True
+        started = entry.started
+        entry.regions = ()
+        if started and self.connection is not None:
+            self.connection.abort()
+            self.lost(ConnectionLost("aborted: a transfer was cancelled while it was on its way"))
+
+    def _transmit(self, entry: Entry) -> None:
+        connection = self.connection
+        assert connection is not None
+        flags = entry.flags | (CANCELLED if entry.cancelled else 0)
+        HEADER.pack_into(
+            entry.body, 0, entry.kind, flags, 0, entry.arg, entry.seq, self._complete
+        )
+        self.messages_sent += 1
+        try:
+            if entry.cancelled or not entry.regions:
+                connection.send(entry.body)
+            else:
+                entry.started = True
+                connection.send(entry.body, entry.regions)
+        except ConnectionLost as error:
+            self.lost(error)
+
+    # -- receiving -------------------------------------------------------------------------
+
+    def dispatch(self, incoming: Incoming) -> None:
+        """Take in a message that ``connection.receive`` returned.
+
+        Raises
+        ------
+        ProtocolError
+            The message breaks the protocol; the owner ends the session.
+        """
+        header = incoming.header
+        if len(header) < _PREFIX:
+            raise ProtocolError(f"a message of {len(header)} bytes, shorter than its header")
+        kind, flags, _, arg, seq, ack = HEADER.unpack_from(header)
+        self.messages_received += 1
+        if ack > self._sent:
+            raise ProtocolError(f"message {ack} was acknowledged and {self._sent} were sent")
+        if self._unacked and ack >= self._unacked[0].seq:
+            self._acked(ack)
+        body = header[_PREFIX:]
+        if seq == 0:
+            self._unreliable(kind, flags, arg, body, incoming)
+        elif flags & CONTINUED:
+            self._continued(seq, flags, body, incoming)
+        elif seq != self._seen + 1:
+            raise ProtocolError(f"message {seq} arrived after message {self._seen}")
+        elif flags & CANCELLED:
+            self._seen = seq
+            self._got += len(header)
+            self._finish(seq)
+            if incoming.sizes:
+                raise ProtocolError("a cancelled message with a payload")
+        else:
+            self._reliable(kind, flags, arg, seq, header, body, incoming)
+
+    def _reliable(
+        self,
+        kind: int,
+        flags: int,
+        arg: int,
+        seq: int,
+        header: memoryview,
+        body: memoryview,
+        incoming: Incoming,
+    ) -> None:
+        self._seen = seq
+        self._got += len(header)
+        self._unreported += 1
+        if incoming.sizes:
+            if len(self._arriving) >= MAX_BULK:
+                raise LimitExceeded(f"more than {MAX_BULK} payloads on their way at a time")
+            self._begin(kind, arg, seq, body, incoming)
+        else:
+            # Counted as complete first, so that an answer sent from within carries the ack.
+            self._finish(seq)
+            if kind in _KINDS:
+                self._sink.on_message(kind, arg, body)
+            elif not flags & IGNORABLE:
+                raise ProtocolError(f"message {seq} is of unknown kind {kind}")
+        if self._unreported >= ACK_MESSAGES or (
+            not self.held and self._granted - self._got < WINDOW_BYTES - ACK_BYTES
+        ):
+            self.acknowledge()
+
+    def _begin(
+        self, kind: int, arg: int, seq: int, body: memoryview, incoming: Incoming
+    ) -> None:
+        total = sum(incoming.sizes)
+        taken = self._sink.on_payload(kind, arg, body, incoming.sizes)
+        buffers, token = taken if taken is not None else (None, None)
+        arriving = self._arriving[seq] = _Arriving(seq, token, buffers, total)
+        self._place(arriving, incoming, buffers)
+
+    def _place(
+        self, arriving: _Arriving, incoming: Incoming, buffers: Sequence[memoryview] | None
+    ) -> None:
+        arriving.incoming = incoming
+        if buffers is None:
+            incoming.discard(lambda done: self._arrived(arriving, done))
+        else:
+            incoming.into(buffers, lambda done: self._arrived(arriving, done))
+
+    def _arrived(self, arriving: _Arriving, incoming: Incoming) -> None:
+        """Called by the transport, from within ``receive``, so without the lock."""
+        with self._lock:
+            if arriving.incoming is not incoming:
+                return  # the connection was given up meanwhile; the next one goes on from a receipt
+            del self._arriving[arriving.seq]
+            self._finish(arriving.seq)
+            if arriving.buffers is not None:
+                self._sink.on_payload_done(arriving.token)
+            self._delivered.append(arriving.seq)
+            self.acknowledge()
+
+    def _finish(self, seq: int) -> None:
+        """``seq`` is here completely; move the cumulative number."""
+        if not self._arriving:
+            self._complete = self._seen
+        else:
+            self._complete = min(self._arriving) - 1
+
+    def _continued(
+        self, seq: int, flags: int, body: memoryview, incoming: Incoming
+    ) -> None:
+        arriving = self._arriving.get(seq)
+        if arriving is None or arriving.incoming is not None:
+            raise ProtocolError(f"message {seq} goes on and was not interrupted")
+        if flags & CANCELLED:
+            del self._arriving[seq]
+            self._finish(seq)
+            if arriving.buffers is not None:
+                self._sink.on_payload_cancelled(arriving.token)
+            self._delivered.append(seq)
+            self.acknowledge()
+            return
+        offset: int = NUMBER.unpack_from(body)[0] if len(body) >= 8 else -1
+        if offset != arriving.base or sum(incoming.sizes) != arriving.total - offset:
+            raise ProtocolError(f"message {seq} goes on at byte {offset}, not {arriving.base}")
+        rest = None if arriving.buffers is None else _skip(arriving.buffers, offset)
+        if rest is not None and tuple(v.nbytes for v in rest) != incoming.sizes:
+            raise ProtocolError(f"message {seq} goes on with other sizes")
+        self._place(arriving, incoming, rest)
+
+    def drop_arriving(self, token: object) -> bool:
+        """Stop writing into the buffers given for ``token``; what still comes is dropped."""
+        for arriving in self._arriving.values():
+            if arriving.token is token and arriving.buffers is not None:
+                arriving.buffers = None
+                if arriving.incoming is not None:
+                    self._place(arriving, arriving.incoming, None)
+                return True
+        return False
+
+    def _unreliable(
+        self, kind: int, flags: int, arg: int, body: memoryview, incoming: Incoming
+    ) -> None:
+        if incoming.sizes:
+            raise ProtocolError("an unreliable message with a payload")
+        if kind == Kind.ACK:
+            report = decode_ack(body)
+            self.grant(report.limit)
+            for seq in report.delivered:
+                self._mark_delivered(seq)
+            self._sink.on_executed(report.executed)
+        elif kind == Kind.PING:
+            self.control(Kind.PONG, arg=arg)
+        elif kind == Kind.PONG:
+            self._last_pong = arg
+        elif not flags & IGNORABLE:
+            raise ProtocolError(f"unreliable message of unknown kind {kind}")
+
+    @property
+    def last_pong(self) -> int:
+        """``arg`` of the latest PONG."""
+        return self._last_pong
+
+    def _acked(self, ack: int) -> None:
+        unacked = self._unacked
+        while unacked and unacked[0].seq <= ack:
+            self._settle(unacked.popleft())
+
+    def _mark_delivered(self, seq: int) -> None:
+        for entry in self._unacked:
+            if entry.seq == seq:
+                self._settle(entry)
+                return
+
+    def _settle(self, entry: Entry) -> None:
+        if entry.delivered:
+            return
+        entry.delivered = True
+        if entry.regions:
+            self._bulk_out -= 1
+            entry.regions = ()
+        elif entry.cancelled:
+            self._bulk_out -= 1
+        if entry.on_delivered is not None and not entry.cancelled:
+            entry.on_delivered()
+
+    # -- connections that come and go --------------------------------------------------------
+
+    def lost(self, error: BaseException) -> None:
+        """The connection is gone; everything unacknowledged is kept for the next one."""
+        connection, self.connection = self.connection, None
+        self.failure = error
+        if connection is not None:
+            self.on_lost(connection)
+            connection.abort()
+        for arriving in self._arriving.values():
+            arriving.base = arriving.received
+            arriving.incoming = None
+
+    def receipt(self) -> Receipt:
+        """What this side has; for the handshake of the next connection."""
+        partial = [(a.seq, a.received) for a in self._arriving.values()]
+        return Receipt(self._seen, partial)
+
+    def attach(self, connection: Connection, theirs: Receipt) -> None:
+        """Go on over ``connection``: send again exactly what the other end lacks.
+
+        Raises
+        ------
+        ProtocolError
+            The other end claims to have what was never sent.
+        """
+        if theirs.seen > self._sent:
+            raise ProtocolError(
+                f"the peer claims message {theirs.seen} and {self._sent} were sent"
+            )
+        offsets = dict(theirs.partial)
+        self.connection = connection
+        self.failure = None
+        again: list[Entry] = []
+        for entry in list(self._unacked):
+            if entry.seq > theirs.seen or entry.seq in offsets:
+                again.append(entry)
+            else:
+                self._settle(entry)
+        while self._unacked and self._unacked[0].delivered:
+            self._unacked.popleft()
+        for entry in again:
+            if self.connection is not connection:
+                return  # it broke again; the next attach goes on
+            if entry.seq <= theirs.seen:
+                self._continue(entry, offsets[entry.seq])
+            else:
+                self._transmit(entry)
+        if self.connection is connection:
+            self.acknowledge()
+
+    def _continue(self, entry: Entry, offset: int) -> None:
+        connection = self.connection
+        assert connection is not None
+        if entry.delivered:
+            return
+        if entry.cancelled:
+            # The other end keeps the unfinished payload until it is told.
+            body = message(NUMBER.pack(entry.seq))
+            HEADER.pack_into(body, 0, Kind.PAYLOAD, CONTINUED | CANCELLED, 0, 0, entry.seq,
+                             self._complete)
+            rest: Sequence[Region] = ()
+        else:
+            total = sum(region.nbytes for region in entry.regions)
+            if offset > total:
+                raise ProtocolError(f"the peer claims {offset} bytes of a payload of {total}")
+            rest = [Region(view) for view in _skip([r.view for r in entry.regions], offset)]
+            body = message(NUMBER.pack(offset))
+            HEADER.pack_into(body, 0, entry.kind, CONTINUED, 0, 0, entry.seq, self._complete)
+        self.messages_sent += 1
+        try:
+            connection.send(body, rest)
+        except ConnectionLost as error:
+            self.lost(error)
+
+
+def _ignore(connection: Connection) -> None:
+    pass
+
+
+def _skip(views: Sequence[memoryview], offset: int) -> list[memoryview]:
+    """The views without their first ``offset`` bytes; as many views as before."""
+    rest = []
+    for view in views:
+        rest.append(view[min(offset, view.nbytes) :])
+        offset = max(0, offset - view.nbytes)
+    return rest

@@ -1,0 +1,103 @@
+"""What a worker says to its client: arrays, facts, failures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gpuremote.server.storage import STALLED, Failure, Slot
+from gpuremote.transport.base import Region
+from gpuremote.wire.caps import INLINE_PAYLOAD, MAX_BULK
+from gpuremote.wire.frames import IGNORABLE, NUMBER, Kind, ResultForm, message, pack_info
+
+if TYPE_CHECKING:
+    from gpuremote.server.session import WorkerSession
+
+__all__ = ["Answers"]
+
+
+class Answers:
+    """Posts the answers of one session. Each is kept by the peer until the client has it."""
+
+    def __init__(self, session: WorkerSession) -> None:
+        self._session = session
+
+    def report(self, failure: Failure, number: int = 0) -> None:
+        """Tell of a failure; with ``number``, as the answer to that record."""
+        body = [number or failure.number, failure.number, failure.code,
+                failure.message[:4096], failure.op]
+        self._session.peer.post(Kind.FAILURE, message(pack_info(body)))
+
+    def info(self, number: int, value: Any) -> None:
+        """Answer record ``number`` with plain values."""
+        body = message(NUMBER.pack(number))
+        body += pack_info(value)
+        self._session.peer.post(Kind.RESULT, body, arg=ResultForm.INFO)
+
+    def goodbye(self) -> None:
+        self._session.peer.post(Kind.GOODBYE, message(pack_info([0, ""])))
+
+    def notice(self, event: str, **details: Any) -> None:
+        body = message(pack_info({"event": event, **details}))
+        self._session.peer.post(Kind.NOTICE, body, flags=IGNORABLE)
+
+    def send_meta(self, number: int, slot: Slot) -> object:
+        """Item: answer with shape and dtype."""
+        if slot.pending:
+            return STALLED
+        with self._session.lock:
+            if slot.failure is not None:
+                self.report(slot.failure, number)
+            else:
+                assert slot.meta is not None
+                self.info(number, [list(slot.meta.shape), slot.meta.wire_dtype])
+        return None
+
+    def send_array(self, number: int, slot: Slot) -> object:
+        """Item: answer with the array's bytes."""
+        session = self._session
+        peer = session.peer
+        if slot.pending or peer.credit <= 0 or peer.bulk_in_flight >= MAX_BULK:
+            # Credit comes back when the client reads: a client that does not stalls here.
+            return STALLED
+        if slot.failure is not None:
+            with session.lock:
+                self.report(slot.failure, number)
+            return None
+        try:
+            view, private = session.backend.send_view(slot.value)
+            if private:
+                # Counted late, as only the backend knows whether it had to copy.
+                session.quota.reserve(view.nbytes)
+        except Exception as error:
+            failure = session.failed(number, "get", error)
+            with session.lock:
+                self.report(failure, number)
+            return None
+        head = NUMBER.pack(number)
+        if view.nbytes <= INLINE_PAYLOAD:
+            if private:
+                session.quota.release(view.nbytes)
+            body = message(head)
+            body += view
+            with session.lock:
+                peer.post(Kind.RESULT, body, arg=ResultForm.BYTES)
+            return None
+        storage = slot.storage
+        assert storage is not None
+        nbytes = view.nbytes
+        if not private:
+            # Ops that would write to this memory wait until the client has it all.
+            storage.outgoing += 1
+
+        def release() -> None:
+            if private:
+                session.quota.release(nbytes)
+            else:
+                storage.outgoing -= 1
+            session.stir_all()
+
+        with session.lock:
+            peer.post(
+                Kind.RESULT, message(head), [Region(view)], release, arg=ResultForm.PAYLOAD
+            )
+        return None

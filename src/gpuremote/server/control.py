@@ -1,0 +1,45 @@
+"""Between the daemon and its workers: msgpack over a Unix SEQPACKET pair, sockets attached."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any, Final
+
+from gpuremote.errors import ProtocolError
+from gpuremote.wire.frames import pack_info, unpack_info
+
+__all__ = ["pair", "receive", "send"]
+
+_MAX: Final = 128 * 1024
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected ends; message boundaries are kept."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def send(channel: socket.socket, request: dict[str, Any], sock: socket.socket | None = None) -> None:
+    """Send a message, and with it a socket (the sender keeps its own descriptor)."""
+    descriptors = [sock.fileno()] if sock is not None else []
+    socket.send_fds(channel, [pack_info(request)], descriptors)
+
+
+def receive(channel: socket.socket) -> tuple[dict[str, Any], socket.socket | None]:
+    """The next message and the socket that came with it.
+
+    Raises
+    ------
+    EOFError
+        The other end is gone.
+    """
+    data, descriptors, _, _ = socket.recv_fds(channel, _MAX, 4)
+    sock = socket.socket(fileno=descriptors[0]) if descriptors else None
+    for extra in descriptors[1:]:
+        os.close(extra)
+    if not data:
+        raise EOFError("the other end of the control channel is gone")
+    request = unpack_info(data, _MAX)
+    if not isinstance(request, dict):
+        raise ProtocolError("a control message that is not a map")
+    return request, sock

@@ -1,0 +1,325 @@
+"""The daemon: takes connections, reads who they are, hands each to a worker, watches workers.
+
+No tensor byte passes here: after the handshake the socket itself goes to the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import secrets
+import socket
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from gpuremote.errors import (
+    ConnectionFailed,
+    GpuRemoteError,
+    HandshakeTimeout,
+    ProtocolError,
+    ServerBusy,
+    ServerDraining,
+    SessionLost,
+    WorkerDied,
+)
+from gpuremote.server.options import ServerOptions
+from gpuremote.server.stock import Stock, WorkerProcess
+from gpuremote.transport.select import choose
+from gpuremote.wire.hello import Hello, HelloReader, Refusal, choose_version
+
+__all__ = ["DeviceServer"]
+
+log = logging.getLogger("gpuremote.server")
+
+HANDSHAKE_TIMEOUT: Final = 10.0
+MAX_HANDSHAKES: Final = 128
+"""Connections that may be in the handshake at a time; further ones wait in the kernel's queue."""
+MAX_TOMBSTONES: Final = 1024
+
+
+@dataclass(slots=True)
+class _Session:
+    ident: bytes
+    secret: bytes
+    worker: WorkerProcess
+
+
+class DeviceServer:
+    """A device server.
+
+    Use as an async context manager, or call :meth:`start` and :meth:`stop`.
+
+    Parameters
+    ----------
+    options : ServerOptions
+
+    Attributes
+    ----------
+    port : int
+        The port it listens on.
+    """
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.options = options
+        self.port = 0
+        self._sessions: dict[bytes, _Session] = {}
+        self._by_worker: dict[int, _Session] = {}
+        self._tombstones: OrderedDict[bytes, tuple[bytes, str]] = OrderedDict()
+        self._stock = Stock(options, self._worker_ended)
+        self._listener: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._handshakes = asyncio.Semaphore(MAX_HANDSHAKES)
+        self._draining = False
+        self._empty = asyncio.Event()
+        self._accepting: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> DeviceServer:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop()
+
+    @property
+    def address(self) -> str:
+        """``HOST:PORT`` it listens on."""
+        host = self.options.host
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+    @property
+    def sessions(self) -> int:
+        """Sessions that have a worker."""
+        return len(self._sessions)
+
+    async def start(self) -> None:
+        """Listen, and start the first workers.
+
+        Raises
+        ------
+        ConnectionFailed
+            The address can't be listened on.
+        """
+        self._listener = _listen(self.options.host, self.options.port)
+        self.port = self._listener.getsockname()[1]
+        self._stock.fill()
+        self._accepting = asyncio.create_task(self._accept(self._listener))
+        log.info("listening on %s, backend %s", self.address, self.options.backend)
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Take no new session; return when the present ones have ended, or after ``timeout``.
+
+        Sessions can still resume meanwhile.
+        """
+        self._draining = True
+        seconds = self.options.drain if timeout is None else timeout
+        log.info("draining: %d sessions have %.0f s to end", len(self._sessions), seconds)
+        for session in list(self._sessions.values()):
+            with contextlib.suppress(OSError):
+                session.worker.tell({"event": "drain", "seconds": seconds})
+        if self._sessions:
+            self._empty.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), seconds)
+
+    async def stop(self) -> None:
+        """End everything now: sessions that still live are lost to their clients."""
+        self._draining = True
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.gather(self._accepting, return_exceptions=True)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        await self._stock.close()
+
+    def describe(self) -> dict[str, Any]:
+        """What ``top`` and tests look at."""
+        return {
+            "address": self.address,
+            "backend": self.options.backend,
+            "draining": self._draining,
+            "sessions": [
+                {"worker": s.worker.pid, "alive": s.worker.alive} for s in self._sessions.values()
+            ],
+        }
+
+    # -- connections -----------------------------------------------------------------------------
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._handshakes.acquire()
+            try:
+                sock, address = await loop.sock_accept(listener)
+            except OSError as error:
+                # Out of descriptors, or the connection was gone before it was taken.
+                self._handshakes.release()
+                log.warning("accept: %s", error)
+                await asyncio.sleep(0.05)
+                continue
+            except BaseException:
+                self._handshakes.release()
+                raise
+            task = asyncio.create_task(self._greet(sock, f"{address[0]}:{address[1]}"))
+            self._tasks.add(task)
+            task.add_done_callback(self._greeted)
+
+    def _greeted(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._handshakes.release()
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a handshake failed", exc_info=task.exception())
+
+    async def _greet(self, sock: socket.socket, peer: str) -> None:
+        """Read the handshake and bring the socket to its worker."""
+        sock.setblocking(False)
+        try:
+            try:
+                async with asyncio.timeout(HANDSHAKE_TIMEOUT):
+                    hello = await _read_hello(sock, peer)
+                choose_version(*hello.versions)
+                await self._route(sock, hello)
+            except TimeoutError:
+                error = HandshakeTimeout(f"no complete handshake in {HANDSHAKE_TIMEOUT:.0f} s")
+                await _refuse(sock, error)
+            except GpuRemoteError as error:
+                log.info("refused %s: %s", peer, error.message)
+                await _refuse(sock, error)
+        except OSError as error:
+            log.info("%s went away during the handshake: %s", peer, error)
+        finally:
+            sock.close()
+
+    async def _route(self, sock: socket.socket, hello: Hello) -> None:
+        if hello.session:
+            session = self._known(hello)
+        else:
+            if self._draining:
+                raise ServerDraining("the server is shutting down and takes no new session")
+            if len(self._sessions) >= self.options.max_sessions:
+                raise ServerBusy(
+                    f"all {self.options.max_sessions} sessions of this server are taken; "
+                    "try again later or raise --max-sessions"
+                )
+            session = await self._open()
+        host, port = sock.getsockname()[:2]
+        request = {
+            "event": "connection",
+            "hello": hello.encode(),
+            "server": self.address,
+            "session": session.ident,
+            "secret": session.secret,
+            "choice": choose(hello.transports),
+            "advertise": self.options.advertise or _join(host, port),
+        }
+        try:
+            session.worker.tell(request, sock)
+        except OSError as error:
+            raise self._died(session.worker) from error
+
+    async def _open(self) -> _Session:
+        ident = secrets.token_bytes(16)
+        worker = await self._stock.take(HANDSHAKE_TIMEOUT)
+        session = _Session(ident, secrets.token_bytes(32), worker)
+        self._sessions[ident] = session
+        self._by_worker[worker.pid] = session
+        return session
+
+    def _known(self, hello: Hello) -> _Session:
+        """The session that a resuming client or a peer server names.
+
+        Raises
+        ------
+        WorkerDied, SessionLost
+        """
+        session = self._sessions.get(hello.session)
+        secret = session.secret if session is not None else b""
+        if session is None:
+            secret, end = self._tombstones.get(hello.session, (b"", ""))
+            if end and hmac.compare_digest(secret, hello.secret):
+                raise WorkerDied(end)
+        elif hello.ticket or hmac.compare_digest(secret, hello.secret):
+            # A ticket is proved to the worker, which alone knows it.
+            if session.worker.alive:
+                return session
+            raise self._died(session.worker)
+        raise SessionLost(
+            "the server does not know this session (any more): its grace period passed, or the "
+            "server was restarted"
+        )
+
+    def _died(self, worker: WorkerProcess) -> WorkerDied:
+        return WorkerDied(f"the session's worker process {worker.pid} {worker.describe_end()}")
+
+    def _worker_ended(self, worker: WorkerProcess) -> None:
+        session = self._by_worker.pop(worker.pid, None)
+        if session is None:
+            return
+        del self._sessions[session.ident]
+        if worker.process.returncode != 0:
+            log.warning("worker %d %s", worker.pid, worker.describe_end())
+            self._tombstones[session.ident] = (session.secret, self._died(worker).message)
+            while len(self._tombstones) > MAX_TOMBSTONES:
+                self._tombstones.popitem(last=False)
+        if not self._sessions:
+            self._empty.set()
+
+
+async def _read_hello(sock: socket.socket, peer: str) -> Hello:
+    loop = asyncio.get_running_loop()
+    reader = HelloReader(peer)
+    while True:
+        found = reader.feed(await loop.sock_recv(sock, reader.missing))
+        if isinstance(found, Hello):
+            return found
+        if found is not None:
+            raise ProtocolError("a server's handshake message came from a client", peer=peer)
+
+
+async def _refuse(sock: socket.socket, error: GpuRemoteError) -> None:
+    """Say why not. The peer may be anything, so this waits for nothing."""
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(1.0):
+            await loop.sock_sendall(sock, Refusal.of(error).encode())
+        sock.shutdown(socket.SHUT_WR)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConnectionFailed(f"can't listen on {_join(host, port)}: {error}") from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(256)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise ConnectionFailed(f"can't listen on {_join(host, port)}: {error}") from error
+    return sock
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def new_loop() -> Callable[[], asyncio.AbstractEventLoop]:
+    """The factory of the fastest loop there is: uvloop's, or asyncio's own."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory

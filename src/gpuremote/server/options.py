@@ -1,0 +1,67 @@
+"""What ``gpuremote serve`` can be told."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from gpuremote.errors import ConfigError
+
+__all__ = ["ServerOptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Options of a device server.
+
+    Attributes
+    ----------
+    host, port
+        Where to listen; port 0 takes a free one.
+    backend : str
+        Name in the entry point group ``gpuremote.backends``.
+    devices : int
+        Logical devices to offer (0: all that the backend has; NumPy: 1).
+    memory_limit : int
+        Device memory in bytes that one session may hold; 0: 80 % of this machine's memory.
+    grace : float
+        Seconds for which a session outlives a lost connection.
+    max_sessions : int
+        Sessions at a time; a further one is refused with ``ServerBusy``.
+    warm : int
+        Worker processes that wait for a session.
+    drain : float
+        Seconds that sessions get to end after SIGTERM.
+    advertise : str
+        ``HOST:PORT`` by which other servers reach this one; empty: what the client used.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7700
+    backend: str = "numpy"
+    devices: int = 0
+    memory_limit: int = 0
+    grace: float = 60.0
+    max_sessions: int = 64
+    warm: int = 1
+    drain: float = 30.0
+    advertise: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "memory_limit", "grace", "max_sessions", "warm", "drain"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"port {self.port} is not in 0..65535")
+
+    def worker_arguments(self) -> list[str]:
+        """The command line of a worker process, without its channel."""
+        limit = self.memory_limit or int(0.8 * _machine_memory())
+        return [
+            "--backend", self.backend, "--devices", str(self.devices),
+            "--memory-limit", str(limit), "--grace", str(self.grace),
+        ]
+
+
+def _machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

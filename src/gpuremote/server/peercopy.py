@@ -1,0 +1,175 @@
+"""Copies between two servers: the bytes go from worker to worker, not through the client.
+
+The client gives both sides the same ticket. The sending worker connects to the other server as
+a client would, names the session that expects the bytes, and shows the ticket.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+from gpuremote import _clock
+from gpuremote.errors import GpuRemoteError, InvalidHandle, PeerCopyFailed
+from gpuremote.ops.meta import Meta
+from gpuremote.rpc.dial import dial
+from gpuremote.server.session import WorkerSession
+from gpuremote.server.storage import Slot
+from gpuremote.transport.base import Connection, Region
+from gpuremote.transport.tcp import TcpConnection, tune
+from gpuremote.wire.frames import NUMBER
+from gpuremote.wire.hello import Hello, Refusal, Welcome
+
+__all__ = ["PeerCopies"]
+
+CONNECT_TIMEOUT: Final = 10.0
+PATIENCE: Final = 60.0
+"""Seconds without a byte of progress after which a copy is given up."""
+MAX_COPIES: Final = 16
+"""Copies under way at a time; more wait for one of these."""
+
+
+class PeerCopies:
+    """The copies of one session; each has a thread, as long as it lasts.
+
+    Attributes
+    ----------
+    active : int
+        Copies under way.
+    """
+
+    def __init__(self, session: WorkerSession, wake: Callable[[], None]) -> None:
+        self.active = 0
+        self._session = session
+        self._wake = wake
+        self._places = threading.BoundedSemaphore(MAX_COPIES)
+
+    def send(self, number: int, slot: Slot, meta: Meta, target: dict[str, Any]) -> None:
+        """Bring ``slot`` to the session that ``target`` names. Returns at once."""
+        assert slot.storage is not None
+        with self._session.lock:
+            slot.storage.outgoing += 1
+        self._start(self._send, number, slot, target)
+
+    def receive(self, sock: socket.socket, hello: Hello) -> None:
+        """Take what another server's worker brings over ``sock``. Returns at once."""
+        with self._session.lock:
+            claimed = self._session.claim(hello.ticket)
+        if claimed is None:
+            error = InvalidHandle("no copy with this ticket is expected here (any more)")
+            _say(sock, Refusal.of(error).encode())
+            sock.close()
+            return
+        self._start(self._receive, sock, *claimed)
+
+    def _start(self, function: Callable[..., None], *arguments: Any) -> None:
+        self.active += 1
+        threading.Thread(
+            target=self._run, args=(function, arguments), name="gpuremote-copy", daemon=True
+        ).start()
+
+    def _run(self, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        try:
+            with self._places:
+                function(*arguments)
+        finally:
+            self.active -= 1
+            self._wake()
+
+    def _send(self, number: int, slot: Slot, target: dict[str, Any]) -> None:
+        session = self._session
+        peer = f"{target['host']}:{target['port']}"
+        try:
+            view, _ = session.backend.send_view(slot.value)
+            hello = Hello(session=target["session"], ticket=target["ticket"])
+            connection, _ = dial(
+                target["host"], target["port"], hello, timeout=CONNECT_TIMEOUT, blocking=True
+            )
+            try:
+                connection.send(NUMBER.pack(view.nbytes), [Region(view)])
+                _flush(connection)
+                # The other side has applied it only when it says so.
+                _await_message(connection)
+            finally:
+                connection.abort()
+        except (GpuRemoteError, OSError) as error:
+            text = (
+                f"the server could not bring the array to {peer}: {error}; both servers must "
+                "reach each other (see --advertise), or go through the client with get and put"
+            )
+            session.failed(number, "copy_to", PeerCopyFailed(text))
+        finally:
+            with session.lock:
+                assert slot.storage is not None
+                slot.storage.outgoing -= 1
+            session.stir_all()
+
+    def _receive(self, sock: socket.socket, number: int, view: memoryview) -> None:
+        failure: GpuRemoteError | None = None
+        try:
+            _say(sock, Welcome().encode())
+            reason = tune(sock)
+            connection = TcpConnection(sock, blocking=True)
+            connection.reason = reason
+            try:
+                _take(connection, view)
+                connection.send(b"ok")
+                connection.close(5.0)
+            finally:
+                connection.abort()
+        except (GpuRemoteError, OSError) as error:
+            sock.close()
+            failure = PeerCopyFailed(f"the copy from the other server broke off: {error}")
+            print(f"gpuremote worker: {failure}", file=sys.stderr, flush=True)
+        self._session.peer_copy_done(number, failure)
+
+
+def _say(sock: socket.socket, data: bytes) -> None:
+    sock.settimeout(5.0)
+    sock.sendall(data)
+
+
+def _flush(connection: Connection) -> None:
+    poller = select.poll()
+    poller.register(connection.fileno(), select.POLLOUT)
+    last = _clock.now()
+    sent = connection.stats.bytes_sent
+    while not connection.flush():
+        poller.poll(1000)
+        if connection.stats.bytes_sent != sent:
+            sent, last = connection.stats.bytes_sent, _clock.now()
+        elif _clock.now() - last > PATIENCE:
+            raise PeerCopyFailed(f"the other server took nothing for {PATIENCE:.0f} s")
+
+
+def _await_message(connection: Connection) -> None:
+    deadline = _clock.now() + PATIENCE
+    while connection.receive(1.0) is None:
+        if _clock.now() > deadline:
+            raise PeerCopyFailed(f"the other server confirmed nothing for {PATIENCE:.0f} s")
+
+
+def _take(connection: Connection, view: memoryview) -> None:
+    """Receive one message whose payload fills ``view``."""
+    done: list[bool] = []
+    progress = -1
+    last = _clock.now()
+    arriving = None
+    while not done:
+        incoming = connection.receive(1.0)
+        if incoming is not None and arriving is None:
+            if incoming.sizes != (view.nbytes,):
+                raise PeerCopyFailed(
+                    f"{sum(incoming.sizes)} bytes came and {view.nbytes} were expected"
+                )
+            arriving = incoming
+            incoming.into([view], lambda _: done.append(True))
+        received = arriving.received if arriving is not None else 0
+        if received != progress:
+            progress, last = received, _clock.now()
+        elif _clock.now() - last > PATIENCE:
+            raise PeerCopyFailed(f"nothing came for {PATIENCE:.0f} s")

@@ -1,0 +1,604 @@
+"""A session in its worker: takes the records of the client's batches to the streams that run
+them, and holds what the client's handles name.
+
+Two threads come here: whichever one receives calls the ``on_...`` methods (with the session's
+lock held), and the threads of the streams run items (without it, except where they post).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from gpuremote.backend.base import Backend
+from gpuremote.errors import (
+    GpuRemoteError,
+    InternalError,
+    InvalidHandle,
+    LimitExceeded,
+    OpCancelled,
+    OutOfDeviceMemory,
+    PeerCopyFailed,
+    ProtocolError,
+    ShapeError,
+)
+from gpuremote.ops.meta import Meta, MetaTable, check_dtype
+from gpuremote.rpc.peer import Peer
+from gpuremote.server.answers import Answers
+from gpuremote.server.execute import Executable, ready_values, run_plan
+from gpuremote.server.storage import STALLED, Failure, Quota, Slot, Storage
+from gpuremote.server.streams import EventPoint, Stream, StreamThread
+from gpuremote.wire import caps
+from gpuremote.wire.batch import ALL_STREAMS, FIRST_PLAN, Op, decode
+from gpuremote.wire.frames import NUMBER, Kind
+
+__all__ = ["WorkerSession"]
+
+_HANDLES: Final = NUMBER
+
+
+class WorkerSession:
+    """The server's side of one session.
+
+    Parameters
+    ----------
+    backend : Backend
+        Executes.
+    memory_limit : int
+        Bytes of device memory the session may hold.
+    wake : callable
+        Makes the main thread look at its stream and at the connection again.
+
+    Attributes
+    ----------
+    lock : threading.RLock
+        Guards the peer, the tables and the choice of queues.
+    default : Stream
+        The one that the main thread runs.
+    goodbye : bool
+        The client has ended the session.
+    """
+
+    def __init__(
+        self, backend: Backend, memory_limit: int, wake: Callable[[], None] = lambda: None
+    ) -> None:
+        self.lock = threading.RLock()
+        self.peer = Peer(self, self.lock)
+        self.backend = backend
+        self.quota = Quota(memory_limit)
+        self.default = Stream(0, 0)
+        self.streams: dict[int, StreamThread] = {}
+        self.goodbye = False
+        self.metas = MetaTable()
+        self.ops_executed = 0
+        self.answers = Answers(self)
+        self._wake = wake
+        self._current: Stream = self.default
+        self._plans: dict[int, Executable] = {}
+        self._table: dict[int, Slot] = {}
+        self._events: dict[int, EventPoint] = {}
+        self._expected: dict[bytes, tuple[int, Slot, memoryview]] = {}
+        self._arriving: dict[int, tuple[Slot, Any, memoryview, Storage, Meta]] = {}
+        self._next = 1
+        self._devices = len(backend.devices())
+        self._records: dict[int, Callable[..., None]] = {
+            Op.DEFINE: self._define,
+            Op.FREE: self._free,
+            Op.GET: self._get,
+            Op.PUT: self._put,
+            Op.PUT_INLINE: self._put_inline,
+            Op.SYNC: self._sync,
+            Op.STREAM_USE: self._stream_use,
+            Op.STREAM_NEW: self._stream_new,
+            Op.STREAM_DROP: self._stream_drop,
+            Op.EVENT_RECORD: self._event_record,
+            Op.EVENT_WAIT: self._event_wait,
+            Op.EVENT_QUERY: self._event_query,
+            Op.EVENT_SYNC: self._event_sync,
+            Op.EVENT_ELAPSED: self._event_elapsed,
+            Op.EVENT_DROP: self._event_drop,
+            Op.META: self._meta,
+            Op.CANCEL: self._cancel,
+            Op.SEND_TO: self._send_to,
+            Op.EXPECT: self._expect,
+            Op.STATS: self._stats,
+            Op.COPY: self._copy,
+            Op.CLEAR_PLANS: self._clear_plans,
+        }
+        self.send_to: Callable[[int, Any, Meta, dict[str, Any]], None] | None = None
+
+    # -- the peer's sink ---------------------------------------------------------------------
+
+    def on_message(self, kind: int, arg: int, body: memoryview) -> None:
+        if kind == Kind.BATCH:
+            self._batch(body)
+        elif kind == Kind.GOODBYE:
+            self._current.queue.append((self._next, self._say_goodbye, ()))
+            self._stir(self._current)
+        else:
+            raise ProtocolError(f"a client does not send messages of kind {kind}")
+
+    def on_payload(
+        self, kind: int, arg: int, body: memoryview, sizes: tuple[int, ...]
+    ) -> tuple[Sequence[memoryview], object] | None:
+        if kind != Kind.PAYLOAD or len(body) != 8 * len(sizes):
+            raise ProtocolError("a payload that belongs to no PUT")
+        numbers = [_HANDLES.unpack_from(body, 8 * k)[0] for k in range(len(sizes))]
+        views = []
+        for number, size in zip(numbers, sizes, strict=True):
+            waiting = self._arriving.get(number)
+            if waiting is None:
+                # Its PUT was refused (the client has been told why) or cancelled.
+                views.append(memoryview(bytearray(0)))
+                continue
+            if size != waiting[2].nbytes:
+                raise ProtocolError(
+                    f"PUT {number} announced {waiting[2].nbytes} bytes and {size} come"
+                )
+            views.append(waiting[2])
+        if any(view.nbytes != size for view, size in zip(views, sizes, strict=True)):
+            if len(sizes) > 1:
+                self._fail_arriving(
+                    numbers, OutOfDeviceMemory("another array of the same upload did not fit")
+                )
+            return None
+        return views, numbers
+
+    def on_payload_done(self, token: object) -> None:
+        assert isinstance(token, list)
+        for number in token:
+            waiting = self._arriving.pop(number, None)
+            if waiting is not None:
+                slot, array, view, storage, meta = waiting
+                self.backend.received(array, view)
+                slot.fill(array, meta, storage)
+        self.stir_all()
+
+    def on_payload_cancelled(self, token: object) -> None:
+        assert isinstance(token, list)
+        self._fail_arriving(token, OpCancelled("the upload was cancelled by the program"))
+
+    def _fail_arriving(self, numbers: list[int], error: GpuRemoteError) -> None:
+        for number in numbers:
+            waiting = self._arriving.pop(number, None)
+            if waiting is not None:
+                waiting[0].poison(Failure.of(number, "put", error))
+        self.stir_all()
+
+    def on_executed(self, number: int) -> None:
+        """A client executes nothing."""
+
+    def executed(self) -> int:
+        done = self._next - 1
+        for stream in (self.default, *self.streams.values()):
+            queue = stream.queue
+            if queue:
+                try:
+                    done = min(done, queue[0][0] - 1)
+                except IndexError:
+                    pass  # its thread took the last one between the two looks
+        return done
+
+    # -- records -------------------------------------------------------------------------------
+
+    def _batch(self, body: memoryview) -> None:
+        table = self._table
+        records = self._records
+        backlog = 0
+        for number, op, values in decode(body, self._plans):
+            if number != self._next:
+                raise ProtocolError(f"record {number} came where {self._next} was due")
+            if isinstance(op, Executable):
+                self._next = number + op.step
+                self._call(number, op, values, table)
+                backlog += 1
+            else:
+                self._next = number + 1
+                records[op](number, *values)  # type: ignore[index]
+        if len(table) > caps.MAX_HANDLES:
+            raise LimitExceeded(
+                f"more than {caps.MAX_HANDLES} arrays in one session; drop some of them"
+            )
+        if self.streams:
+            for stream in self.streams.values():
+                if stream.queue:
+                    stream.wake()
+        self._regulate()
+
+    def _call(
+        self, number: int, op: Executable, values: tuple[Any, ...], table: dict[int, Slot]
+    ) -> None:
+        stream = self._current
+        operands = op.operands(values, table, self.slot)
+        outs = []
+        for handle in range(number, number + op.n_out):
+            slot = table[handle] = Slot(stream.ident)
+            outs.append(slot)
+        stream.queue.append((number, self._run_plan, (op, operands, outs)))
+
+    def _run_plan(
+        self, number: int, op: Executable, operands: list[Any], outs: list[Slot]
+    ) -> object:
+        values = ready_values(operands)
+        if values is STALLED:
+            return STALLED
+        if isinstance(values, Failure):
+            for slot in outs:
+                slot.poison(values)
+            if op.inplace:
+                self._spoil(operands[0], values)
+            return None
+        if op.inplace and operands[0].storage.outgoing:
+            return STALLED
+        try:
+            run_plan(self, op, operands, values, outs)
+        except Exception as error:
+            failure = self.failed(number, op.name, error)
+            for slot in outs:
+                slot.poison(failure)
+            if op.inplace:
+                self._spoil(operands[0], failure)
+        self.ops_executed += 1
+        return None
+
+    @staticmethod
+    def _spoil(slot: object, failure: Failure) -> None:
+        """An op that should have written to ``slot`` failed: what it holds can't be relied on."""
+        if isinstance(slot, Slot):
+            slot.poison(failure)
+
+    def failed(self, number: int, op: str, error: Exception) -> Failure:
+        """Tell the client that record ``number`` failed, and give what poisons its results."""
+        known = (
+            error if isinstance(error, GpuRemoteError) else self.backend.translate_error(error)
+        )
+        failure = Failure.of(number, op, known)
+        with self.lock:
+            self.answers.report(failure)
+        return failure
+
+    def slot(self, handle: int) -> Slot:
+        """The slot of a handle; a handle that is not there gives a poisoned one."""
+        found = self._table.get(handle)
+        if found is None:
+            found = Slot(0)
+            error = InvalidHandle(f"array {handle} was freed, or never existed in this session")
+            found.poison(Failure.of(handle, "handle", error))
+        return found
+
+    def _define(self, number: int, blob: Any) -> None:
+        if len(self._plans) >= caps.MAX_PLANS:
+            raise LimitExceeded(f"more than {caps.MAX_PLANS} plans in one session")
+        executable = Executable.from_wire(blob, self.metas, self.backend, self._devices)
+        if executable.ident < FIRST_PLAN or executable.ident in self._plans:
+            raise ProtocolError(f"plan {executable.ident} can't be defined")
+        self._plans[executable.ident] = executable
+
+    def _clear_plans(self, number: int) -> None:
+        self._plans.clear()
+
+    def _free(self, number: int, *handles: int) -> None:
+        for handle in handles:
+            self._table.pop(handle, None)
+
+    def _queue(self, number: int, function: Callable[..., Any], *arguments: Any) -> None:
+        self._current.queue.append((number, function, arguments))
+
+    def _get(self, number: int, handle: int) -> None:
+        self._queue(number, self.answers.send_array, self.slot(handle))
+
+    def _meta(self, number: int, handle: int) -> None:
+        self._queue(number, self.answers.send_meta, self.slot(handle))
+
+    def _stats(self, number: int) -> None:
+        self.answers.info(number, self.stats())
+
+    def _announced(self, number: int, op: str, shape: Any, dtype: Any, device: Any) -> Slot:
+        """A slot for bytes that come from outside; poisoned if they can't be taken."""
+        slot = self._table[number] = Slot(self._current.ident)
+        meta = self._checked_meta(shape, dtype, device)
+        try:
+            self.quota.reserve(meta.nbytes)
+            try:
+                array = self.backend.empty(meta.shape, meta.dtype, meta.device)
+            except BaseException:
+                self.quota.release(meta.nbytes)
+                raise
+        except Exception as error:
+            slot.poison(self.failed(number, op, error))
+            return slot
+        storage = Storage(self.quota, meta.nbytes, self.backend.storage_of(array))
+        view = self.backend.receive_view(array)
+        self._arriving[number] = (slot, array, view, storage, meta)
+        return slot
+
+    def _checked_meta(self, shape: Any, dtype: Any, device: Any) -> Meta:
+        if (
+            not isinstance(shape, list)
+            or len(shape) > 64
+            or not all(type(n) is int and 0 <= n < 1 << 62 for n in shape)
+            or not isinstance(dtype, str)
+            or type(device) is not int
+            or not 0 <= device < self._devices
+        ):
+            raise ProtocolError("malformed shape, dtype or device")
+        total = 1
+        for length in shape:
+            total *= max(length, 1)
+        if total >= 1 << 58:
+            raise ShapeError(f"shape {tuple(shape)} has too many elements")
+        return self.metas.get(tuple(shape), check_dtype(dtype), device)
+
+    def _put(self, number: int, blob: Any) -> None:
+        match blob:
+            case [shape, dtype, device]:
+                self._announced(number, "put", shape, dtype, device)
+            case _:
+                raise ProtocolError(f"PUT {number} is malformed")
+
+    def _put_inline(self, number: int, blob: Any) -> None:
+        match blob:
+            case [shape, dtype, device, bytes(data)]:
+                slot = self._announced(number, "put", shape, dtype, device)
+            case _:
+                raise ProtocolError(f"PUT_INLINE {number} is malformed")
+        waiting = self._arriving.pop(number, None)
+        if waiting is None:
+            return
+        _, array, view, storage, meta = waiting
+        if view.nbytes != len(data):
+            raise ProtocolError(f"PUT_INLINE {number} has {len(data)} of {view.nbytes} bytes")
+        view[:] = data
+        self.backend.received(array, view)
+        slot.fill(array, meta, storage)
+
+    def _cancel(self, number: int, handle: int) -> None:
+        left = {t: e for t, e in self._expected.items() if e[0] != handle}
+        if len(left) != len(self._expected):
+            self._expected = left
+            error: GpuRemoteError = PeerCopyFailed("the other server could not bring the array")
+        else:
+            error = OpCancelled("the upload was cancelled by the program")
+        self._fail_arriving([handle], error)
+
+    def _copy(self, number: int, handle: int, device: int) -> None:
+        if device >= self._devices:
+            raise ProtocolError(f"device {device} does not exist")
+        out = self._table[number] = Slot(self._current.ident)
+        self._queue(number, self._run_copy, self.slot(handle), out, device)
+
+    def _run_copy(self, number: int, source: Slot, out: Slot, device: int) -> object:
+        if source.pending:
+            return STALLED
+        if source.failure is not None:
+            out.poison(source.failure)
+            return None
+        assert source.meta is not None
+        meta = self.metas.get(source.meta.shape, source.meta.dtype, device)
+        try:
+            self.quota.reserve(meta.nbytes)
+            try:
+                array = self.backend.copy_to_device(source.value, device)
+            except BaseException:
+                self.quota.release(meta.nbytes)
+                raise
+            out.fill(array, meta, Storage(self.quota, meta.nbytes, self.backend.storage_of(array)))
+        except Exception as error:
+            out.poison(self.failed(number, "copy_to", error))
+        self.ops_executed += 1
+        return None
+
+    # -- copies from and to other servers --------------------------------------------------------
+
+    def _send_to(self, number: int, handle: int, blob: Any) -> None:
+        match blob:
+            case {"host": str(), "port": int(), "session": bytes(), "ticket": bytes()}:
+                self._queue(number, self._run_send_to, self.slot(handle), blob)
+            case _:
+                raise ProtocolError(f"SEND_TO {number} is malformed")
+
+    def _run_send_to(self, number: int, slot: Slot, target: dict[str, Any]) -> object:
+        if slot.pending:
+            return STALLED
+        if slot.failure is not None:
+            with self.lock:
+                self.answers.report(slot.failure._replace(number=number))
+            return None
+        assert slot.meta is not None and slot.storage is not None
+        if self.send_to is None:
+            raise InternalError("this worker can't send to other servers")
+        self.send_to(number, slot, slot.meta, target)
+        return None
+
+    def _expect(self, number: int, blob: Any) -> None:
+        match blob:
+            case [shape, dtype, device, bytes(ticket)] if len(ticket) >= 16:
+                slot = self._announced(number, "copy_to", shape, dtype, device)
+                waiting = self._arriving.get(number)
+                if waiting is not None:
+                    self._expected[ticket] = (number, slot, waiting[2])
+            case _:
+                raise ProtocolError(f"EXPECT {number} is malformed")
+
+    def claim(self, ticket: bytes) -> tuple[int, memoryview] | None:
+        """A peer server presents a ticket: where its bytes go, once."""
+        found = self._expected.pop(ticket, None)
+        if found is None or found[0] not in self._arriving:
+            return None
+        return found[0], found[2]
+
+    def peer_copy_done(self, number: int, error: GpuRemoteError | None) -> None:
+        """The bytes of EXPECT ``number`` are in place, or will not come."""
+        with self.lock:
+            if error is None:
+                self.on_payload_done([number])
+                return
+            waiting = self._arriving.pop(number, None)
+            if waiting is not None:
+                waiting[0].poison(self.failed(number, "copy_to", error))
+            self.stir_all()
+
+    # -- streams and events ------------------------------------------------------------------------
+
+    def _stream(self, ident: int) -> Stream:
+        if ident == 0:
+            return self.default
+        stream = self.streams.get(ident)
+        if stream is None:
+            raise ProtocolError(f"stream {ident} does not exist")
+        return stream
+
+    def _stream_use(self, number: int, ident: int) -> None:
+        self._current = self._stream(ident)
+
+    def _stream_new(self, number: int, ident: int, device: int) -> None:
+        if ident == 0 or ident in self.streams or len(self.streams) >= caps.MAX_STREAMS:
+            raise ProtocolError(f"stream {ident} can't be made ({len(self.streams)} exist)")
+        if device >= self._devices:
+            raise ProtocolError(f"device {device} does not exist")
+        native = self.backend.create_stream(device)
+        self.streams[ident] = StreamThread(
+            ident, device, native, lambda: self.backend.activate(native), self.stir_all
+        )
+
+    def _stream_drop(self, number: int, ident: int) -> None:
+        stream = self.streams.pop(ident, None)
+        if stream is None:
+            raise ProtocolError(f"stream {ident} does not exist")
+        if self._current is stream:
+            self._current = self.default
+        stream.close()
+
+    def _event_record(self, number: int, event: int) -> None:
+        if len(self._events) >= caps.MAX_EVENTS and event not in self._events:
+            raise LimitExceeded(f"more than {caps.MAX_EVENTS} events in one session")
+        point = self._events[event] = EventPoint(self._current.ident)
+        self._queue(number, self._run_record, point, self._current)
+
+    def _run_record(self, number: int, point: EventPoint, stream: Stream) -> None:
+        point.reach(self.backend.record(stream.native))
+        self.stir_all()
+
+    def _point(self, event: int) -> EventPoint | None:
+        """The latest recording; an event that was never recorded counts as reached (CUDA)."""
+        return self._events.get(event)
+
+    def _event_wait(self, number: int, event: int) -> None:
+        point = self._point(event)
+        if point is not None:
+            self._queue(number, self._run_wait, point, self._current)
+
+    def _run_wait(self, number: int, point: EventPoint, stream: Stream) -> object:
+        if not point.reached:
+            return STALLED
+        self.backend.wait(stream.native, point.mark)
+        return None
+
+    def _event_query(self, number: int, event: int) -> None:
+        point = self._point(event)
+        reached = point is None or (point.reached and self.backend.reached(point.mark))
+        self.answers.info(number, reached)
+
+    def _event_sync(self, number: int, event: int) -> None:
+        point = self._point(event)
+        if point is None:
+            self.answers.info(number, True)
+        else:
+            stream = self.default if point.stream == 0 else self.streams.get(point.stream)
+            queue = (stream or self.default).queue
+            queue.append((number, self._run_event_sync, (point,)))
+
+    def _run_event_sync(self, number: int, point: EventPoint) -> object:
+        if not point.reached:
+            return STALLED
+        self.backend.synchronize_event(point.mark)
+        with self.lock:
+            self.answers.info(number, True)
+        return None
+
+    def _event_elapsed(self, number: int, start: int, end: int) -> None:
+        first, last = self._point(start), self._point(end)
+        if first is None or last is None or not (first.reached and last.reached):
+            self.answers.info(number, None)
+            return
+        measured = self.backend.elapsed(first.mark, last.mark)
+        self.answers.info(
+            number, measured if measured is not None else (last.when - first.when) / 1e6
+        )
+
+    def _event_drop(self, number: int, event: int) -> None:
+        self._events.pop(event, None)
+
+    def _sync(self, number: int, ident: int) -> None:
+        streams = (
+            [self.default, *self.streams.values()]
+            if ident == ALL_STREAMS
+            else [self._stream(ident)]
+        )
+        left = [len(streams)]
+        for stream in streams:
+            stream.queue.append((number, self._run_sync, (stream, left)))
+
+    def _run_sync(self, number: int, stream: Stream, left: list[int]) -> None:
+        self.backend.synchronize(stream.native)
+        with self.lock:
+            left[0] -= 1
+            if left[0] == 0:
+                self.answers.info(number, True)
+
+    # -- flow ------------------------------------------------------------------------------------
+
+    def _regulate(self) -> None:
+        """Grant credit only while the backlog is small."""
+        backlog = len(self.default.queue)
+        for stream in self.streams.values():
+            backlog += len(stream.queue)
+        held = backlog > caps.MAX_BACKLOG
+        if held != self.peer.held:
+            self.peer.held = held
+            if not held:
+                self.peer.acknowledge()
+
+    def run_default(self) -> None:
+        """Run what the default stream can run now. Main thread only."""
+        self.default.run_ready()
+        if self.peer.held:
+            with self.lock:
+                self._regulate()
+        if self.streams:
+            self.stir_all()
+
+    def stir_all(self) -> None:
+        """Something changed that a stalled stream may wait for."""
+        for stream in list(self.streams.values()):
+            stream.wake()
+        self._wake()
+
+    def _stir(self, stream: Stream) -> None:
+        if isinstance(stream, StreamThread):
+            stream.wake()
+
+    def _say_goodbye(self, number: int) -> object:
+        if any(stream.queue for stream in self.streams.values()) or self._arriving:
+            return STALLED
+        with self.lock:
+            self.goodbye = True
+            self.answers.goodbye()
+        return None
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of this session on the server; bytes where not said otherwise."""
+        return {
+            "ops": self.ops_executed,
+            "records": self._next - 1,
+            "handles": len(self._table),
+            "plans": len(self._plans),
+            "streams": len(self.streams) + 1,
+            "memory_used": self.quota.used,
+            "memory_peak": self.quota.peak,
+            "memory_limit": self.quota.limit,
+            "messages_received": self.peer.messages_received,
+            "messages_sent": self.peer.messages_sent,
+            "results_kept": self.peer.unacknowledged,
+        }

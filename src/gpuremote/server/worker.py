@@ -1,0 +1,320 @@
+"""The worker process: one session, one connection, executed here and nowhere else.
+
+The main thread receives and runs the default stream. The control thread waits for the daemon
+(another connection for the session, the end of the daemon) and takes the connection over while
+the main thread is inside a long op, so that pings, acknowledgements, uploads and other streams
+go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from typing import Any, Final
+
+from gpuremote import _clock
+from gpuremote.backend import registry
+from gpuremote.errors import ConnectionLost, GpuRemoteError, ProtocolError
+from gpuremote.rpc.dial import host_identity
+from gpuremote.server import control
+from gpuremote.server.peercopy import PeerCopies
+from gpuremote.server.session import WorkerSession
+from gpuremote.transport.base import Connection
+from gpuremote.transport.tcp import TcpConnection, tune
+from gpuremote.wire import caps
+from gpuremote.wire.frames import Kind, message, pack_info
+from gpuremote.wire.hello import Hello, HelloReader, Welcome, choose_version
+from gpuremote.wire.state import SessionState, State, Stimulus
+
+__all__ = ["main"]
+
+BUSY_AFTER: Final = 0.02
+"""Seconds in an op after which the control thread takes the connection over."""
+
+
+class Worker:
+    """One worker process.
+
+    Parameters
+    ----------
+    channel : socket.socket
+        To the daemon (``server.control``).
+    options : argparse.Namespace
+        As given on the command line.
+    """
+
+    def __init__(self, channel: socket.socket, options: argparse.Namespace) -> None:
+        self.channel = channel
+        self.options = options
+        self.backend = registry.create(options.backend, devices=options.devices)
+        self.state = SessionState()
+        self._wake_main = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_control = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.session = WorkerSession(self.backend, options.memory_limit, self._wake)
+        self.copies = PeerCopies(self.session, self._wake)
+        self.session.send_to = self.copies.send
+        self._receiving = threading.Lock()
+        self._busy_since = 0.0
+        self._parked = False
+        self._attached = threading.Event()
+        self._ended = threading.Event()
+
+    # -- main thread ---------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until the session is over."""
+        control.send(self.channel, {"event": "ready"})
+        threading.Thread(target=self._control, name="gpuremote-control", daemon=True).start()
+        self._attached.wait()
+        session, peer = self.session, self.session.peer
+        while not self._ended.is_set():
+            connection = peer.connection
+            if connection is None:
+                if session.goodbye or not self._await_connection():
+                    break
+                continue
+            self._io_step(connection)
+            self._busy_since = _clock.now()
+            try:
+                session.run_default()
+            finally:
+                self._busy_since = 0.0
+            if session.goodbye and self._drained():
+                break
+        self._finish()
+
+    def _io_step(self, connection: Connection) -> None:
+        """Wait for something to do, then take in all that has arrived (up to a bound)."""
+        session = self.session
+        stalled = bool(session.default.queue)
+        if connection.pending_output or session.streams or self.copies.active or stalled:
+            events = select.POLLIN | (select.POLLOUT if connection.pending_output else 0)
+            poller = select.poll()
+            poller.register(connection.fileno(), events)
+            poller.register(self._wake_main, select.POLLIN)
+            for descriptor, _ in poller.poll(1000):
+                if descriptor == self._wake_main:
+                    _drain(self._wake_main)
+            wait = 0.0
+        else:
+            wait = 1.0
+        with self._receiving:
+            self._receive(connection, wait)
+
+    def _receive(self, connection: Connection, wait: float) -> None:
+        """Receive steps; the caller owns ``_receiving``."""
+        session = self.session
+        try:
+            before = _clock.now() if wait else 0.0
+            incoming = connection.receive(wait)
+            if incoming is None:
+                if wait and _clock.now() - before > wait / 2:
+                    self._parked = True
+                    return
+            else:
+                if self._parked:
+                    self._parked = False
+                    os.eventfd_write(self._wake_control, 1)
+                with session.lock:
+                    session.peer.dispatch(incoming)
+            if connection.pending_output:
+                with session.lock:
+                    connection.flush()
+        except ConnectionLost as error:
+            self._lost(connection, error)
+        except ProtocolError as error:
+            self._violated(error)
+        except GpuRemoteError as error:
+            self._violated(ProtocolError(str(error)))
+
+    def _lost(self, connection: Connection, error: BaseException) -> None:
+        with self.session.lock:
+            if self.session.peer.connection is connection:
+                self.session.peer.lost(error)
+                if self.state.value is State.OPEN:
+                    self.state.advance(Stimulus.CONNECTION_LOST)
+            self._attached.clear()
+            if self.session.peer.connection is not None:
+                self._attached.set()
+
+    def _violated(self, error: GpuRemoteError) -> None:
+        """The client broke the protocol: say so, and end."""
+        with self.session.lock:
+            peer = self.session.peer
+            peer.post(Kind.GOODBYE, message(pack_info([error.code, error.message[:4096]])))
+            connection = peer.connection
+        if connection is not None:
+            connection.close(1.0)
+        print(f"gpuremote worker: {error}", file=sys.stderr, flush=True)
+        self._ended.set()
+
+    def _await_connection(self) -> bool:
+        """Without a connection: run what can be run, and wait for the client to come back."""
+        deadline = _clock.now() + self.options.grace
+        while not self._ended.is_set():
+            self.session.run_default()
+            if self._attached.wait(min(0.05, max(0.0, deadline - _clock.now()))):
+                return True
+            if _clock.now() >= deadline:
+                return False
+        return False
+
+    def _drained(self) -> bool:
+        connection = self.session.peer.connection
+        return connection is None or not connection.pending_output
+
+    def _finish(self) -> None:
+        with self.session.lock:
+            connection = self.session.peer.connection
+        if connection is not None:
+            connection.close(1.0)
+        try:
+            control.send(self.channel, {"event": "closed", "stats": self.session.stats()})
+        except OSError:
+            pass  # the daemon has gone; nobody is left to tell
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._wake_main, 1)
+
+    # -- control thread --------------------------------------------------------------------------
+
+    def _control(self) -> None:
+        poller = select.poll()
+        poller.register(self.channel, select.POLLIN)
+        poller.register(self._wake_control, select.POLLIN)
+        watched: Connection | None = None
+        while True:
+            connection = self.session.peer.connection
+            busy = self._busy_since and _clock.now() - self._busy_since > BUSY_AFTER
+            take_over = connection if busy else None
+            if watched is not None:
+                poller.unregister(self._watched_fd)
+                watched = None
+            if take_over is not None and not take_over.closed:
+                watched = take_over
+                self._watched_fd = take_over.fileno()
+                wanted = select.POLLIN | (select.POLLOUT if take_over.pending_output else 0)
+                poller.register(self._watched_fd, wanted)
+            timeout = None if self._parked else 1000 * BUSY_AFTER
+            for descriptor, _ in poller.poll(timeout):
+                if descriptor == self.channel.fileno():
+                    self._from_daemon()
+                elif descriptor == self._wake_control:
+                    _drain(self._wake_control)
+                elif watched is not None and self._receiving.acquire(blocking=False):
+                    try:
+                        self._receive(watched, 0.0)
+                    finally:
+                        self._receiving.release()
+
+    _watched_fd = -1
+
+    def _from_daemon(self) -> None:
+        try:
+            request, sock = control.receive(self.channel)
+        except (OSError, EOFError):
+            # Without its daemon nobody could reach this session again.
+            os._exit(1)
+        match request.get("event"):
+            case "connection" if sock is not None:
+                self._connection(sock, request)
+            case "drain":
+                with self.session.lock:
+                    self.session.answers.notice("draining", seconds=request.get("seconds", 0))
+            case "end":
+                self._ended.set()
+                os._exit(0)
+
+    def _connection(self, sock: socket.socket, request: dict[str, Any]) -> None:
+        """A client (new, or coming back) or another server's worker."""
+        hello = HelloReader("daemon").feed(request["hello"])
+        assert isinstance(hello, Hello)
+        if hello.ticket:
+            self.copies.receive(sock, hello)
+            return
+        with self.session.lock:
+            peer = self.session.peer
+            if peer.connection is not None:
+                peer.lost(ConnectionLost("replaced: the client came back over another connection"))
+                if self.state.value is State.OPEN:
+                    self.state.advance(Stimulus.CONNECTION_LOST)
+            resumed = self.state.value is not State.NEW
+            if not resumed and hello.memory_limit:
+                self.session.quota.limit = min(self.session.quota.limit, hello.memory_limit)
+            try:
+                sock.settimeout(5.0)
+                sock.sendall(self._welcome(hello, request).encode())
+                reason = tune(sock)
+                connection = TcpConnection(sock, blocking=True)
+                connection.reason = reason
+                self.state.advance(Stimulus.RESUMED if resumed else Stimulus.WELCOME)
+                peer.attach(connection, hello.receipt)
+            except (OSError, GpuRemoteError) as error:
+                # The client will try again within the grace period.
+                print(f"gpuremote worker: a connection came and went: {error}", file=sys.stderr)
+                sock.close()
+                if self.state.value is State.NEW:
+                    os._exit(1)
+                return
+            self._attached.set()
+            self._wake()
+
+    def _welcome(self, hello: Hello, request: dict[str, Any]) -> Welcome:
+        return Welcome(
+            version=choose_version(*hello.versions),
+            software=self.options.software,
+            server=request["server"],
+            host=host_identity(),
+            session=request["session"],
+            secret=request["secret"],
+            backend=self.backend.name,
+            devices=[
+                {"kind": d.kind, "name": d.name, "memory": d.memory_bytes}
+                for d in self.backend.devices()
+            ],
+            memory_limit=self.session.quota.limit,
+            grace=self.options.grace,
+            window=caps.WINDOW_BYTES,
+            receipt=self.session.peer.receipt(),
+            choice=request["choice"],
+            advertise=request["advertise"],
+            worker=os.getpid(),
+        )
+
+
+def _drain(descriptor: int) -> None:
+    try:
+        os.eventfd_read(descriptor)
+    except BlockingIOError:
+        pass  # somebody else has taken it
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of ``python -m gpuremote.server.worker``; started by the daemon only."""
+    parser = argparse.ArgumentParser(prog="gpuremote-worker")
+    parser.add_argument("--channel", type=int, required=True)
+    parser.add_argument("--backend", required=True)
+    parser.add_argument("--devices", type=int, required=True)
+    parser.add_argument("--memory-limit", type=int, required=True)
+    parser.add_argument("--grace", type=float, required=True)
+    parser.add_argument("--software", default="gpuremote")
+    options = parser.parse_args(arguments)
+    channel = socket.socket(fileno=options.channel)
+    started = time.monotonic()
+    try:
+        Worker(channel, options).run()
+    except KeyboardInterrupt:
+        pass  # Ctrl-C reaches the whole foreground group; the daemon decides what to do
+    finally:
+        sys.stderr.flush()
+        # Threads may be inside ops that never end; nothing of this process is worth waiting for.
+        os._exit(0 if time.monotonic() >= started else 1)
+
+
+if __name__ == "__main__":
+    main()

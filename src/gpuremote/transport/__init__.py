@@ -1,0 +1,1 @@
+"""Paths between two peers: they move messages and memory, and know neither tensors nor sessions."""

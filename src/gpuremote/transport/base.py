@@ -1,0 +1,272 @@
+"""What a transport is: it moves messages and memory between two peers, and knows neither
+tensors nor sessions.
+
+A *message* is a short header and any number of regions (host memory). The receiver learns
+the header and the sizes first, then says where the bytes go (``Incoming.into``): payload
+bytes are touched by the kernel or the NIC only.
+
+Nothing here blocks, apart from ``Connection.receive(wait=...)``. A connection offers a file
+descriptor to watch and steps that do what is possible now; a driver (asyncio, or the thread
+of the caller) decides when.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpuremote._types import BytesLike
+from gpuremote.errors import InvalidBuffer
+
+__all__ = ["Connection", "Incoming", "Region", "TransportStats"]
+
+
+class Region:
+    """Host memory that a connection may read from or write into.
+
+    Holds the exporter alive (a memoryview does) until :meth:`release`.
+
+    Parameters
+    ----------
+    buffer : object with the buffer protocol
+        C-contiguous memory of any format.
+
+    Attributes
+    ----------
+    view : memoryview
+        The memory as flat bytes.
+    nbytes : int
+        Its size in bytes.
+
+    Raises
+    ------
+    InvalidBuffer
+        The memory is not C-contiguous, or the object exports none.
+    """
+
+    __slots__ = ("nbytes", "view")
+
+    def __init__(self, buffer: Any) -> None:
+        self.view = flat_view(buffer)
+        self.nbytes = self.view.nbytes
+
+    @property
+    def readonly(self) -> bool:
+        return self.view.readonly
+
+    def release(self) -> None:
+        """Let go of the exporter."""
+        self.view.release()
+
+
+def flat_view(buffer: Any) -> memoryview:
+    """The bytes of ``buffer`` as a flat memoryview of format ``B``; no copy.
+
+    Raises
+    ------
+    InvalidBuffer
+        No buffer protocol, or not C-contiguous.
+    """
+    try:
+        view = memoryview(buffer)
+    except TypeError as error:
+        raise InvalidBuffer(
+            f"{type(buffer).__name__} does not export a buffer; pass a C-contiguous array, "
+            "bytes or a memoryview"
+        ) from error
+    if not view.c_contiguous:
+        raise InvalidBuffer(
+            "the buffer is not C-contiguous; make a contiguous copy first "
+            "(for NumPy: numpy.ascontiguousarray)"
+        )
+    # cast() refuses shapes with a zero in them; such a view has no bytes anyway.
+    return view.cast("B") if view.nbytes else memoryview(bytearray(0))
+
+
+@dataclass(slots=True)
+class TransportStats:
+    """Counters of one connection. Bytes are those handed to or taken from the kernel."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    messages_sent: int = 0
+    messages_received: int = 0
+    payload_sent: int = 0
+    payload_received: int = 0
+    payload_copied: int = 0
+    """Payload bytes that this side copied in user space (they arrived with a header)."""
+    sends: int = 0
+    """System calls that sent."""
+    receives: int = 0
+    """System calls that received."""
+    extra: dict[str, int] = field(default_factory=dict)
+
+
+class Incoming(abc.ABC):
+    """A message that has begun to arrive.
+
+    Attributes
+    ----------
+    header : memoryview
+        Valid until the next call of ``Connection.receive``.
+    sizes : tuple of int
+        Bytes of each region; empty for a message without payload.
+    received : int
+        Payload bytes that lie in their final place by now.
+    """
+
+    header: memoryview
+    sizes: tuple[int, ...]
+    received: int
+
+    @abc.abstractmethod
+    def into(
+        self, buffers: Sequence[memoryview], done: Callable[[Incoming], None] | None = None
+    ) -> None:
+        """Say where the payload goes: one writable flat view per size, of exactly that size.
+
+        Must be called (or :meth:`discard`) before the next ``receive``. ``done`` is called
+        from a later ``receive`` (or at once, if there is nothing to wait for) when every byte
+        is in place.
+
+        Raises
+        ------
+        InvalidBuffer
+            A view is read-only or has another size; nothing was written.
+        """
+
+    @abc.abstractmethod
+    def discard(self, done: Callable[[Incoming], None] | None = None) -> None:
+        """Drop the payload, or what is still missing of it.
+
+        May be called in the middle of the payload: from then on the connection no longer
+        touches the buffers given to :meth:`into`.
+        """
+
+
+class Connection(abc.ABC):
+    """An established path to one peer.
+
+    Messages arrive in the order in which they were sent, as far as their headers go; the
+    payload of one may still be arriving while later messages are received. One thread may
+    send while another receives; two may not do the same.
+
+    Attributes
+    ----------
+    name : str
+        Transport, such as ``"tcp"``.
+    local_address, peer_address : str
+        For messages to people.
+    reason : str
+        Choices made for this path and why (congestion control and the like).
+    stats : TransportStats
+    """
+
+    name: str
+    local_address: str
+    peer_address: str
+    reason: str
+    stats: TransportStats
+
+    def register(self, buffer: Any) -> Region:
+        """Make host memory known to the transport.
+
+        Raises
+        ------
+        InvalidBuffer
+            No buffer protocol, or not C-contiguous.
+        """
+        return Region(buffer)
+
+    @abc.abstractmethod
+    def fileno(self) -> int:
+        """The descriptor to watch: readable means ``receive``, writable means ``flush``."""
+
+    @property
+    @abc.abstractmethod
+    def pending_output(self) -> bool:
+        """Whether something queued has not been taken by the kernel yet."""
+
+    @property
+    @abc.abstractmethod
+    def closed(self) -> bool:
+        """Whether ``close`` or ``abort`` was called."""
+
+    @abc.abstractmethod
+    def send(
+        self,
+        header: BytesLike,
+        regions: Sequence[Region] = (),
+        done: Callable[[], None] | None = None,
+    ) -> None:
+        """Queue a message and send what goes out now. Never blocks.
+
+        Parameters
+        ----------
+        header : bytes-like
+            At most ``MAX_HEADER`` bytes. Must not change before ``done``.
+        regions : sequence of Region
+            Payload, lent until ``done``. Any number, any size, also 0 bytes.
+        done : callable, optional
+            Called when this connection no longer reads header and regions (not when the peer
+            has them). Not called after ``abort``.
+
+        Raises
+        ------
+        ConnectionLost
+            The connection is broken or closed.
+        LimitExceeded
+            The header is too large.
+        """
+
+    @abc.abstractmethod
+    def flush(self) -> bool:
+        """Send step: hand over what the kernel takes now; True when nothing is left.
+
+        Raises
+        ------
+        ConnectionLost
+        """
+
+    @abc.abstractmethod
+    def receive(self, wait: float = 0.0) -> Incoming | None:
+        """Receive step: the next message that has begun to arrive, or None.
+
+        Parameters
+        ----------
+        wait : float
+            Seconds to block for bytes when none are there. With 0 it never blocks. One call
+            makes at most one blocking system call, and returns None after any progress that
+            ended no header (payload that went into place, a message that was completed).
+
+        Raises
+        ------
+        ConnectionLost
+            End of stream, reset, or closed.
+        ProtocolError
+            Bytes that are not this transport's framing.
+        """
+
+    def due(self) -> float | None:
+        """Seconds until a step would make progress without the descriptor saying so."""
+        return None
+
+    @abc.abstractmethod
+    def close(self, timeout: float = 1.0) -> None:
+        """Flush for at most ``timeout`` seconds, then give everything back. Idempotent."""
+
+    @abc.abstractmethod
+    def abort(self) -> None:
+        """Give everything back now. Safe to call from any thread, also while another thread
+        waits in ``receive`` (which then raises ConnectionLost). Idempotent."""
+
+    def describe(self) -> dict[str, object]:
+        """What ``explain()`` shows of this connection."""
+        return {
+            "transport": self.name,
+            "local": self.local_address,
+            "peer": self.peer_address,
+            "reason": self.reason,
+        }

@@ -1,0 +1,217 @@
+"""Op batches: the records that a client sends, tens of bytes each.
+
+A batch starts with the number of its first record (u64); every record counts, so both sides
+know each one's number without sending it. A record starts with a u32: below ``FIRST_PLAN`` it
+is one of the fixed kinds of :class:`Op`; from there on it is the id of a plan, and the operands
+follow in the plan's own layout. A record's result is named by the record's number; a plan with
+several results uses that many numbers.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, Protocol
+
+from gpuremote._types import BytesLike
+from gpuremote.errors import LimitExceeded, ProtocolError
+from gpuremote.wire.caps import MAX_BATCH, MAX_BLOB, MAX_FREES
+from gpuremote.wire.frames import unpack_info
+
+__all__ = ["FIRST_PLAN", "PREFIX", "Layout", "Op", "blob_record", "decode", "fixed_record"]
+
+FIRST_PLAN: Final = 64
+PREFIX: Final = struct.Struct("<Q")
+
+
+class Op(enum.IntEnum):
+    """Records that are not plan calls."""
+
+    DEFINE = 0
+    """blob: a plan's definition."""
+    FREE = 1
+    """u32 n, n x u64: handles that the client dropped."""
+    GET = 2
+    """u64 handle: answer with the array's bytes."""
+    PUT = 3
+    """blob [shape, dtype, device]: the bytes come in a PAYLOAD message."""
+    PUT_INLINE = 4
+    """blob [shape, dtype, device, bytes]."""
+    SYNC = 5
+    """u32 stream, or ALL_STREAMS: answer when everything issued before has been executed."""
+    STREAM_USE = 6
+    """u32 stream: the records that follow, also in later batches, go there."""
+    STREAM_NEW = 7
+    """u32 stream, u32 device."""
+    STREAM_DROP = 8
+    """u32 stream: gone once it has run dry."""
+    EVENT_RECORD = 9
+    """u32 event: a point in the current stream."""
+    EVENT_WAIT = 10
+    """u32 event: the current stream waits for it."""
+    EVENT_QUERY = 11
+    """u32 event: answer at once whether it has been reached."""
+    EVENT_SYNC = 12
+    """u32 event: answer when it has been reached."""
+    EVENT_ELAPSED = 13
+    """u32 event, u32 event: answer with the milliseconds between them."""
+    EVENT_DROP = 14
+    """u32 event."""
+    META = 15
+    """u64 handle: answer with shape and dtype."""
+    CANCEL = 16
+    """u64 number: a PUT or EXPECT whose bytes will not come."""
+    SEND_TO = 17
+    """u64 handle, blob {address, session, ticket}: bring the array to another server."""
+    EXPECT = 18
+    """blob [shape, dtype, device, ticket]: another server brings the bytes."""
+    STATS = 19
+    """Answer with the worker's counters."""
+    COPY = 20
+    """u64 handle, u32 device: a copy on another device of this server."""
+    CLEAR_PLANS = 21
+    """Every plan is forgotten."""
+
+
+ALL_STREAMS: Final = 0xFFFFFFFF
+
+_KIND: Final = struct.Struct("<I")
+_BLOB: Final = struct.Struct("<I")
+_FIXED: Final[dict[int, struct.Struct]] = {
+    Op.DEFINE: struct.Struct("<"),
+    Op.GET: struct.Struct("<Q"),
+    Op.PUT: struct.Struct("<"),
+    Op.PUT_INLINE: struct.Struct("<"),
+    Op.SYNC: struct.Struct("<I"),
+    Op.STREAM_USE: struct.Struct("<I"),
+    Op.STREAM_NEW: struct.Struct("<II"),
+    Op.STREAM_DROP: struct.Struct("<I"),
+    Op.EVENT_RECORD: struct.Struct("<I"),
+    Op.EVENT_WAIT: struct.Struct("<I"),
+    Op.EVENT_QUERY: struct.Struct("<I"),
+    Op.EVENT_SYNC: struct.Struct("<I"),
+    Op.EVENT_ELAPSED: struct.Struct("<II"),
+    Op.EVENT_DROP: struct.Struct("<I"),
+    Op.META: struct.Struct("<Q"),
+    Op.CANCEL: struct.Struct("<Q"),
+    Op.SEND_TO: struct.Struct("<Q"),
+    Op.EXPECT: struct.Struct("<"),
+    Op.STATS: struct.Struct("<"),
+    Op.COPY: struct.Struct("<QI"),
+    Op.CLEAR_PLANS: struct.Struct("<"),
+}
+_WITH_BLOB: Final = frozenset((Op.DEFINE, Op.PUT, Op.PUT_INLINE, Op.SEND_TO, Op.EXPECT))
+_WITH_KIND: Final = {op: struct.Struct("<I" + s.format[1:]) for op, s in _FIXED.items()}
+
+
+class Layout(Protocol):
+    """The part of a plan that decoding needs."""
+
+    layout: struct.Struct
+    """The whole record, the leading u32 included."""
+    n_out: int
+
+
+def fixed_record(op: Op, *values: int) -> bytes:
+    """Encode a record without a variable part."""
+    return _WITH_KIND[op].pack(op, *values)
+
+
+def blob_record(op: Op, *values: int, blob: bytes) -> bytes:
+    """Encode a record with a msgpack part.
+
+    Raises
+    ------
+    LimitExceeded
+        The part is over ``MAX_BLOB``.
+    """
+    if len(blob) > MAX_BLOB:
+        raise LimitExceeded(
+            f"{len(blob)} bytes in one {op.name} record, at most {MAX_BLOB} are allowed"
+        )
+    return _WITH_KIND[op].pack(op, *values) + _BLOB.pack(len(blob)) + blob
+
+
+def free_record(handles: list[int]) -> bytes:
+    """Encode a FREE record; at most ``MAX_FREES`` handles."""
+    return struct.pack(f"<II{len(handles)}Q", Op.FREE, len(handles), *handles)
+
+
+def decode(
+    body: BytesLike, plans: Mapping[int, Layout]
+) -> Iterator[tuple[int, int | Layout, tuple[Any, ...]]]:
+    """Iterate over the records of a batch.
+
+    Yields ``(number, op, values)``. For a plan call ``op`` is the plan and ``values`` what its
+    layout unpacks, the plan id first; else ``op`` is the kind and ``values`` the fixed fields,
+    followed by the decoded msgpack of records with a variable part. ``plans``
+    is looked up lazily, so the consumer can enter a plan when its DEFINE comes by.
+
+    Raises
+    ------
+    ProtocolError
+        Unknown kind or plan, a record cut short.
+    LimitExceeded
+        A size over its cap.
+    """
+    size = len(body)
+    if size > MAX_BATCH:
+        raise LimitExceeded(f"a batch of {size} bytes, at most {MAX_BATCH} are allowed")
+    if size < PREFIX.size:
+        raise ProtocolError(f"a batch of {size} bytes")
+    number: int = PREFIX.unpack_from(body)[0]
+    offset = PREFIX.size
+    kind_of = _KIND.unpack_from
+    while offset < size:
+        if size - offset < 4:
+            raise ProtocolError("a batch that ends within a record")
+        kind: int = kind_of(body, offset)[0]
+        if kind >= FIRST_PLAN:
+            plan = plans.get(kind)
+            if plan is None:
+                raise ProtocolError(f"record {number} calls plan {kind}, which is not defined")
+            layout = plan.layout
+            end = offset + layout.size
+            if end > size:
+                raise ProtocolError("a batch that ends within a record")
+            yield number, plan, layout.unpack_from(body, offset)
+            offset = end
+            number += plan.n_out or 1
+            continue
+        values, offset = _decode_fixed(body, offset, kind, number)
+        yield number, kind, values
+        number += 1
+
+
+def _decode_fixed(
+    body: BytesLike, offset: int, kind: int, number: int
+) -> tuple[tuple[Any, ...], int]:
+    """Fields of a record that is not a plan call, and where the next record begins."""
+    size = len(body)
+    offset += _KIND.size
+    if kind == Op.FREE:
+        if size - offset < 4:
+            raise ProtocolError("a batch that ends within a record")
+        count: int = _KIND.unpack_from(body, offset)[0]
+        offset += 4
+        if count > MAX_FREES or size - offset < 8 * count:
+            raise ProtocolError(f"a FREE record of {count} handles that are not there")
+        return struct.unpack_from(f"<{count}Q", body, offset), offset + 8 * count
+    fixed = _FIXED.get(kind)
+    if fixed is None:
+        raise ProtocolError(f"record {number} is of unknown kind {kind}")
+    if size - offset < fixed.size:
+        raise ProtocolError("a batch that ends within a record")
+    values = fixed.unpack_from(body, offset)
+    offset += fixed.size
+    if kind not in _WITH_BLOB:
+        return values, offset
+    if size - offset < _BLOB.size:
+        raise ProtocolError("a batch that ends within a record")
+    length: int = _BLOB.unpack_from(body, offset)[0]
+    offset += _BLOB.size
+    if length > MAX_BLOB or size - offset < length:
+        raise ProtocolError(f"record {number} announces {length} bytes that are not there")
+    blob = unpack_info(memoryview(body)[offset : offset + length], MAX_BLOB)
+    return (*values, blob), offset + length

@@ -1,0 +1,49 @@
+"""Every cap on a size that a peer may announce. Checked before anything is allocated."""
+
+from __future__ import annotations
+
+from typing import Final
+
+KiB: Final = 1 << 10
+MiB: Final = 1 << 20
+
+MAX_HELLO: Final = 24 * KiB
+"""Bytes of a handshake body. Small, as msgpack can unfold to 70 bytes of objects per byte."""
+
+MAX_BATCH: Final = 1 * MiB
+"""Bytes of one op batch, inline payloads included."""
+
+INLINE_PAYLOAD: Final = 16 * KiB
+"""A payload up to this size travels inside its message: one copy is cheaper than one more frame."""
+
+MAX_BLOB: Final = 24 * KiB
+"""Bytes of one variable part in a batch (plan definition, small array, address of a peer)."""
+
+MAX_FREES: Final = 65536
+"""Handles in one FREE record."""
+
+MAX_RESULT_INFO: Final = 24 * KiB
+"""Bytes of a msgpack body in a message from the server."""
+
+WINDOW_BYTES: Final = 1 * MiB
+"""Message bytes (not payload) that may be on their way before the receiver grants more."""
+
+ACK_BYTES: Final = WINDOW_BYTES // 4
+"""Message bytes after which a receiver acknowledges without having anything else to say."""
+
+ACK_MESSAGES: Final = 256
+"""Messages after which it does."""
+
+MAX_PLANS: Final = 16384
+"""Plans that a session may have defined at a time."""
+
+MAX_BULK: Final = 1024
+"""Messages with a payload that may be on their way in one direction."""
+
+MAX_STREAMS: Final = 256
+MAX_EVENTS: Final = 65536
+MAX_HANDLES: Final = 1 << 22
+"""Live arrays of one session."""
+
+MAX_BACKLOG: Final = 65536
+"""Ops that wait in a worker's streams before it stops granting credit."""
