@@ -29,40 +29,59 @@ def add_parser(commands: Any) -> None:
         "sessions that exist end (--drain), a second one stops at once.",
     )
     parser.add_argument(
-        "--listen", default="127.0.0.1:7700", metavar="HOST:PORT",
+        "--listen",
+        default="127.0.0.1:7700",
+        metavar="HOST:PORT",
         help="where to listen (default %(default)s; port 0 takes a free one)",
     )
     parser.add_argument(
-        "--insecure", action="store_true",
+        "--insecure",
+        action="store_true",
         help="allow an address other hosts can reach: this version has no TLS and no "
         "authentication, so whoever reaches the port can use the devices",
     )
     parser.add_argument("--backend", default="numpy", help="what executes (default %(default)s)")
     parser.add_argument(
-        "--devices", type=int, default=0, metavar="N",
+        "--devices",
+        type=int,
+        default=0,
+        metavar="N",
         help="devices to offer (default: all; numpy: 1)",
     )
     parser.add_argument(
-        "--memory-limit", default="0", metavar="SIZE",
+        "--memory-limit",
+        default="0",
+        metavar="SIZE",
         help="device memory per session, such as 8GiB (default: 80%% of this machine's memory)",
     )
     parser.add_argument(
-        "--grace", type=float, default=60.0, metavar="SECONDS",
+        "--grace",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
         help="how long a session outlives a lost connection (default %(default)s)",
     )
     parser.add_argument(
         "--max-sessions", type=int, default=64, metavar="N", help="default %(default)s"
     )
     parser.add_argument(
-        "--warm", type=int, default=1, metavar="N",
+        "--warm",
+        type=int,
+        default=1,
+        metavar="N",
         help="worker processes that wait for a session (default %(default)s)",
     )
     parser.add_argument(
-        "--drain", type=float, default=30.0, metavar="SECONDS",
+        "--drain",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
         help="how long sessions may go on after SIGTERM (default %(default)s)",
     )
     parser.add_argument(
-        "--advertise", default="", metavar="HOST:PORT",
+        "--advertise",
+        default="",
+        metavar="HOST:PORT",
         help="how other servers reach this one, for copies between servers",
     )
     parser.add_argument("--json", action="store_true", help="say where it listens as JSON")
@@ -102,7 +121,9 @@ def run(options: argparse.Namespace) -> int:
     if options.insecure and not _loopback(host):
         logging.getLogger("gpuremote").warning(
             "--insecure: anyone who can reach %s:%d can use these devices, and everything "
-            "travels in the clear", host, port,
+            "travels in the clear",
+            host,
+            port,
         )
     with asyncio.Runner(loop_factory=new_loop()) as runner:
         return runner.run(_serve(server_options, options))
@@ -156,9 +177,7 @@ def _announce(server: DeviceServer, options: argparse.Namespace) -> None:
         )
 
 
-def _end_with_parent(
-    loop: asyncio.AbstractEventLoop, descriptor: int, over: asyncio.Event
-) -> None:
+def _end_with_parent(loop: asyncio.AbstractEventLoop, descriptor: int, over: asyncio.Event) -> None:
     """End when the other end of the pipe is closed, which is when the parent ends."""
     os.set_blocking(descriptor, False)
 

@@ -423,7 +423,11 @@ class AsyncDevice(Device[AsyncArray]):
         return array
 
     async def put_many(
-        self, values: Iterable[Any], dtype: npt.DTypeLike | None = None, *, timeout: float | None = None
+        self,
+        values: Iterable[Any],
+        dtype: npt.DTypeLike | None = None,
+        *,
+        timeout: float | None = None,
     ) -> list[AsyncArray]:
         """Upload several arrays in one message and one wait; as :meth:`put`."""
         arrays, wait = self._upload_many(values, dtype)

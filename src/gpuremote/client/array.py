@@ -173,7 +173,11 @@ class RemoteArray:
     __pow__, __rpow__, __ipow__ = _binary("power"), _reflected("power"), _inplace("power")
     __and__, __rand__ = _binary("bitwise_and"), _reflected("bitwise_and")
     __iand__ = _inplace("bitwise_and")
-    __or__, __ror__, __ior__ = _binary("bitwise_or"), _reflected("bitwise_or"), _inplace("bitwise_or")
+    __or__, __ror__, __ior__ = (
+        _binary("bitwise_or"),
+        _reflected("bitwise_or"),
+        _inplace("bitwise_or"),
+    )
     __xor__, __rxor__ = _binary("bitwise_xor"), _reflected("bitwise_xor")
     __ixor__ = _inplace("bitwise_xor")
     __lshift__, __rlshift__ = _binary("bitwise_left_shift"), _reflected("bitwise_left_shift")
@@ -244,10 +248,14 @@ class RemoteArray:
 
     # -- reductions ---------------------------------------------------------------------------------
 
-    def sum(self, axis: Axis = None, dtype: npt.DTypeLike | None = None, keepdims: bool = False) -> Self:
+    def sum(
+        self, axis: Axis = None, dtype: npt.DTypeLike | None = None, keepdims: bool = False
+    ) -> Self:
         return self._apply("sum", **_reduction(axis, keepdims, dtype))
 
-    def prod(self, axis: Axis = None, dtype: npt.DTypeLike | None = None, keepdims: bool = False) -> Self:
+    def prod(
+        self, axis: Axis = None, dtype: npt.DTypeLike | None = None, keepdims: bool = False
+    ) -> Self:
         return self._apply("prod", **_reduction(axis, keepdims, dtype))
 
     def mean(self, axis: Axis = None, keepdims: bool = False) -> Self:
@@ -303,9 +311,7 @@ class RemoteArray:
             return self._settle(found)
         if parsed.ints:
             shape = (
-                advanced_shape(
-                    self.shape, parsed.template, parsed.ints, [a.shape for a in arrays]
-                )
+                advanced_shape(self.shape, parsed.template, parsed.ints, [a.shape for a in arrays])
                 if arrays
                 else basic_shape(self.shape, parsed.template, parsed.ints)
             )
@@ -321,9 +327,7 @@ class RemoteArray:
                 op="setitem",
             )
         arrays = [self._index_array(a) for a in parsed.arrays]
-        issue.apply(
-            _SETITEM, (self, value, *parsed.ints, *arrays), {"index": parsed.template}
-        )
+        issue.apply(_SETITEM, (self, value, *parsed.ints, *arrays), {"index": parsed.template})
 
     def __iter__(self) -> NoReturn:
         raise ImplicitTransfer(
@@ -387,7 +391,9 @@ class RemoteArray:
 
         return array_function(function, types, args, kwargs)
 
-    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> npt.NDArray[Any]:
         """Follows ``GPUREMOTE_DOWNLOAD``: an error unless it says otherwise."""
         policy = self._core.download_policy
         if policy == "error" or copy is False:
@@ -396,9 +402,7 @@ class RemoteArray:
                 "GPUREMOTE_DOWNLOAD=warn or allow"
             )
         if policy == "warn":
-            warnings.warn(
-                f"implicit download of {self.nbytes} bytes", RuntimeWarning, stacklevel=2
-            )
+            warnings.warn(f"implicit download of {self.nbytes} bytes", RuntimeWarning, stacklevel=2)
         self._core.stats.implicit_downloads += 1
         host = self._download()
         return host if dtype is None else host.astype(dtype)

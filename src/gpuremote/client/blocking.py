@@ -41,7 +41,6 @@ SLICE: Final = 1.0
 CLOSE_TIMEOUT: Final = 10.0
 
 
-
 class _Done(Protocol):
     @property
     def done(self) -> bool: ...
@@ -368,7 +367,11 @@ class BlockingDevice(Device[BlockingArray]):
         return array
 
     def put_many(
-        self, values: Iterable[Any], dtype: npt.DTypeLike | None = None, *, timeout: float | None = None
+        self,
+        values: Iterable[Any],
+        dtype: npt.DTypeLike | None = None,
+        *,
+        timeout: float | None = None,
     ) -> list[BlockingArray]:
         """Upload several arrays in one message and one wait; as :meth:`put`."""
         arrays, wait = self._upload_many(values, dtype)
@@ -527,5 +530,3 @@ class Session(SessionBase[BlockingDevice]):
             self._finish_close()
         if raise_failures:
             self._raise_failures()
-
-

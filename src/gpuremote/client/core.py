@@ -92,7 +92,11 @@ class Core:
     """
 
     def __init__(
-        self, peer_name: str, *, stack_depth: int = 3, sync: bool = False,
+        self,
+        peer_name: str,
+        *,
+        stack_depth: int = 3,
+        sync: bool = False,
         download_policy: str = "error",
     ) -> None:
         self.lock = threading.RLock()

@@ -77,7 +77,11 @@ class Device(Generic[A]):
         return self._create("full", params, (value,))
 
     def arange(
-        self, start: float, stop: float | None = None, step: float = 1, dtype: npt.DTypeLike | None = None
+        self,
+        start: float,
+        stop: float | None = None,
+        step: float = 1,
+        dtype: npt.DTypeLike | None = None,
     ) -> A:
         """Evenly spaced values, as ``numpy.arange``."""
         if stop is None:
@@ -90,15 +94,15 @@ class Device(Generic[A]):
     def linspace(self, start: float, stop: float, num: int = 50, endpoint: bool = True) -> A:
         return self._create("linspace", {"num": num, "endpoint": endpoint}, (start, stop))
 
-    def eye(self, n: int, m: int | None = None, k: int = 0, dtype: npt.DTypeLike | None = None) -> A:
+    def eye(
+        self, n: int, m: int | None = None, k: int = 0, dtype: npt.DTypeLike | None = None
+    ) -> A:
         params: dict[str, Any] = {"n_rows": n, "n_cols": n if m is None else m, "k": k}
         if dtype is not None:
             params["dtype"] = _wire(dtype)
         return self._create("eye", params)
 
-    def random_uniform(
-        self, shape: int | Shape, seed: int, dtype: npt.DTypeLike = np.float64
-    ) -> A:
+    def random_uniform(self, shape: int | Shape, seed: int, dtype: npt.DTypeLike = np.float64) -> A:
         """Numbers from [0, 1); the same for the same seed and backend."""
         return self._create(
             "random_uniform", {"shape": _shape(shape), "dtype": _wire(dtype)}, (seed,)
@@ -160,9 +164,7 @@ class Device(Generic[A]):
             number = core.record(Op.COPY, source._id, self.index, name="copy_to")
         else:
             number = self._from_other_session(source)
-        return self._array_type(
-            core, number, core.metas.get(meta.shape, meta.dtype, self.index)
-        )
+        return self._array_type(core, number, core.metas.get(meta.shape, meta.dtype, self.index))
 
     def _from_other_session(self, source: RemoteArray) -> int:
         meta, core, other = source._meta, self._core, source._core

@@ -11,9 +11,32 @@ from gpuremote.errors import UnsupportedOp
 from gpuremote.ops.catalogue import find
 
 __all__ = [
-    "argsort", "broadcast_to", "cholesky", "clip", "concatenate", "det", "eigh", "eigvalsh",
-    "expand_dims", "flip", "inv", "method", "norm", "outer", "qr", "roll", "round_", "solve",
-    "sort", "stack", "svd", "svdvals", "take", "tril", "triu", "where",
+    "argsort",
+    "broadcast_to",
+    "cholesky",
+    "clip",
+    "concatenate",
+    "det",
+    "eigh",
+    "eigvalsh",
+    "expand_dims",
+    "flip",
+    "inv",
+    "method",
+    "norm",
+    "outer",
+    "qr",
+    "roll",
+    "round_",
+    "solve",
+    "sort",
+    "stack",
+    "svd",
+    "svdvals",
+    "take",
+    "tril",
+    "triu",
+    "where",
 ]
 
 

@@ -94,7 +94,11 @@ def apply(
 
 
 def create(
-    core: Core, cls: type[A], name: str, device: int, params: Mapping[str, Any],
+    core: Core,
+    cls: type[A],
+    name: str,
+    device: int,
+    params: Mapping[str, Any],
     scalars: Sequence[Any] = (),
 ) -> A:
     """Issue an op that makes an array out of nothing."""

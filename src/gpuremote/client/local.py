@@ -99,8 +99,18 @@ def _start(key: tuple[object, ...], target: Target) -> LocalServer:
     lifeline_child, lifeline = os.pipe()
     ready, ready_child = os.pipe()
     command = [
-        sys.executable, "-m", "gpuremote", "serve", "--listen", "127.0.0.1:0",
-        "--ready-fd", str(ready_child), "--lifeline-fd", str(lifeline_child), "--drain", "0",
+        sys.executable,
+        "-m",
+        "gpuremote",
+        "serve",
+        "--listen",
+        "127.0.0.1:0",
+        "--ready-fd",
+        str(ready_child),
+        "--lifeline-fd",
+        str(lifeline_child),
+        "--drain",
+        "0",
     ]
     if target.backend is not None:
         command += ["--backend", target.backend]

@@ -72,7 +72,9 @@ def _reduce(
 ) -> Any:
     allowed = {"axis", "keepdims", "dtype"}
     if out is not None or kwargs.keys() - allowed or inputs[0] is not array:
-        raise UnsupportedOp(f"numpy.{ufunc.__name__}.reduce with these arguments", op=ufunc.__name__)
+        raise UnsupportedOp(
+            f"numpy.{ufunc.__name__}.reduce with these arguments", op=ufunc.__name__
+        )
     kwargs.setdefault("axis", 0)
     method = getattr(array, _REDUCTIONS[ufunc])
     return method(**{key: value for key, value in kwargs.items() if value is not None})

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from gpuremote._types import Shape
 from gpuremote.errors import DTypeError, InvalidBuffer
-from gpuremote.ops.meta import check_dtype
+from gpuremote._dtypes import check_dtype
 
 __all__ = ["HostArray", "host_array", "output_view"]
 
@@ -130,5 +130,3 @@ def output_view(
         if view.nbytes != expected:
             raise InvalidBuffer(f"out has {view.nbytes} bytes, the array {expected}")
     return view.cast("B") if view.nbytes else memoryview(bytearray(0))
-
-

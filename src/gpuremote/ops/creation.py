@@ -51,11 +51,14 @@ def arange_length(start: Any, stop: Any, step: Any) -> int:
         The step is zero, or a value is complex, infinite or not a number.
     """
     try:
-        if all(isinstance(value, int | np.integer) for value in (start, stop, step)):
-            length = -((int(start) - int(stop)) // int(step))
+        # NumPy's own arithmetic, rounding included, so that the lengths are the same.
+        with np.errstate(all="ignore"):
+            difference = stop - start
+            quotient = difference / step
+        if quotient == 0 and difference != 0:  # Underflow, or an infinite step.
+            length = 0 if math.copysign(1.0, quotient) < 0 else 1
         else:
-            # As NumPy computes it, rounding included, so that the lengths are the same.
-            length = math.ceil((float(stop) - float(start)) / float(step))
+            length = math.ceil(float(quotient))
     except (ZeroDivisionError, OverflowError, ValueError, TypeError) as error:
         raise ShapeError(
             f"no range from {start} to {stop} in steps of {step}: {error}", op="arange"

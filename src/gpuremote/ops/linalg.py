@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,9 @@ def _matrix_norm(operands: Sequence[Operand], params: Params) -> Inferred:
     return ((shape, dtypes_of(np.linalg.norm, x.dtype, ndim=2, ord=order)[0]),)
 
 
+_only_r = partial(np.linalg.qr, mode="r")
+
+
 def _spec(name: str, infer: Infer, *params: str, n_out: int = 1) -> OpSpec:
     return OpSpec(name, infer, n_out=n_out, params=frozenset(params))
 
@@ -221,7 +225,7 @@ SPECS: list[OpSpec] = [
     _spec("qr", _decomposition(np.linalg.qr, _qr), "mode", n_out=2),
     _spec(
         "qr_r",
-        _decomposition(np.linalg.cholesky, lambda stack, m, n, _params: ((*stack, min(m, n), n),)),
+        _decomposition(_only_r, lambda stack, m, n, _params: ((*stack, min(m, n), n),)),
     ),
     _spec("cholesky", _decomposition(np.linalg.cholesky, _cholesky, square=True), "upper"),
     _spec("inv", _decomposition(np.linalg.inv, _same, square=True)),

@@ -6,33 +6,11 @@ import math
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from gpuremote._dtypes import DTYPES, check_dtype
 from gpuremote._types import Shape
-from gpuremote.errors import DTypeError
 
 __all__ = ["DTYPES", "Meta", "MetaTable", "check_dtype"]
-
-DTYPES: dict[str, np.dtype[Any]] = {
-    np.dtype(name).str.lstrip("<|="): np.dtype(name)
-    for name in (
-        "bool",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "uint8",
-        "uint16",
-        "uint32",
-        "uint64",
-        "float16",
-        "float32",
-        "float64",
-        "complex64",
-        "complex128",
-    )
-}
-"""Every dtype that may travel, by its name on the wire (``"f4"``, ``"i8"``, ``"b1"``, ...)."""
 
 
 class Meta:
@@ -74,24 +52,3 @@ class MetaTable:
                 self._table.clear()
             meta = self._table[key] = Meta(shape, dtype, device)
         return meta
-
-
-def check_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
-    """The NumPy dtype in native byte order, if it is one that may travel.
-
-    Raises
-    ------
-    DTypeError
-        Object, string, datetime, structured or extended-precision dtype.
-    """
-    try:
-        found = np.dtype(dtype)
-    except TypeError as error:
-        raise DTypeError(f"{dtype!r} is not a dtype: {error}") from error
-    native = DTYPES.get(found.str.lstrip("<>|="))
-    if native is None or found.names is not None:
-        raise DTypeError(
-            f"dtype {found} can't live on a remote device; supported are "
-            + ", ".join(str(d) for d in DTYPES.values())
-        )
-    return native

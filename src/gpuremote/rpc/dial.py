@@ -79,9 +79,7 @@ def dial(
         raise
 
 
-def _exchange(
-    sock: socket.socket, hello: Hello, deadline: float, peer: str
-) -> Welcome | Refusal:
+def _exchange(sock: socket.socket, hello: Hello, deadline: float, peer: str) -> Welcome | Refusal:
     try:
         sock.settimeout(max(0.001, deadline - _clock.now()))
         sock.sendall(hello.encode())
@@ -121,8 +119,7 @@ def read_hello(sock: socket.socket, deadline: float, peer: str) -> Hello | Welco
             continue
         except OSError as error:
             raise NotAGpuRemoteServer(
-                f"the connection broke during the handshake ({error}); is this a gpuremote "
-                "server?",
+                f"the connection broke during the handshake ({error}); is this a gpuremote server?",
                 peer=peer,
             ) from error
         found = reader.feed(data)

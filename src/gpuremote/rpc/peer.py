@@ -65,8 +65,19 @@ class Sink(Protocol):
 class Entry:
     """A message that this side sent and keeps until the other end has it."""
 
-    __slots__ = ("arg", "body", "cancelled", "delivered", "flags", "kind", "on_delivered",
-                 "regions", "seq", "size", "started")
+    __slots__ = (
+        "arg",
+        "body",
+        "cancelled",
+        "delivered",
+        "flags",
+        "kind",
+        "on_delivered",
+        "regions",
+        "seq",
+        "size",
+        "started",
+    )
 
     def __init__(
         self,
@@ -251,9 +262,7 @@ class Peer:
         connection = self.connection
         assert connection is not None
         flags = entry.flags | (CANCELLED if entry.cancelled else 0)
-        HEADER.pack_into(
-            entry.body, 0, entry.kind, flags, 0, entry.arg, entry.seq, self._complete
-        )
+        HEADER.pack_into(entry.body, 0, entry.kind, flags, 0, entry.arg, entry.seq, self._complete)
         self.messages_sent += 1
         try:
             if entry.cancelled or not entry.regions:
@@ -328,9 +337,7 @@ class Peer:
         ):
             self.acknowledge()
 
-    def _begin(
-        self, kind: int, arg: int, seq: int, body: memoryview, incoming: Incoming
-    ) -> None:
+    def _begin(self, kind: int, arg: int, seq: int, body: memoryview, incoming: Incoming) -> None:
         total = sum(incoming.sizes)
         taken = self._sink.on_payload(kind, arg, body, incoming.sizes)
         buffers, token = taken if taken is not None else (None, None)
@@ -365,9 +372,7 @@ class Peer:
         else:
             self._complete = min(self._arriving) - 1
 
-    def _continued(
-        self, seq: int, flags: int, body: memoryview, incoming: Incoming
-    ) -> None:
+    def _continued(self, seq: int, flags: int, body: memoryview, incoming: Incoming) -> None:
         arriving = self._arriving.get(seq)
         if arriving is None or arriving.incoming is not None:
             raise ProtocolError(f"message {seq} goes on and was not interrupted")
@@ -470,9 +475,7 @@ class Peer:
             The other end claims to have what was never sent.
         """
         if theirs.seen > self._sent:
-            raise ProtocolError(
-                f"the peer claims message {theirs.seen} and {self._sent} were sent"
-            )
+            raise ProtocolError(f"the peer claims message {theirs.seen} and {self._sent} were sent")
         offsets = dict(theirs.partial)
         self.connection = connection
         self.failure = None
@@ -502,8 +505,9 @@ class Peer:
         if entry.cancelled:
             # The other end keeps the unfinished payload until it is told.
             body = message(NUMBER.pack(entry.seq))
-            HEADER.pack_into(body, 0, Kind.PAYLOAD, CONTINUED | CANCELLED, 0, 0, entry.seq,
-                             self._complete)
+            HEADER.pack_into(
+                body, 0, Kind.PAYLOAD, CONTINUED | CANCELLED, 0, 0, entry.seq, self._complete
+            )
             rest: Sequence[Region] = ()
         else:
             total = sum(region.nbytes for region in entry.regions)

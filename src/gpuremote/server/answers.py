@@ -23,8 +23,13 @@ class Answers:
 
     def report(self, failure: Failure, number: int = 0) -> None:
         """Tell of a failure; with ``number``, as the answer to that record."""
-        body = [number or failure.number, failure.number, failure.code,
-                failure.message[:4096], failure.op]
+        body = [
+            number or failure.number,
+            failure.number,
+            failure.code,
+            failure.message[:4096],
+            failure.op,
+        ]
         self._session.peer.post(Kind.FAILURE, message(pack_info(body)))
 
     def info(self, number: int, value: Any) -> None:
@@ -97,7 +102,5 @@ class Answers:
             session.stir_all()
 
         with session.lock:
-            peer.post(
-                Kind.RESULT, message(head), [Region(view)], release, arg=ResultForm.PAYLOAD
-            )
+            peer.post(Kind.RESULT, message(head), [Region(view)], release, arg=ResultForm.PAYLOAD)
         return None

@@ -19,7 +19,9 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def send(channel: socket.socket, request: dict[str, Any], sock: socket.socket | None = None) -> None:
+def send(
+    channel: socket.socket, request: dict[str, Any], sock: socket.socket | None = None
+) -> None:
     """Send a message, and with it a socket (the sender keeps its own descriptor)."""
     descriptors = [sock.fileno()] if sock is not None else []
     socket.send_fds(channel, [pack_info(request)], descriptors)

@@ -31,8 +31,20 @@ class Executable:
         Bytes that a call allocates at most.
     """
 
-    __slots__ = ("checks", "function", "ident", "inplace", "layout", "n_out", "name", "outputs",
-                 "plan", "reserve", "step", "view")
+    __slots__ = (
+        "checks",
+        "function",
+        "ident",
+        "inplace",
+        "layout",
+        "n_out",
+        "name",
+        "outputs",
+        "plan",
+        "reserve",
+        "step",
+        "view",
+    )
 
     def __init__(self, plan: Plan, function: Callable[[Sequence[Any]], Any]) -> None:
         self.plan = plan
@@ -50,9 +62,7 @@ class Executable:
         self.checks = [operand if isinstance(operand, Meta) else None for operand in plan.operands]
 
     @classmethod
-    def from_wire(
-        cls, blob: Any, metas: MetaTable, backend: Backend, devices: int
-    ) -> Executable:
+    def from_wire(cls, blob: Any, metas: MetaTable, backend: Backend, devices: int) -> Executable:
         """Build from a DEFINE record.
 
         Raises

@@ -58,8 +58,14 @@ class ServerOptions:
         """The command line of a worker process, without its channel."""
         limit = self.memory_limit or int(0.8 * _machine_memory())
         return [
-            "--backend", self.backend, "--devices", str(self.devices),
-            "--memory-limit", str(limit), "--grace", str(self.grace),
+            "--backend",
+            self.backend,
+            "--devices",
+            str(self.devices),
+            "--memory-limit",
+            str(limit),
+            "--grace",
+            str(self.grace),
         ]
 
 

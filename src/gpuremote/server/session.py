@@ -250,9 +250,7 @@ class WorkerSession:
 
     def failed(self, number: int, op: str, error: Exception) -> Failure:
         """Tell the client that record ``number`` failed, and give what poisons its results."""
-        known = (
-            error if isinstance(error, GpuRemoteError) else self.backend.translate_error(error)
-        )
+        known = error if isinstance(error, GpuRemoteError) else self.backend.translate_error(error)
         failure = Failure.of(number, op, known)
         with self.lock:
             self.answers.report(failure)

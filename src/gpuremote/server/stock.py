@@ -46,8 +46,14 @@ class WorkerProcess:
         self._loop = loop
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gpuremote.server.worker",
-                 "--channel", str(theirs.fileno()), *options.worker_arguments()],
+                [
+                    sys.executable,
+                    "-m",
+                    "gpuremote.server.worker",
+                    "--channel",
+                    str(theirs.fileno()),
+                    *options.worker_arguments(),
+                ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 # A terminal's Ctrl-C is for the daemon, which then drains.

@@ -60,8 +60,15 @@ def start_server(*arguments: str, host: str = "127.0.0.1", port: int = 0) -> Run
     try:
         process = subprocess.Popen(
             [
-                sys.executable, "-m", "gpuremote", "serve", "--listen", listen,
-                "--ready-fd", str(theirs), *arguments,
+                sys.executable,
+                "-m",
+                "gpuremote",
+                "serve",
+                "--listen",
+                listen,
+                "--ready-fd",
+                str(theirs),
+                *arguments,
             ],
             pass_fds=(theirs,),
             stdin=subprocess.DEVNULL,

@@ -312,8 +312,9 @@ class HelloReader:
                     "the connection was closed without an answer; is this a gpuremote server?",
                     peer=self._peer,
                 )
-            raise ProtocolError("the connection ended in the middle of the handshake",
-                                peer=self._peer)
+            raise ProtocolError(
+                "the connection ended in the middle of the handshake", peer=self._peer
+            )
         buffer += data
         if bytes(buffer[:4]) != _MAGIC[: len(buffer)]:
             raise NotAGpuRemoteServer(

@@ -1,0 +1,189 @@
+"""What every backend offers to the server."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from gpuremote._types import Shape
+from gpuremote.errors import (
+    GpuRemoteError,
+    IndexOutOfBounds,
+    OpFailed,
+    OutOfDeviceMemory,
+)
+from gpuremote.ops.operands import DType
+from gpuremote.ops.plan import Plan
+
+__all__ = ["Backend", "Compiled", "DeviceInfo"]
+
+Compiled: TypeAlias = Callable[[Sequence[Any]], Sequence[Any] | None]
+"""Runs a plan: takes arrays and scalars in operand order, gives the results (in place: None)."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """A device of a backend.
+
+    Attributes
+    ----------
+    index : int
+        Its number within the backend.
+    kind : str
+        ``"cpu"`` or ``"cuda"``.
+    name : str
+        For people, such as ``"NVIDIA H100"``.
+    memory_bytes : int
+        Memory that it has in all; 0 where that can't be found out.
+    """
+
+    index: int
+    kind: Literal["cpu", "cuda"]
+    name: str
+    memory_bytes: int
+
+
+class Backend(abc.ABC):
+    """Runs plans on the devices of one kind.
+
+    Not bound to a thread: each thread works on the stream that it has activated, and on the
+    default stream otherwise. Streams and events are the backend's own objects, opaque to the
+    caller; the stream None is the default stream (of every device).
+
+    Arrays are the backend's own too. What is known of any of them: ``shape`` and ``dtype``, a
+    NumPy one.
+
+    Parameters
+    ----------
+    devices : int
+        How many devices to offer; 0 leaves it to the backend.
+    """
+
+    name: str
+
+    def __init__(self, devices: int = 0) -> None:
+        self._wanted = devices
+
+    # -- what there is -----------------------------------------------------------------------
+
+    @classmethod
+    @abc.abstractmethod
+    def probe(cls) -> tuple[bool, str]:
+        """Whether it works on this machine, and what was found or what is missing."""
+
+    @abc.abstractmethod
+    def devices(self) -> list[DeviceInfo]:
+        """The devices it offers; their numbers are 0, 1, ..."""
+
+    # -- running -----------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def compile(self, plan: Plan) -> Compiled:
+        """A function that runs the plan, as thin as it can be.
+
+        Its results are arrays, never bare scalars, of exactly the shapes and dtypes that the
+        plan says (where it says them), on the plan's device.
+
+        Raises
+        ------
+        UnsupportedOp
+            The backend lacks the op.
+        """
+
+    def translate_error(self, error: BaseException) -> GpuRemoteError:
+        """The library's error for whatever came out of a compiled plan or another call here."""
+        if isinstance(error, GpuRemoteError):
+            return error
+        text = str(error) or type(error).__name__
+        if isinstance(error, MemoryError):
+            return OutOfDeviceMemory(f"the device is out of memory: {text}")
+        if isinstance(error, IndexError):
+            return IndexOutOfBounds(text)
+        return OpFailed(f"{type(error).__name__}: {text}")
+
+    # -- memory ------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def empty(self, shape: Shape, dtype: DType, device: int) -> Any:
+        """An array whose values are yet to come; C-contiguous.
+
+        Raises
+        ------
+        MemoryError
+            It does not fit (a subclass of the backend's own may be raised).
+        """
+
+    @abc.abstractmethod
+    def copy_to_device(self, array: Any, device: int) -> Any:
+        """A copy on a device of this backend (the same one too), ordered like an op."""
+
+    @abc.abstractmethod
+    def receive_view(self, array: Any) -> memoryview:
+        """Writable flat host bytes for the values of an array from :meth:`empty`.
+
+        The array's own memory where the host can write it, staging otherwise.
+        """
+
+    @abc.abstractmethod
+    def received(self, array: Any, view: memoryview) -> None:
+        """The bytes of :meth:`receive_view` are there: bring them to the array.
+
+        Ordered before what the calling thread's stream runs next. The caller may drop the view
+        at once, and must not write to it again.
+        """
+
+    @abc.abstractmethod
+    def send_view(self, array: Any) -> tuple[memoryview, bool]:
+        """Flat host bytes of an array in C order, and whether they are a private copy.
+
+        Waits for what the calling thread's stream has queued. Without a private copy the array
+        must not change until the bytes are sent.
+        """
+
+    def meta(self, array: Any) -> tuple[Shape, DType]:
+        """Shape and dtype of an array."""
+        return array.shape, array.dtype
+
+    @abc.abstractmethod
+    def storage_of(self, array: Any) -> Any:
+        """Identity of the allocation that an array lies in: the same object for all its views.
+
+        To be compared with ``is`` only.
+        """
+
+    # -- streams and events --------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def create_stream(self, device: int) -> Any:
+        """A stream of the device; dropped with its last reference."""
+
+    @abc.abstractmethod
+    def activate(self, stream: Any) -> AbstractContextManager[Any]:
+        """A context in which this thread works on the stream."""
+
+    @abc.abstractmethod
+    def record(self, stream: Any) -> Any:
+        """An event at what the stream has been given so far."""
+
+    @abc.abstractmethod
+    def wait(self, stream: Any, event: Any) -> None:
+        """What the stream is given from here on runs after the event. Does not block the host."""
+
+    @abc.abstractmethod
+    def reached(self, event: Any) -> bool:
+        """Whether the event has been passed."""
+
+    @abc.abstractmethod
+    def synchronize_event(self, event: Any) -> None:
+        """Block this thread until the event is passed."""
+
+    @abc.abstractmethod
+    def elapsed(self, start: Any, end: Any) -> float | None:
+        """Milliseconds between two events, or None while one is not passed yet."""
+
+    @abc.abstractmethod
+    def synchronize(self, stream: Any) -> None:
+        """Block this thread until the stream has done what it was given."""

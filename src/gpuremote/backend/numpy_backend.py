@@ -1,0 +1,114 @@
+"""NumPy on the host's processors: the embedded default."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuremote._types import Shape
+from gpuremote.backend.array_namespace import ArrayNamespaceBackend
+from gpuremote.backend.base import DeviceInfo
+from gpuremote.errors import InvalidBuffer
+from gpuremote.ops.operands import DType
+
+__all__ = ["NumpyBackend"]
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def _host_memory() -> int:
+    """Bytes of memory that this machine has, or that the container may use."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in _CGROUP_LIMITS:
+        try:
+            with open(path) as file:
+                total = min(total, int(file.read()))
+        except (OSError, ValueError):  # No such file, or "max".
+            pass
+    return total
+
+
+class NumpyBackend(ArrayNamespaceBackend):
+    """Any number of logical devices, all of them the host's processors and memory.
+
+    Ops run in the thread that calls them, so a stream is done with everything it was given as
+    soon as it is given the next thing, and an event is passed when it is recorded.
+
+    Parameters
+    ----------
+    devices : int
+        Number of logical devices; 0 means 1.
+    """
+
+    name = "numpy"
+    exact = True
+
+    def __init__(self, devices: int = 0) -> None:
+        super().__init__(np, devices or 1)
+        self._devices = [
+            DeviceInfo(i, "cpu", platform.machine() or "cpu", _host_memory())
+            for i in range(self._wanted)
+        ]
+
+    @classmethod
+    def probe(cls) -> tuple[bool, str]:
+        return True, f"NumPy {np.__version__}"
+
+    def devices(self) -> list[DeviceInfo]:
+        return self._devices
+
+    def empty(self, shape: Shape, dtype: DType, device: int) -> npt.NDArray[Any]:  # noqa: ARG002
+        return np.empty(shape, dtype)
+
+    def copy_to_device(self, array: Any, device: int) -> Any:  # noqa: ARG002
+        return array.copy()
+
+    def receive_view(self, array: Any) -> memoryview:
+        if not array.flags.c_contiguous or not array.flags.writeable:
+            raise InvalidBuffer("bytes can be received into writable C-contiguous arrays only")
+        return memoryview(array.reshape(-1).view(np.uint8))
+
+    def received(self, array: Any, view: memoryview) -> None:
+        """The bytes are in the array already."""
+
+    def send_view(self, array: Any) -> tuple[memoryview, bool]:
+        private = not array.flags.c_contiguous
+        flat = np.ascontiguousarray(array).reshape(-1)
+        return memoryview(flat.view(np.uint8)), private
+
+    def storage_of(self, array: Any) -> Any:
+        base = array.base
+        while isinstance(base, np.ndarray):
+            array, base = base, base.base
+        return array if base is None else base
+
+    def create_stream(self, device: int) -> Any:  # noqa: ARG002
+        return None
+
+    def activate(self, stream: Any) -> AbstractContextManager[Any]:  # noqa: ARG002
+        # Results say inf and nan, as on a GPU; warnings in the server's log help nobody.
+        return np.errstate(all="ignore")
+
+    def record(self, stream: Any) -> int:  # noqa: ARG002
+        return time.perf_counter_ns()
+
+    def wait(self, stream: Any, event: Any) -> None:
+        """Passed already."""
+
+    def reached(self, event: Any) -> bool:  # noqa: ARG002
+        return True
+
+    def synchronize_event(self, event: Any) -> None:
+        """Passed already."""
+
+    def elapsed(self, start: Any, end: Any) -> float | None:
+        return float(end - start) / 1e6
+
+    def synchronize(self, stream: Any) -> None:
+        """Done already."""
