@@ -67,7 +67,7 @@ class Backend(abc.ABC):
     def __init__(self, devices: int = 0) -> None:
         self._wanted = devices
 
-    # -- what there is -----------------------------------------------------------------------
+    # -- what there is --------------------------------------------------------------------------
 
     @classmethod
     @abc.abstractmethod
@@ -78,7 +78,7 @@ class Backend(abc.ABC):
     def devices(self) -> list[DeviceInfo]:
         """The devices it offers; their numbers are 0, 1, ..."""
 
-    # -- running -----------------------------------------------------------------------------
+    # -- running --------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def compile(self, plan: Plan) -> Compiled:
@@ -104,7 +104,7 @@ class Backend(abc.ABC):
             return IndexOutOfBounds(text)
         return OpFailed(f"{type(error).__name__}: {text}")
 
-    # -- memory ------------------------------------------------------------------------------
+    # -- memory ---------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def empty(self, shape: Shape, dtype: DType, device: int) -> Any:
@@ -154,7 +154,7 @@ class Backend(abc.ABC):
         To be compared with ``is`` only.
         """
 
-    # -- streams and events --------------------------------------------------------------------
+    # -- streams and events ---------------------------------------------------------------------
 
     @abc.abstractmethod
     def create_stream(self, device: int) -> Any:

@@ -104,7 +104,7 @@ class CupyBackend(ArrayNamespaceBackend):
         if not nbytes:
             return memoryview(bytearray())
         memory = self._cuda.alloc_pinned_memory(nbytes)
-        return memoryview(np.frombuffer(memory, np.uint8, nbytes))
+        return np.frombuffer(memory, np.uint8, nbytes).data
 
     def _reap(self) -> None:
         with self._lock:
@@ -139,7 +139,7 @@ class CupyBackend(ArrayNamespaceBackend):
     def storage_of(self, array: Any) -> Any:
         return array.data.mem
 
-    # -- streams and events: a stream is (device, CuPy's stream) ------------------------------
+    # -- streams and events: a stream is (device, CuPy's stream) --------------------------------
 
     def create_stream(self, device: int) -> Any:
         with self._cuda.Device(device):

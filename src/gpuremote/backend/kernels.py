@@ -63,7 +63,7 @@ def _named(name: str, **renamed: str) -> Maker:
     return make
 
 
-# -- elementwise -------------------------------------------------------------------------------
+# -- elementwise --------------------------------------------------------------------------------
 
 
 def _clip(xp: Any, plan: Plan) -> Kernel:
@@ -98,7 +98,7 @@ def _copy(_xp: Any, _plan: Plan) -> Kernel:
     return lambda x: x.copy()
 
 
-# -- reductions --------------------------------------------------------------------------------
+# -- reductions ---------------------------------------------------------------------------------
 
 
 def _count_nonzero(xp: Any, plan: Plan) -> Kernel:
@@ -125,7 +125,7 @@ def _running(name: str, first: int) -> Maker:
     return make
 
 
-# -- manipulation ------------------------------------------------------------------------------
+# -- manipulation -------------------------------------------------------------------------------
 
 
 def _to_shape(name: str) -> Maker:
@@ -187,7 +187,7 @@ def _take_along_axis(xp: Any, plan: Plan) -> Kernel:
     return lambda x, indices: xp.take_along_axis(x, indices, axis)
 
 
-# -- creation ----------------------------------------------------------------------------------
+# -- creation -----------------------------------------------------------------------------------
 
 
 def _filled(name: str) -> Maker:
@@ -246,7 +246,7 @@ def _random(method: str) -> Maker:
     return make
 
 
-# -- selection ---------------------------------------------------------------------------------
+# -- selection ----------------------------------------------------------------------------------
 
 
 def _index_of(plan: Plan) -> Callable[..., tuple[Any, ...]]:
@@ -268,14 +268,13 @@ def _getitem(_xp: Any, plan: Plan) -> Kernel:
     return lambda x, *rest: x[index_of(*rest)]
 
 
-def _getitem_advanced(_xp: Any, plan: Plan) -> Kernel:
-    index_of = _index_of(plan)
-    # NumPy takes an index array without axes for an integer and gives a view: the op doesn't.
-    return lambda x, *rest: _own(x, x[index_of(*rest)])
-
-
-def _own(x: Any, found: Any) -> Any:
-    return found.copy() if found.base is not None and x.ndim and found.size else found
+def _getitem_advanced(xp: Any, plan: Plan) -> Kernel:
+    get = _getitem(xp, plan)
+    arrays = [o for o in plan.operands[1:] if not isinstance(o, str)]
+    if any(array.ndim for array in arrays):
+        return get
+    # NumPy takes index arrays without axes for integers and gives a view; this op never does.
+    return lambda *operands: get(*operands).copy()
 
 
 def _setitem(_xp: Any, plan: Plan) -> Kernel:

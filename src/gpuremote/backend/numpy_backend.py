@@ -63,16 +63,17 @@ class NumpyBackend(ArrayNamespaceBackend):
     def devices(self) -> list[DeviceInfo]:
         return self._devices
 
-    def empty(self, shape: Shape, dtype: DType, device: int) -> npt.NDArray[Any]:  # noqa: ARG002
+    def empty(self, shape: Shape, dtype: DType, device: int) -> npt.NDArray[Any]:
         return np.empty(shape, dtype)
 
-    def copy_to_device(self, array: Any, device: int) -> Any:  # noqa: ARG002
+    def copy_to_device(self, array: Any, device: int) -> Any:
         return array.copy()
 
     def receive_view(self, array: Any) -> memoryview:
         if not array.flags.c_contiguous or not array.flags.writeable:
             raise InvalidBuffer("bytes can be received into writable C-contiguous arrays only")
-        return memoryview(array.reshape(-1).view(np.uint8))
+        view: memoryview = array.reshape(-1).view(np.uint8).data
+        return view
 
     def received(self, array: Any, view: memoryview) -> None:
         """The bytes are in the array already."""
@@ -80,7 +81,7 @@ class NumpyBackend(ArrayNamespaceBackend):
     def send_view(self, array: Any) -> tuple[memoryview, bool]:
         private = not array.flags.c_contiguous
         flat = np.ascontiguousarray(array).reshape(-1)
-        return memoryview(flat.view(np.uint8)), private
+        return flat.view(np.uint8).data, private
 
     def storage_of(self, array: Any) -> Any:
         base = array.base
@@ -88,20 +89,20 @@ class NumpyBackend(ArrayNamespaceBackend):
             array, base = base, base.base
         return array if base is None else base
 
-    def create_stream(self, device: int) -> Any:  # noqa: ARG002
+    def create_stream(self, device: int) -> Any:
         return None
 
-    def activate(self, stream: Any) -> AbstractContextManager[Any]:  # noqa: ARG002
+    def activate(self, stream: Any) -> AbstractContextManager[Any]:
         # Results say inf and nan, as on a GPU; warnings in the server's log help nobody.
         return np.errstate(all="ignore")
 
-    def record(self, stream: Any) -> int:  # noqa: ARG002
+    def record(self, stream: Any) -> int:
         return time.perf_counter_ns()
 
     def wait(self, stream: Any, event: Any) -> None:
         """Passed already."""
 
-    def reached(self, event: Any) -> bool:  # noqa: ARG002
+    def reached(self, event: Any) -> bool:
         return True
 
     def synchronize_event(self, event: Any) -> None:

@@ -118,7 +118,7 @@ class AsyncDriver:
                 peer=self.core.peer_name,
             ) from None
 
-    # -- the connection ------------------------------------------------------------------------------
+    # -- the connection -------------------------------------------------------------------------
 
     def _watch(self, connection: Connection) -> None:
         self._watched = connection
@@ -221,7 +221,7 @@ class AsyncDriver:
             self.core.peer.lost(error)
         self.core.die(error)
 
-    # -- coming back -----------------------------------------------------------------------------------
+    # -- coming back ----------------------------------------------------------------------------
 
     def _start_resuming(self) -> None:
         if self._resuming is None and not self._closed and self.core.peer.connection is None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from gpuremote._types import Shape
 from gpuremote.client import issue
 from gpuremote.client.core import Core
+from gpuremote.client.operators import binary, inplace, reflected, unary
 from gpuremote.client.waits import Wait
 from gpuremote.errors import DTypeError, ImplicitTransfer, IndexOutOfBounds, ShapeError
 from gpuremote.memory.host import output_view
@@ -27,61 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["RemoteArray"]
 
 Axis = int | tuple[int, ...] | None
-_NOT_OURS: Any = NotImplemented
-"""Lets Python try the other operand's method."""
-
-
-def _binary(name: str) -> Callable[[RemoteArray, Any], RemoteArray]:
-    spec = find(name)
-
-    def method(self: RemoteArray, other: Any) -> RemoteArray:
-        if not _understood(other):
-            return _NOT_OURS
-        result: RemoteArray = issue.binary(spec, self, other)
-        return result
-
-    method.__name__ = method.__qualname__ = f"__{name}__"
-    return method
-
-
-def _reflected(name: str) -> Callable[[RemoteArray, Any], RemoteArray]:
-    spec = find(name)
-
-    def method(self: RemoteArray, other: Any) -> RemoteArray:
-        if not _understood(other):
-            return _NOT_OURS
-        (result,) = issue.apply(spec, (other, self))
-        reflected: RemoteArray = result
-        return reflected
-
-    method.__name__ = method.__qualname__ = f"__r{name}__"
-    return method
-
-
-def _inplace(name: str) -> Callable[[RemoteArray, Any], RemoteArray]:
-    spec = find(name + "_")
-
-    def method(self: RemoteArray, other: Any) -> RemoteArray:
-        if not _understood(other):
-            return _NOT_OURS
-        return issue.inplace(spec, self, other)
-
-    method.__name__ = method.__qualname__ = f"__i{name}__"
-    return method
-
-
-def _unary(name: str) -> Callable[[RemoteArray], RemoteArray]:
-    spec = find(name)
-
-    def method(self: RemoteArray) -> RemoteArray:
-        return issue.unary(spec, self)
-
-    method.__name__ = method.__qualname__ = name
-    return method
-
-
-def _understood(other: object) -> bool:
-    return isinstance(other, (RemoteArray, bool, int, float, complex, np.generic, np.ndarray))
 
 
 class RemoteArray:
@@ -113,7 +59,7 @@ class RemoteArray:
         # May run in any thread, in the middle of anything: only append.
         self._core.dropped.append(self._id)
 
-    # -- what is known here -------------------------------------------------------------------
+    # -- what is known here ---------------------------------------------------------------------
 
     @property
     def shape(self) -> Shape:
@@ -159,41 +105,41 @@ class RemoteArray:
 
     # -- arithmetic -----------------------------------------------------------------------------
 
-    __add__, __radd__, __iadd__ = _binary("add"), _reflected("add"), _inplace("add")
-    __sub__, __rsub__ = _binary("subtract"), _reflected("subtract")
-    __isub__ = _inplace("subtract")
-    __mul__, __rmul__ = _binary("multiply"), _reflected("multiply")
-    __imul__ = _inplace("multiply")
-    __truediv__, __rtruediv__ = _binary("divide"), _reflected("divide")
-    __itruediv__ = _inplace("divide")
-    __floordiv__, __rfloordiv__ = _binary("floor_divide"), _reflected("floor_divide")
-    __ifloordiv__ = _inplace("floor_divide")
-    __mod__, __rmod__ = _binary("remainder"), _reflected("remainder")
-    __imod__ = _inplace("remainder")
-    __pow__, __rpow__, __ipow__ = _binary("power"), _reflected("power"), _inplace("power")
-    __and__, __rand__ = _binary("bitwise_and"), _reflected("bitwise_and")
-    __iand__ = _inplace("bitwise_and")
+    __add__, __radd__, __iadd__ = binary("add"), reflected("add"), inplace("add")
+    __sub__, __rsub__ = binary("subtract"), reflected("subtract")
+    __isub__ = inplace("subtract")
+    __mul__, __rmul__ = binary("multiply"), reflected("multiply")
+    __imul__ = inplace("multiply")
+    __truediv__, __rtruediv__ = binary("divide"), reflected("divide")
+    __itruediv__ = inplace("divide")
+    __floordiv__, __rfloordiv__ = binary("floor_divide"), reflected("floor_divide")
+    __ifloordiv__ = inplace("floor_divide")
+    __mod__, __rmod__ = binary("remainder"), reflected("remainder")
+    __imod__ = inplace("remainder")
+    __pow__, __rpow__, __ipow__ = binary("power"), reflected("power"), inplace("power")
+    __and__, __rand__ = binary("bitwise_and"), reflected("bitwise_and")
+    __iand__ = inplace("bitwise_and")
     __or__, __ror__, __ior__ = (
-        _binary("bitwise_or"),
-        _reflected("bitwise_or"),
-        _inplace("bitwise_or"),
+        binary("bitwise_or"),
+        reflected("bitwise_or"),
+        inplace("bitwise_or"),
     )
-    __xor__, __rxor__ = _binary("bitwise_xor"), _reflected("bitwise_xor")
-    __ixor__ = _inplace("bitwise_xor")
-    __lshift__, __rlshift__ = _binary("bitwise_left_shift"), _reflected("bitwise_left_shift")
-    __ilshift__ = _inplace("bitwise_left_shift")
-    __rshift__, __rrshift__ = _binary("bitwise_right_shift"), _reflected("bitwise_right_shift")
-    __irshift__ = _inplace("bitwise_right_shift")
-    __matmul__, __rmatmul__ = _binary("matmul"), _reflected("matmul")
-    __eq__, __ne__ = _binary("equal"), _binary("not_equal")  # type: ignore[assignment]
-    __lt__, __le__ = _binary("less"), _binary("less_equal")
-    __gt__, __ge__ = _binary("greater"), _binary("greater_equal")
-    __neg__, __pos__, __abs__ = _unary("negative"), _unary("positive"), _unary("abs")
-    __invert__ = _unary("bitwise_invert")
-    conj = _unary("conj")
+    __xor__, __rxor__ = binary("bitwise_xor"), reflected("bitwise_xor")
+    __ixor__ = inplace("bitwise_xor")
+    __lshift__, __rlshift__ = binary("bitwise_left_shift"), reflected("bitwise_left_shift")
+    __ilshift__ = inplace("bitwise_left_shift")
+    __rshift__, __rrshift__ = binary("bitwise_right_shift"), reflected("bitwise_right_shift")
+    __irshift__ = inplace("bitwise_right_shift")
+    __matmul__, __rmatmul__ = binary("matmul"), reflected("matmul")
+    __eq__, __ne__ = binary("equal"), binary("not_equal")  # type: ignore[assignment]
+    __lt__, __le__ = binary("less"), binary("less_equal")
+    __gt__, __ge__ = binary("greater"), binary("greater_equal")
+    __neg__, __pos__, __abs__ = unary("negative"), unary("positive"), unary("abs")
+    __invert__ = unary("bitwise_invert")
+    conj = unary("conj")
     __hash__ = None  # type: ignore[assignment]
 
-    # -- shape ------------------------------------------------------------------------------------
+    # -- shape ----------------------------------------------------------------------------------
 
     @property
     def T(self) -> Self:
@@ -246,7 +192,7 @@ class RemoteArray:
     def copy(self) -> Self:
         return self._apply("copy")
 
-    # -- reductions ---------------------------------------------------------------------------------
+    # -- reductions -----------------------------------------------------------------------------
 
     def sum(
         self, axis: Axis = None, dtype: npt.DTypeLike | None = None, keepdims: bool = False
@@ -293,7 +239,7 @@ class RemoteArray:
         result: RemoteArray = self @ other
         return result
 
-    # -- indexing -------------------------------------------------------------------------------------
+    # -- indexing -------------------------------------------------------------------------------
 
     def __getitem__(self, index: Any) -> Self:
         """A view for ints, slices, ``...`` and None; a copy for arrays of ints.
@@ -366,7 +312,7 @@ class RemoteArray:
         shape, dtype = answer
         self._meta = self._core.metas.get(tuple(shape), check_dtype(dtype), self._meta.device)
 
-    # -- other places -----------------------------------------------------------------------------------
+    # -- other places ---------------------------------------------------------------------------
 
     def copy_to(self, device: Device[Any]) -> RemoteArray:
         """A copy on another device: of this session, of another session, of another server.
@@ -377,7 +323,7 @@ class RemoteArray:
         copied: RemoteArray = device._take_copy(self)
         return copied
 
-    # -- NumPy's protocols ----------------------------------------------------------------------------------
+    # -- NumPy's protocols ----------------------------------------------------------------------
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         from gpuremote.client.numpy_protocol import array_ufunc
@@ -389,7 +335,7 @@ class RemoteArray:
     ) -> Any:
         from gpuremote.client.numpy_protocol import array_function
 
-        return array_function(function, types, args, kwargs)
+        return array_function(function, args, kwargs)
 
     def __array__(
         self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
@@ -410,7 +356,7 @@ class RemoteArray:
     def _download(self) -> npt.NDArray[Any]:
         raise NotImplementedError
 
-    # -- for the package ----------------------------------------------------------------------------------------
+    # -- for the package ------------------------------------------------------------------------
 
     def _apply(self, name: str, **params: Any) -> Self:
         (result,) = issue.apply(find(name), (self,), params)

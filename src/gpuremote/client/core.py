@@ -1,5 +1,5 @@
-"""A session's core: names results, turns ops into records, keeps what may have to be sent again,
-and knows who waits for what. It never waits itself; a driver does.
+"""A session's core: issues (see ``client.issuing``), takes in what the server answers, and knows
+who waits for what. It never waits itself; a driver does.
 
 Two drivers use it unchanged: ``client.aio`` and ``client.blocking``.
 """
@@ -7,63 +7,36 @@ Two drivers use it unchanged: ``client.aio`` and ``client.blocking``.
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from gpuremote import _clock
-from gpuremote.client.current import current_stream
+from gpuremote.client.issuing import NEVER, Issuer
+from gpuremote.client.origin import describe
 from gpuremote.client.stats import SessionStats
-from gpuremote.client.waits import Origin, Wait, describe_origin, origin
+from gpuremote.client.waits import Wait
 from gpuremote.errors import (
     GpuRemoteError,
     ProtocolError,
     SessionClosed,
     error_from_wire,
 )
-from gpuremote.ops.meta import Meta, MetaTable
-from gpuremote.ops.plan import Plan, define, encode_definition
-from gpuremote.ops.spec import OpSpec
-from gpuremote.rpc.peer import Connection, Peer, Region
+from gpuremote.rpc.peer import Connection, Region
 from gpuremote.wire import caps
-from gpuremote.wire.batch import (
-    ALL_STREAMS,
-    FIRST_PLAN,
-    Op,
-    blob_record,
-    fixed_record,
-    free_record,
-)
-from gpuremote.wire.batch import PREFIX as BATCH_PREFIX
-from gpuremote.wire.frames import (
-    HEADER,
-    NUMBER,
-    Kind,
-    ResultForm,
-    message,
-    pack_info,
-    unpack_info,
-)
+from gpuremote.wire.batch import ALL_STREAMS, Op
+from gpuremote.wire.frames import NUMBER, Kind, ResultForm, message, pack_info, unpack_info
 from gpuremote.wire.state import SessionState, State, Stimulus
 
 __all__ = ["Core"]
 
-FLUSH_BYTES: Final = 48 * caps.KiB
-"""A batch of this size goes out whatever happens."""
-FLUSH_NS: Final = 200_000
-"""A batch also goes out once so many nanoseconds have passed since the last one."""
 MAX_FAILURES: Final = 256
 """Failures kept for a ``synchronize``; of more only the number is kept."""
 MAX_LINKS: Final = 4096
 """Copies to other servers whose failure is still passed on to the receiving session."""
-_EMPTY: Final = HEADER.size + BATCH_PREFIX.size
-_FREES: Final = 4096
-"""Handles per FREE record."""
 
 
-class Core:
+class Core(Issuer):
     """The client's side of one session, without a driver.
 
     Parameters
@@ -74,21 +47,8 @@ class Core:
         Frames kept per op, so that an error can say where the op was issued.
     sync : bool
         Debugging: the driver waits after every op.
-
-    Attributes
-    ----------
-    lock : threading.RLock
-        Guards everything here.
-    dead : GpuRemoteError or None
-        Why nothing can be issued any more.
-    dropped : deque of int
-        Handles of arrays that were collected; finalisers only append to it.
-    on_stall : callable
-        Set by the driver: make progress until ``peer.credit`` is positive (or raise).
-    on_output : callable
-        Set by the driver: something was left for the kernel to take later.
-    on_buffered : callable
-        Set by the driver: records lie in the buffer and nothing will send them by itself.
+    download_policy : str
+        What an implicit download does: ``"error"``, ``"warn"`` or ``"allow"``.
     """
 
     def __init__(
@@ -99,189 +59,37 @@ class Core:
         sync: bool = False,
         download_policy: str = "error",
     ) -> None:
-        self.lock = threading.RLock()
-        self.peer = Peer(self, self.lock)
+        super().__init__(self, stack_depth, sync)
         self.peer.on_lost = self.count
         self.state = SessionState()
-        self.stats = SessionStats()
-        self.metas = MetaTable()
-        self.plans: dict[Any, Plan] = {}
         self.peer_name = peer_name
         self.session = b""
         self.advertised = peer_name
         self.devices: list[Any] = []
+        self.owner: Any = None
         self.download_policy = download_policy
-        self.dead: GpuRemoteError | None = None
-        self.dropped: deque[int] = deque()
-        self.sync = sync
-        self.on_stall: Callable[[], None] = _nothing
-        self.on_output: Callable[[], None] = _nothing
-        self.on_buffered: Callable[[], None] = _nothing
+        self.draining = False
+        self.on_check = self._check
+        self.on_sync: Callable[[Wait], None] = _ignore
         self.on_deferred: Callable[[], None] = _nothing
         self.poll: Callable[[], None] = _nothing
         self.deferred: deque[int] = deque()
         self.sources: weakref.WeakSet[Core] = weakref.WeakSet()
         self._linked: dict[int, tuple[Core, int]] = {}
-        self.draining = False
-        self._stalled = False
-        self.owner: Any = None
-        self.streams = False
-        self.dropped_streams: deque[int] = deque()
-        self.dropped_events: deque[int] = deque()
-        self.on_sync: Callable[[Wait], None] = _ignore
-        self._stream = 0
-        self._depth = stack_depth
-        self._next = 1
-        self._next_plan = FIRST_PLAN
-        self._buffer = _new_buffer(1)
-        self._flush_after = 0
         self._waits: dict[int, Wait] = {}
-        self._origins: deque[tuple[int, str, Origin]] = deque()
         self._failures: dict[int, GpuRemoteError] = {}
         self._more_failures = 0
         self._farewell = Wait(0, "close")
 
-    # -- issuing ------------------------------------------------------------------------------
-
-    def call(self, plan: Plan, values: Sequence[Any]) -> int:
-        """Issue a plan call; the number that names its (first) result."""
-        with self.lock:
-            if self.dead is not None:
-                raise self.dead
-            if self.streams:
-                self._switch()
-            number = self._next
-            self._next = number + (plan.n_out or 1)
-            self._buffer += plan.layout.pack(plan.id, *values)
-            self.stats.ops += 1
-            self._origins.append((number, plan.spec.name, origin(self._depth)))
-            self._issued()
-        if self._stalled:
-            self._relieve()
-        if self.sync:
-            self._check(number, plan.spec.name)
-        return number
-
-    def _check(self, number: int, name: str) -> None:
-        """Debugging: wait until the op has run, and raise here if it failed."""
+    def _check(self) -> None:
+        """Debugging: wait until everything issued has run, and raise here what failed."""
         wait = self.ask(Op.SYNC, ALL_STREAMS, kind="debug")
         self.on_sync(wait)
         failure = self.take_failures()
         if failure is not None:
             raise failure
 
-    def record(self, op: Op, *values: int, name: str = "", blob: Any = None) -> int:
-        """Issue a record of a fixed kind; its number."""
-        number = self._record(op, values, name, blob)
-        if self._stalled:
-            self._relieve()
-        return number
-
-    def _record(self, op: Op, values: tuple[int, ...], name: str = "", blob: Any = None) -> int:
-        encoded = (
-            fixed_record(op, *values)
-            if blob is None
-            else blob_record(op, *values, blob=pack_info(blob))
-        )
-        with self.lock:
-            if self.dead is not None:
-                raise self.dead
-            if self.streams:
-                self._switch()
-            number = self._next
-            self._next = number + 1
-            self._buffer += encoded
-            if name:
-                self._origins.append((number, name, origin(self._depth)))
-            self._issued()
-        return number
-
-    def _switch(self) -> None:
-        """Name the stream for what follows, if it is another one than before."""
-        wanted = current_stream.get(_NO_STREAM).get(id(self), 0)
-        if wanted != self._stream:
-            self._stream = wanted
-            self._buffer += fixed_record(Op.STREAM_USE, wanted)
-            self._next += 1
-
-    def _issued(self) -> None:
-        """Decide whether what lies in the buffer goes out now."""
-        if len(self._buffer) >= FLUSH_BYTES or _clock.now_ns() >= self._flush_after:
-            self.flush()
-        else:
-            self.on_buffered()
-
-    def plan(
-        self,
-        key: Any,
-        spec: OpSpec,
-        operands: Sequence[Meta | str],
-        params: dict[str, Any],
-        device: int,
-    ) -> Plan:
-        """Define a plan that was not seen before, and remember it by ``key``."""
-        with self.lock:
-            if self.dead is not None:
-                raise self.dead
-            if len(self.plans) >= caps.MAX_PLANS - 1:
-                self.plans.clear()
-                self._record(Op.CLEAR_PLANS, ())
-            plan = define(self._next_plan, spec, operands, params, device, self.metas)
-            self._next_plan += 1
-            self._record(Op.DEFINE, (), blob=encode_definition(plan))
-            self.plans[key] = plan
-            self.stats.plans += 1
-        return plan
-
-    def flush(self) -> None:
-        """Send what lies in the buffer, and give back the handles that were dropped."""
-        with self.lock:
-            dropped = self.dropped
-            if self.streams:
-                self._drop_streams()
-            while True:
-                count = min(len(dropped), _FREES)
-                if count:
-                    self._buffer += free_record([dropped.popleft() for _ in range(count)])
-                    self._next += 1
-                    self.stats.freed += count
-                buffer = self._buffer
-                if len(buffer) == _EMPTY:
-                    return
-                self._buffer = _new_buffer(self._next)
-                self._flush_after = _clock.now_ns() + FLUSH_NS
-                self.stats.batches += 1
-                self._post(Kind.BATCH, buffer)
-
-    def _drop_streams(self) -> None:
-        for queue, op in (
-            (self.dropped_events, Op.EVENT_DROP),
-            (self.dropped_streams, Op.STREAM_DROP),
-        ):
-            while queue:
-                ident = queue.popleft()
-                if op is Op.STREAM_DROP and ident == self._stream:
-                    self._stream = 0  # the server falls back to the default stream as well
-                self._buffer += fixed_record(op, ident)
-                self._next += 1
-
-    def _post(self, kind: Kind, body: bytearray, **more: Any) -> Any:
-        entry = self.peer.post(kind, body, **more)
-        connection = self.peer.connection
-        if connection is None or connection.pending_output:
-            self.on_output()
-        if self.peer.credit <= 0:
-            self._stalled = True
-        return entry
-
-    def _relieve(self) -> None:
-        """The server is behind: wait until it grants credit. Called without the lock, unless
-        the caller of this package holds it."""
-        self.stats.credit_waits += 1
-        self.on_stall()
-        self._stalled = False
-
-    # -- asking -------------------------------------------------------------------------------
+    # -- asking ---------------------------------------------------------------------------------
 
     def ask(
         self,
@@ -293,7 +101,7 @@ class Core:
     ) -> Wait:
         """Issue a record that has an answer, and send everything up to it."""
         with self.lock:
-            self._flush_after = _NEVER
+            self._flush_after = NEVER
             try:
                 number = self._record(op, values, name)
             finally:
@@ -434,11 +242,6 @@ class Core:
     def on_payload_cancelled(self, token: object) -> None:
         raise ProtocolError("a server does not cancel results")
 
-    def on_executed(self, number: int) -> None:
-        origins = self._origins
-        while origins and origins[0][0] <= number:
-            origins.popleft()
-
     def executed(self) -> int:
         return 0
 
@@ -482,13 +285,13 @@ class Core:
                 self.flush()
 
     def _build(self, root: int, code: int, text: str, op: str) -> GpuRemoteError:
-        where = next((entry[2] for entry in self._origins if entry[0] == root), ())
+        where = self._origin_of(root)
         return error_from_wire(
             code,
             text,
             op=op,
             peer=self.peer_name,
-            origin=describe_origin(where) if where else None,
+            origin=describe(where) if where is not None else None,
         )
 
     def take_failures(self) -> GpuRemoteError | None:
@@ -505,7 +308,7 @@ class Core:
             first.add_note(f"{extra} more ops failed since the last wait ({names})")
         return first
 
-    # -- the end ----------------------------------------------------------------------------------
+    # -- the end --------------------------------------------------------------------------------
 
     def say_goodbye(self) -> Wait:
         """Ask the server to end the session once everything issued has been executed.
@@ -534,10 +337,8 @@ class Core:
     def die(self, error: GpuRemoteError) -> None:
         """Fail everything that waits, and everything that will be issued."""
         with self.lock:
-            if self.dead is None:
-                self.dead = error
+            self._stop(error)
             waits, self._waits = self._waits, {}
-            self._origins.clear()
             self._farewell.finish()
             for wait in waits.values():
                 wait.finish(error=error)
@@ -561,10 +362,6 @@ class Core:
         """Whether the server has yet to take half of what it allows to be on its way."""
         return self.peer.credit < caps.WINDOW_BYTES // 2
 
-    def caught_up(self) -> None:
-        """Nothing is on its way: the next record goes out at once."""
-        self._flush_after = 0
-
     def count(self, connection: Connection) -> None:
         """Add a connection's counters to the session's, when the connection ends."""
         _add(self.stats, connection)
@@ -575,6 +372,7 @@ class Core:
             found = copy.copy(self.stats)
             found.round_trips = Counter(self.stats.round_trips)
             found.records = self._next - 1
+            found.ops += len(self._origins) - self._named
             found.messages_sent = self.peer.messages_sent
             found.messages_received = self.peer.messages_received
             if self.peer.connection is not None:
@@ -591,22 +389,9 @@ def _add(stats: SessionStats, connection: Connection) -> None:
     stats.payload_copied += found.payload_copied
 
 
-_NEVER: Final = 1 << 63
-
-
-_NO_STREAM: Final[dict[int, int]] = {}
-
-
 def _nothing() -> None:
     pass
 
 
 def _ignore(wait: Wait) -> None:
     pass
-
-
-def _new_buffer(number: int) -> bytearray:
-    """An empty batch whose first record will be ``number``."""
-    buffer = bytearray(HEADER.size)
-    buffer += BATCH_PREFIX.pack(number)
-    return buffer

@@ -58,7 +58,7 @@ class Device(Generic[A]):
     def __repr__(self) -> str:
         return self.name
 
-    # -- arrays out of nothing --------------------------------------------------------------------
+    # -- arrays out of nothing ------------------------------------------------------------------
 
     def empty(self, shape: int | Shape, dtype: npt.DTypeLike = np.float64) -> A:
         """An array whose values are whatever lies in that memory."""
@@ -120,7 +120,7 @@ class Device(Generic[A]):
     def _create(self, name: str, params: Mapping[str, Any], scalars: tuple[Any, ...] = ()) -> A:
         return issue.create(self._core, self._array_type, name, self.index, params, scalars)
 
-    # -- uploads and copies -------------------------------------------------------------------------
+    # -- uploads and copies ---------------------------------------------------------------------
 
     def _upload(self, value: Any, dtype: npt.DTypeLike | None = None) -> tuple[A, Wait | None]:
         host = host_array(value, dtype)

@@ -1,5 +1,5 @@
 """From Python calls to plan calls: finds the plan of an op for these operands (or makes it),
-issues it, and wraps the results. The hot path of the client."""
+issues it, and wraps the results. Operators have a shorter way, see ``client.operators``."""
 
 from __future__ import annotations
 
@@ -21,43 +21,9 @@ if TYPE_CHECKING:
 
     A = TypeVar("A", bound=RemoteArray)
 
-__all__ = ["NO_PARAMS", "apply", "binary", "create", "inplace", "unary"]
+__all__ = ["NO_PARAMS", "apply", "create", "inplace"]
 
 NO_PARAMS: Mapping[str, Any] = {}
-
-
-def unary(spec: OpSpec, x: A) -> A:
-    """Issue an op of one array and no parameters."""
-    core, meta = x._core, x._meta
-    plan = core.plans.get((spec, meta))
-    if plan is None:
-        plan = core.plan((spec, meta), spec, (meta,), {}, meta.device)
-    outputs = plan.outputs
-    assert outputs is not None
-    return x.__class__(core, core.call(plan, (x._id,)), outputs[0])
-
-
-def binary(spec: OpSpec, x: Any, y: Any) -> Any:
-    """Issue an op of two operands, one of them an array, the other an array or a scalar.
-
-    Raises
-    ------
-    DeviceMismatch, ShapeError, DTypeError
-        At once, before anything is sent.
-    ImplicitTransfer
-        The other operand is a host array.
-    """
-    if x.__class__ is y.__class__:
-        core, first, second = x._core, x._meta, y._meta
-        plan = core.plans.get((spec, first, second))
-        if plan is not None and y._core is core:
-            return x.__class__(core, core.call(plan, (x._id, y._id)), plan.outputs[0])
-    elif y.__class__ is float:
-        core, meta = x._core, x._meta
-        plan = core.plans.get((spec, meta, "f"))
-        if plan is not None:
-            return x.__class__(core, core.call(plan, (x._id, y)), plan.outputs[0])
-    return apply(spec, (x, y))[0]
 
 
 def inplace(spec: OpSpec, x: A, *others: Any) -> A:

@@ -145,9 +145,9 @@ class Link:
             else:
                 core.state.advance(Stimulus.GRACE_OVER)
                 error = SessionLost(
-                    f"the connection to the server could not be restored within the grace period "
-                    f"of {min(self.grace, self.welcome.grace):.0f} s; open a new session (what lived in this one "
-                    "is gone)",
+                    "the connection to the server could not be restored within the grace period of "
+                    f"{min(self.grace, self.welcome.grace):.0f} s; open a new session (what lived "
+                    "in this one is gone)",
                     peer=self.name,
                 )
             core.die(error)

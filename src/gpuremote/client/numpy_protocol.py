@@ -80,9 +80,7 @@ def _reduce(
     return method(**{key: value for key, value in kwargs.items() if value is not None})
 
 
-def array_function(
-    function: Callable[..., Any], types: Sequence[type], args: Any, kwargs: Any
-) -> Any:
+def array_function(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """NEP 18: a function of the NumPy namespace on the device."""
     found = _FUNCTIONS.get(function)
     if found is None:

@@ -38,7 +38,7 @@ class Stream(AbstractContextManager["Stream"]):
         self.ident = next(_idents) & 0x7FFFFFFF
         self._tokens: list[Token[dict[int, int]]] = []
         core.record(Op.STREAM_NEW, self.ident, device.index)
-        core.streams = True
+        core.use_streams()
 
     def __enter__(self) -> Stream:
         chosen = dict(current_stream.get({}))

@@ -1,20 +1,11 @@
-"""What a program waits for, and where an op was issued."""
+"""What a program waits for."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import CodeType
-from typing import Any, Final
+from typing import Any
 
-__all__ = ["Origin", "Wait", "describe_origin", "origin"]
-
-Origin = tuple[tuple[CodeType, int], ...]
-"""Code object and instruction offset of each frame, innermost first; cheap to take."""
-
-_OWN: Final = str(Path(__file__).parent.parent) + os.sep
+__all__ = ["Wait"]
 
 
 class Wait:
@@ -64,39 +55,3 @@ class Wait:
         if self.error is not None:
             raise self.error
         return self.value
-
-
-def origin(depth: int) -> Origin:
-    """The innermost ``depth`` frames outside this package."""
-    frame = sys._getframe(2)
-    while frame.f_code.co_filename.startswith(_OWN):
-        back = frame.f_back
-        if back is None:
-            return ()
-        frame = back
-    if depth == 1:
-        return ((frame.f_code, frame.f_lasti),)
-    found = []
-    for _ in range(depth):
-        found.append((frame.f_code, frame.f_lasti))
-        back = frame.f_back
-        if back is None:
-            break
-        frame = back
-    return tuple(found)
-
-
-def describe_origin(where: Origin) -> str:
-    """Lines as in a traceback, innermost last."""
-    lines = []
-    for code, offset in reversed(where):
-        line = next(
-            (
-                position[0]
-                for index, position in enumerate(code.co_positions())
-                if index == offset // 2
-            ),
-            None,
-        )
-        lines.append(f'  File "{code.co_filename}", line {line}, in {code.co_qualname}')
-    return "\n".join(lines)

@@ -71,7 +71,7 @@ def _arange(operands: Sequence[Operand], params: Params) -> Inferred:
     dtype = dtype_param(params)
     if dtype is None:
         kinds = [kind_of(operand) for operand in operands]
-        (dtype,) = dtypes_of(lambda *values: np.result_type(*values).type(0), *kinds)
+        (dtype,) = dtypes_of(np.arange, *kinds)
     if dtype.kind not in "iuf":
         raise DTypeError(f"no range of {dtype}")
     return ((shape_param({"length": int_param(params, "length")}, "length"), dtype),)

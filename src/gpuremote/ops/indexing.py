@@ -171,8 +171,6 @@ def _array(item: Any) -> Any:
             array = array.astype(np.intp)
     if array.dtype.kind not in "biu":
         raise DTypeError(f"an index array of {array.dtype}: integers or bools are needed")
-    if array.dtype.kind == "u" and array.dtype.itemsize == 8:
-        raise DTypeError("an index array of uint64: convert it to int64")
     if isinstance(array, np.generic | np.ndarray) and not array.shape and array.dtype.kind != "b":
         return int(array)
     return np.asarray(array) if isinstance(array, np.generic) else array

@@ -177,7 +177,7 @@ def _norm(operands: Sequence[Operand], params: Params) -> Inferred:
     x = array_operand(operands)
     order = number_param(params, "ord", 2)
     axes = normal_axes(params.get("axis"), x.ndim)
-    if order in (np.inf, -np.inf) or order < 0:
+    if order in (np.inf, -np.inf):
         _refuse_no_elements(x.shape, axes)
     shape = reduced(x.shape, axes, bool_param(params, "keepdims"))
     return ((shape, dtypes_of(np.linalg.norm, x.dtype, ord=order)[0]),)

@@ -222,15 +222,13 @@ def _indices(operands: Sequence[Operand]) -> tuple[Meta, Meta]:
     if len(operands) != 2:
         raise ShapeError(f"{len(operands)} operands instead of 2")
     x, indices = array_operand(operands, 0), array_operand(operands, 1)
-    if indices.dtype.kind not in "iu" or not np.can_cast(indices.dtype, np.intp, "same_kind"):
+    if indices.dtype.kind not in "iu":
         raise DTypeError(f"indices have to be integers, not {indices.dtype}")
     return x, indices
 
 
 def _take(operands: Sequence[Operand], params: Params) -> Inferred:
     x, indices = _indices(operands)
-    if indices.dtype.itemsize == 8 and indices.dtype.kind == "u":
-        raise DTypeError("indices of dtype uint64 can't be taken: convert them to int64")
     if params.get("axis") is None:
         shape: Shape = (x.size,)
         axis = 0

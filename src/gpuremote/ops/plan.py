@@ -94,6 +94,12 @@ class Plan:
         with unknown outputs (see :func:`upper_bound_nbytes`).
     n_out : int
         Number of results.
+    step : int
+        Record numbers that a call uses: one for each result, one if there is none.
+    pack : callable
+        ``layout.pack``, to be called with the plan's id first.
+    result : Meta or None
+        The first of ``outputs``.
     plain : bool
         Every operand is an array.
     """
@@ -107,9 +113,12 @@ class Plan:
         "nbytes_out",
         "operands",
         "outputs",
+        "pack",
         "params",
         "plain",
+        "result",
         "spec",
+        "step",
     )
 
     def __init__(
@@ -134,6 +143,9 @@ class Plan:
         self.outputs = None if changing else bounds
         self.n_out = len(bounds)
         self.nbytes_out = 0 if changing or spec.view else sum(meta.nbytes for meta in bounds)
+        self.pack = self.layout.pack
+        self.step = self.n_out or 1
+        self.result = self.outputs[0] if self.outputs else None
         self.plain = not any(isinstance(o, str) for o in operands)
 
     def __repr__(self) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from gpuremote._types import Shape
 from gpuremote.errors import ShapeError
+from gpuremote.ops.meta import Meta
 from gpuremote.ops.operands import Operand, array_operand
 from gpuremote.ops.shapes import (
     bool_param,
@@ -21,13 +22,18 @@ from gpuremote.ops.shapes import (
     size_of,
 )
 from gpuremote.ops.spec import Infer, Inferred, OpSpec, Params
+from gpuremote.ops.ufuncs import refuse_complex_to_real
 
 __all__ = ["SPECS"]
 
 
-def _dtype_kwargs(params: Params) -> dict[str, Any]:
+def _dtype_kwargs(x: Meta, params: Params) -> dict[str, Any]:
     dtype = dtype_param(params)
-    return {} if dtype is None else {"dtype": dtype}
+    if dtype is None:
+        return {}
+    if dtype.kind != "b":
+        refuse_complex_to_real(x.dtype, dtype)
+    return {"dtype": dtype}
 
 
 def _refuse_empty(shape: Shape, axes: tuple[int, ...]) -> None:
@@ -44,7 +50,7 @@ def _reduction(function: Callable[..., Any], identity: bool = True) -> Infer:
         number_param(params, "correction", 0)
         if not identity:
             _refuse_empty(x.shape, axes)
-        (dtype,) = dtypes_of(function, x.dtype, **_dtype_kwargs(params))
+        (dtype,) = dtypes_of(function, x.dtype, **_dtype_kwargs(x, params))
         return ((reduced(x.shape, axes, keepdims), dtype),)
 
     return infer
@@ -73,7 +79,7 @@ def _running(function: Callable[..., Any]) -> Infer:
         at = normal_axis(0 if axis is None else axis, len(shape))
         if bool_param(params, "include_initial"):
             shape = (*shape[:at], shape[at] + 1, *shape[at + 1 :])
-        (dtype,) = dtypes_of(function, x.dtype, **_dtype_kwargs(params))
+        (dtype,) = dtypes_of(function, x.dtype, **_dtype_kwargs(x, params))
         return ((shape, dtype),)
 
     return infer

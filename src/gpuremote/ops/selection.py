@@ -45,8 +45,6 @@ def _index_operands(
     for kind, array in zip(kinds, arrays, strict=True):
         if array.dtype.kind not in ("b" if kind == "m" else "iu"):
             raise DTypeError(f"an index array of {array.dtype}: integers or bools are needed")
-        if array.dtype.kind == "u" and array.dtype.itemsize == 8:
-            raise DTypeError("an index array of uint64: convert it to int64")
     return template, ints, arrays
 
 

@@ -171,7 +171,7 @@ class Peer:
         self._delivered: list[int] = []
         self._last_pong = 0
 
-    # -- sending ---------------------------------------------------------------------------
+    # -- sending --------------------------------------------------------------------------------
 
     @property
     def credit(self) -> int:
@@ -273,7 +273,7 @@ class Peer:
         except ConnectionLost as error:
             self.lost(error)
 
-    # -- receiving -------------------------------------------------------------------------
+    # -- receiving ------------------------------------------------------------------------------
 
     def dispatch(self, incoming: Incoming) -> None:
         """Take in a message that ``connection.receive`` returned.
@@ -448,7 +448,7 @@ class Peer:
         if entry.on_delivered is not None and not entry.cancelled:
             entry.on_delivered()
 
-    # -- connections that come and go --------------------------------------------------------
+    # -- connections that come and go -----------------------------------------------------------
 
     def lost(self, error: BaseException) -> None:
         """The connection is gone; everything unacknowledged is kept for the next one."""

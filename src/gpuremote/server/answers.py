@@ -99,7 +99,7 @@ class Answers:
                 session.quota.release(nbytes)
             else:
                 storage.outgoing -= 1
-            session.stir_all()
+            session.ordering.stir()
 
         with session.lock:
             peer.post(Kind.RESULT, message(head), [Region(view)], release, arg=ResultForm.PAYLOAD)

@@ -150,7 +150,7 @@ class DeviceServer:
             ],
         }
 
-    # -- connections -----------------------------------------------------------------------------
+    # -- connections ----------------------------------------------------------------------------
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -15,7 +15,7 @@ from gpuremote.server.storage import STALLED, Failure, Slot, Storage
 if TYPE_CHECKING:
     from gpuremote.server.session import WorkerSession
 
-__all__ = ["Executable", "ready_values", "run_plan"]
+__all__ = ["Executable", "run_plan"]
 
 
 class Executable:
@@ -29,6 +29,10 @@ class Executable:
         Record numbers that a call uses.
     reserve : int
         Bytes that a call allocates at most.
+    checks : list of (int, Meta)
+        What each array operand was declared to be.
+    simple : Meta or None
+        The result of an op that makes one new array of a known shape: most ops.
     """
 
     __slots__ = (
@@ -42,6 +46,7 @@ class Executable:
         "outputs",
         "plan",
         "reserve",
+        "simple",
         "step",
         "view",
     )
@@ -59,7 +64,14 @@ class Executable:
         # A view allocates nothing; where a reshape has to copy after all it is counted then.
         self.reserve = 0 if plan.spec.view else upper_bound_nbytes(plan)
         self.function = function
-        self.checks = [operand if isinstance(operand, Meta) else None for operand in plan.operands]
+        self.checks = [
+            (position, operand)
+            for position, operand in enumerate(plan.operands)
+            if isinstance(operand, Meta)
+        ]
+        self.simple: Meta | None = None
+        if self.outputs is not None and len(self.outputs) == 1 and not self.view:
+            self.simple = self.outputs[0]
 
     @classmethod
     def from_wire(cls, blob: Any, metas: MetaTable, backend: Backend, devices: int) -> Executable:
@@ -85,87 +97,98 @@ class Executable:
             return self.plan.arguments(fields, missing)
 
 
-def ready_values(operands: list[Any]) -> Any:
-    """The operands' values; STALLED while one is not there, a Failure if one never will be."""
+def run_plan(
+    number: int, session: WorkerSession, op: Executable, operands: list[Any], outs: list[Slot]
+) -> object:
+    """Item of a stream: one call, if its operands are there (else STALLED).
+
+    A failure, of this op or of one that it depends on, poisons the results (and what an op in
+    place should have written to) and never leaves this function.
+    """
     values = []
     for operand in operands:
         if operand.__class__ is Slot:
             value = operand.value
             if value is None:
-                # The failure is read after the value: a slot that is being filled is no failure.
-                return STALLED if operand.failure is None else operand.failure
+                # Read after the value: a slot that is being filled has no failure.
+                if operand.failure is None:
+                    return STALLED
+                _poison(op, operands, outs, operand.failure)
+                return None
             values.append(value)
         else:
             values.append(operand)
-    return values
+    try:
+        for position, expected in op.checks:
+            if operands[position].meta is not expected:
+                _check_meta(operands[position].meta, expected, op)
+        if op.simple is not None:
+            _run_simple(session, op, values, outs[0])
+        elif op.inplace:
+            if operands[0].storage.outgoing:
+                return STALLED
+            op.function(values)
+        else:
+            _run_general(session, op, operands, values, outs)
+    except Exception as error:
+        _poison(op, operands, outs, session.failed(number, op.name, error))
+    session.ops_executed += 1
+    return None
 
 
-def run_plan(
+def _poison(op: Executable, operands: list[Any], outs: list[Slot], failure: Failure) -> None:
+    for slot in outs:
+        slot.poison(failure)
+    if op.inplace and isinstance(operands[0], Slot):
+        # It may have been written to in part; what it holds can't be relied on.
+        operands[0].poison(failure)
+
+
+def _run_simple(session: WorkerSession, op: Executable, values: list[Any], out: Slot) -> None:
+    """One new array of a known shape."""
+    meta = op.simple
+    assert meta is not None
+    # Counted before it is allocated; given back by the storage's end, also if the op fails.
+    storage = Storage(session.quota, meta.nbytes)
+    (result,) = op.function(values)
+    if result.shape != meta.shape or result.dtype is not meta.dtype:
+        _check_result(result, meta, op)
+    out.meta = meta
+    out.storage = storage
+    out.value = result
+
+
+def _run_general(
     session: WorkerSession, op: Executable, operands: list[Any], values: list[Any], outs: list[Slot]
 ) -> None:
-    """Execute one call whose operands are there.
-
-    Raises
-    ------
-    OutOfDeviceMemory
-        Checked before anything is allocated.
-    Exception
-        Whatever the backend raises.
-    """
-    for operand, expected in zip(operands, op.checks, strict=True):
-        if expected is not None and operand.meta is not expected:
-            _check_meta(operand.meta, expected, op)
-    if op.inplace:
-        op.function(values)
-        return
-    quota = session.quota
-    reserved = op.reserve
-    quota.reserve(reserved)
-    try:
-        results = op.function(values)
-        expected_outputs = op.outputs
-        if expected_outputs is not None and not op.view:
-            for result, meta, slot in zip(results, expected_outputs, outs, strict=True):
-                if result.shape != meta.shape or result.dtype != meta.dtype:
-                    raise InternalError(
-                        f"{op.name} gave {result.dtype}{result.shape}, its rule said {meta}"
-                    )
-                storage = Storage(quota, meta.nbytes, session.backend.storage_of(result))
-                reserved -= meta.nbytes
-                slot.fill(result, meta, storage)
-        else:
-            reserved -= _fill_views(session, op, operands, results, outs)
-    finally:
-        if reserved:
-            quota.release(reserved)
-
-
-def _fill_views(
-    session: WorkerSession, op: Executable, operands: list[Any], results: Any, outs: list[Slot]
-) -> int:
-    """Results that may share an operand's memory, or whose shape depends on values.
-
-    Returns the bytes that now belong to new storages.
-    """
+    """Several results, views, and results whose shape depends on values."""
     backend, quota = session.backend, session.quota
-    source = operands[0].storage if op.view else None
-    device = op.plan.device
-    claimed = 0
+    reservation = Storage(quota, op.reserve)
+    results = op.function(values)
+    if op.outputs is not None and not op.view:
+        storages = reservation.split([meta.nbytes for meta in op.outputs])
+        for result, meta, storage, slot in zip(results, op.outputs, storages, outs, strict=True):
+            if result.shape != meta.shape or result.dtype is not meta.dtype:
+                _check_result(result, meta, op)
+            slot.fill(result, meta, storage)
+        return
+    root = backend.storage_of(values[0]) if op.view else None
     for result, slot in zip(results, outs, strict=True):
         shape, dtype = backend.meta(result)
-        meta = session.metas.get(shape, dtype, device)
-        root = backend.storage_of(result)
-        if source is not None and root is source.root:
-            slot.fill(result, meta, source)
-            continue
-        # What the reservation covers is handed over; a copy that a view rule did not foresee
-        # (a reshape of a transposed array) is counted now.
-        covered = min(meta.nbytes, max(0, op.reserve - claimed))
-        if meta.nbytes > covered:
-            quota.reserve(meta.nbytes - covered)
-        claimed += covered
-        slot.fill(result, meta, Storage(quota, meta.nbytes, root))
-    return claimed
+        meta = session.metas.get(shape, dtype, op.plan.device)
+        if root is not None and backend.storage_of(result) is root:
+            slot.fill(result, meta, operands[0].storage)
+        else:
+            # A copy that a view rule did not foresee (a reshape of a transposed array), or the
+            # part of the upper bound that was needed.
+            del reservation
+            reservation = Storage(quota, meta.nbytes)
+            slot.fill(result, meta, reservation)
+
+
+def _check_result(result: Any, meta: Meta, op: Executable) -> None:
+    if result.shape != meta.shape or result.dtype != meta.dtype:
+        raise InternalError(f"{op.name} gave {result.dtype}{result.shape}, its rule said {meta}")
 
 
 def _check_meta(found: Meta | None, expected: Meta, op: Executable) -> None:

@@ -106,7 +106,7 @@ class PeerCopies:
             with session.lock:
                 assert slot.storage is not None
                 slot.storage.outgoing -= 1
-            session.stir_all()
+            session.ordering.stir()
 
     def _receive(self, sock: socket.socket, number: int, view: memoryview) -> None:
         failure: GpuRemoteError | None = None

@@ -26,11 +26,11 @@ from gpuremote.errors import (
 from gpuremote.ops.meta import Meta, MetaTable, check_dtype
 from gpuremote.rpc.peer import Peer
 from gpuremote.server.answers import Answers
-from gpuremote.server.execute import Executable, ready_values, run_plan
+from gpuremote.server.execute import Executable, run_plan
+from gpuremote.server.ordering import Ordering
 from gpuremote.server.storage import STALLED, Failure, Quota, Slot, Storage
-from gpuremote.server.streams import EventPoint, Stream, StreamThread
 from gpuremote.wire import caps
-from gpuremote.wire.batch import ALL_STREAMS, FIRST_PLAN, Op, decode
+from gpuremote.wire.batch import FIRST_PLAN, Op, decode
 from gpuremote.wire.frames import NUMBER, Kind
 
 __all__ = ["WorkerSession"]
@@ -67,17 +67,15 @@ class WorkerSession:
         self.peer = Peer(self, self.lock)
         self.backend = backend
         self.quota = Quota(memory_limit)
-        self.default = Stream(0, 0)
-        self.streams: dict[int, StreamThread] = {}
         self.goodbye = False
         self.metas = MetaTable()
         self.ops_executed = 0
         self.answers = Answers(self)
-        self._wake = wake
-        self._current: Stream = self.default
+        self.ordering = Ordering(self, wake)
+        self.default = self.ordering.default
+        self.streams = self.ordering.streams
         self._plans: dict[int, Executable] = {}
         self._table: dict[int, Slot] = {}
-        self._events: dict[int, EventPoint] = {}
         self._expected: dict[bytes, tuple[int, Slot, memoryview]] = {}
         self._arriving: dict[int, tuple[Slot, Any, memoryview, Storage, Meta]] = {}
         self._next = 1
@@ -88,16 +86,7 @@ class WorkerSession:
             Op.GET: self._get,
             Op.PUT: self._put,
             Op.PUT_INLINE: self._put_inline,
-            Op.SYNC: self._sync,
-            Op.STREAM_USE: self._stream_use,
-            Op.STREAM_NEW: self._stream_new,
-            Op.STREAM_DROP: self._stream_drop,
-            Op.EVENT_RECORD: self._event_record,
-            Op.EVENT_WAIT: self._event_wait,
-            Op.EVENT_QUERY: self._event_query,
-            Op.EVENT_SYNC: self._event_sync,
-            Op.EVENT_ELAPSED: self._event_elapsed,
-            Op.EVENT_DROP: self._event_drop,
+            **self.ordering.records,
             Op.META: self._meta,
             Op.CANCEL: self._cancel,
             Op.SEND_TO: self._send_to,
@@ -108,14 +97,13 @@ class WorkerSession:
         }
         self.send_to: Callable[[int, Any, Meta, dict[str, Any]], None] | None = None
 
-    # -- the peer's sink ---------------------------------------------------------------------
+    # -- the peer's sink ------------------------------------------------------------------------
 
     def on_message(self, kind: int, arg: int, body: memoryview) -> None:
         if kind == Kind.BATCH:
             self._batch(body)
         elif kind == Kind.GOODBYE:
-            self._current.queue.append((self._next, self._say_goodbye, ()))
-            self._stir(self._current)
+            self.default.queue.append((self._next, self._say_goodbye, ()))
         else:
             raise ProtocolError(f"a client does not send messages of kind {kind}")
 
@@ -153,7 +141,7 @@ class WorkerSession:
                 slot, array, view, storage, meta = waiting
                 self.backend.received(array, view)
                 slot.fill(array, meta, storage)
-        self.stir_all()
+        self.ordering.stir()
 
     def on_payload_cancelled(self, token: object) -> None:
         assert isinstance(token, list)
@@ -164,23 +152,15 @@ class WorkerSession:
             waiting = self._arriving.pop(number, None)
             if waiting is not None:
                 waiting[0].poison(Failure.of(number, "put", error))
-        self.stir_all()
+        self.ordering.stir()
 
     def on_executed(self, number: int) -> None:
         """A client executes nothing."""
 
     def executed(self) -> int:
-        done = self._next - 1
-        for stream in (self.default, *self.streams.values()):
-            queue = stream.queue
-            if queue:
-                try:
-                    done = min(done, queue[0][0] - 1)
-                except IndexError:
-                    pass  # its thread took the last one between the two looks
-        return done
+        return self.ordering.executed(self._next - 1)
 
-    # -- records -------------------------------------------------------------------------------
+    # -- records --------------------------------------------------------------------------------
 
     def _batch(self, body: memoryview) -> None:
         table = self._table
@@ -201,52 +181,21 @@ class WorkerSession:
                 f"more than {caps.MAX_HANDLES} arrays in one session; drop some of them"
             )
         if self.streams:
-            for stream in self.streams.values():
-                if stream.queue:
-                    stream.wake()
+            self.ordering.wake_threads()
         self._regulate()
 
     def _call(
         self, number: int, op: Executable, values: tuple[Any, ...], table: dict[int, Slot]
     ) -> None:
-        stream = self._current
+        stream = self.ordering.current
         operands = op.operands(values, table, self.slot)
-        outs = []
-        for handle in range(number, number + op.n_out):
-            slot = table[handle] = Slot(stream.ident)
-            outs.append(slot)
-        stream.queue.append((number, self._run_plan, (op, operands, outs)))
-
-    def _run_plan(
-        self, number: int, op: Executable, operands: list[Any], outs: list[Slot]
-    ) -> object:
-        values = ready_values(operands)
-        if values is STALLED:
-            return STALLED
-        if isinstance(values, Failure):
-            for slot in outs:
-                slot.poison(values)
-            if op.inplace:
-                self._spoil(operands[0], values)
-            return None
-        if op.inplace and operands[0].storage.outgoing:
-            return STALLED
-        try:
-            run_plan(self, op, operands, values, outs)
-        except Exception as error:
-            failure = self.failed(number, op.name, error)
-            for slot in outs:
-                slot.poison(failure)
-            if op.inplace:
-                self._spoil(operands[0], failure)
-        self.ops_executed += 1
-        return None
-
-    @staticmethod
-    def _spoil(slot: object, failure: Failure) -> None:
-        """An op that should have written to ``slot`` failed: what it holds can't be relied on."""
-        if isinstance(slot, Slot):
-            slot.poison(failure)
+        if op.n_out == 1:
+            slot = table[number] = Slot()
+            outs = [slot]
+        else:
+            outs = [Slot() for _ in range(op.n_out)]
+            table.update(zip(range(number, number + op.n_out), outs, strict=True))
+        stream.queue.append((number, run_plan, (self, op, operands, outs)))
 
     def failed(self, number: int, op: str, error: Exception) -> Failure:
         """Tell the client that record ``number`` failed, and give what poisons its results."""
@@ -260,7 +209,7 @@ class WorkerSession:
         """The slot of a handle; a handle that is not there gives a poisoned one."""
         found = self._table.get(handle)
         if found is None:
-            found = Slot(0)
+            found = Slot()
             error = InvalidHandle(f"array {handle} was freed, or never existed in this session")
             found.poison(Failure.of(handle, "handle", error))
         return found
@@ -281,7 +230,7 @@ class WorkerSession:
             self._table.pop(handle, None)
 
     def _queue(self, number: int, function: Callable[..., Any], *arguments: Any) -> None:
-        self._current.queue.append((number, function, arguments))
+        self.ordering.current.queue.append((number, function, arguments))
 
     def _get(self, number: int, handle: int) -> None:
         self._queue(number, self.answers.send_array, self.slot(handle))
@@ -294,19 +243,14 @@ class WorkerSession:
 
     def _announced(self, number: int, op: str, shape: Any, dtype: Any, device: Any) -> Slot:
         """A slot for bytes that come from outside; poisoned if they can't be taken."""
-        slot = self._table[number] = Slot(self._current.ident)
+        slot = self._table[number] = Slot()
         meta = self._checked_meta(shape, dtype, device)
         try:
-            self.quota.reserve(meta.nbytes)
-            try:
-                array = self.backend.empty(meta.shape, meta.dtype, meta.device)
-            except BaseException:
-                self.quota.release(meta.nbytes)
-                raise
+            storage = Storage(self.quota, meta.nbytes)
+            array = self.backend.empty(meta.shape, meta.dtype, meta.device)
         except Exception as error:
             slot.poison(self.failed(number, op, error))
             return slot
-        storage = Storage(self.quota, meta.nbytes, self.backend.storage_of(array))
         view = self.backend.receive_view(array)
         self._arriving[number] = (slot, array, view, storage, meta)
         return slot
@@ -363,7 +307,7 @@ class WorkerSession:
     def _copy(self, number: int, handle: int, device: int) -> None:
         if device >= self._devices:
             raise ProtocolError(f"device {device} does not exist")
-        out = self._table[number] = Slot(self._current.ident)
+        out = self._table[number] = Slot()
         self._queue(number, self._run_copy, self.slot(handle), out, device)
 
     def _run_copy(self, number: int, source: Slot, out: Slot, device: int) -> object:
@@ -375,19 +319,14 @@ class WorkerSession:
         assert source.meta is not None
         meta = self.metas.get(source.meta.shape, source.meta.dtype, device)
         try:
-            self.quota.reserve(meta.nbytes)
-            try:
-                array = self.backend.copy_to_device(source.value, device)
-            except BaseException:
-                self.quota.release(meta.nbytes)
-                raise
-            out.fill(array, meta, Storage(self.quota, meta.nbytes, self.backend.storage_of(array)))
+            storage = Storage(self.quota, meta.nbytes)
+            out.fill(self.backend.copy_to_device(source.value, device), meta, storage)
         except Exception as error:
             out.poison(self.failed(number, "copy_to", error))
         self.ops_executed += 1
         return None
 
-    # -- copies from and to other servers --------------------------------------------------------
+    # -- copies from and to other servers -------------------------------------------------------
 
     def _send_to(self, number: int, handle: int, blob: Any) -> None:
         match blob:
@@ -403,7 +342,7 @@ class WorkerSession:
             with self.lock:
                 self.answers.report(slot.failure._replace(number=number))
             return None
-        assert slot.meta is not None and slot.storage is not None
+        assert slot.meta is not None
         if self.send_to is None:
             raise InternalError("this worker can't send to other servers")
         self.send_to(number, slot, slot.meta, target)
@@ -435,124 +374,13 @@ class WorkerSession:
             waiting = self._arriving.pop(number, None)
             if waiting is not None:
                 waiting[0].poison(self.failed(number, "copy_to", error))
-            self.stir_all()
+            self.ordering.stir()
 
-    # -- streams and events ------------------------------------------------------------------------
-
-    def _stream(self, ident: int) -> Stream:
-        if ident == 0:
-            return self.default
-        stream = self.streams.get(ident)
-        if stream is None:
-            raise ProtocolError(f"stream {ident} does not exist")
-        return stream
-
-    def _stream_use(self, number: int, ident: int) -> None:
-        self._current = self._stream(ident)
-
-    def _stream_new(self, number: int, ident: int, device: int) -> None:
-        if ident == 0 or ident in self.streams or len(self.streams) >= caps.MAX_STREAMS:
-            raise ProtocolError(f"stream {ident} can't be made ({len(self.streams)} exist)")
-        if device >= self._devices:
-            raise ProtocolError(f"device {device} does not exist")
-        native = self.backend.create_stream(device)
-        self.streams[ident] = StreamThread(
-            ident, device, native, lambda: self.backend.activate(native), self.stir_all
-        )
-
-    def _stream_drop(self, number: int, ident: int) -> None:
-        stream = self.streams.pop(ident, None)
-        if stream is None:
-            raise ProtocolError(f"stream {ident} does not exist")
-        if self._current is stream:
-            self._current = self.default
-        stream.close()
-
-    def _event_record(self, number: int, event: int) -> None:
-        if len(self._events) >= caps.MAX_EVENTS and event not in self._events:
-            raise LimitExceeded(f"more than {caps.MAX_EVENTS} events in one session")
-        point = self._events[event] = EventPoint(self._current.ident)
-        self._queue(number, self._run_record, point, self._current)
-
-    def _run_record(self, number: int, point: EventPoint, stream: Stream) -> None:
-        point.reach(self.backend.record(stream.native))
-        self.stir_all()
-
-    def _point(self, event: int) -> EventPoint | None:
-        """The latest recording; an event that was never recorded counts as reached (CUDA)."""
-        return self._events.get(event)
-
-    def _event_wait(self, number: int, event: int) -> None:
-        point = self._point(event)
-        if point is not None:
-            self._queue(number, self._run_wait, point, self._current)
-
-    def _run_wait(self, number: int, point: EventPoint, stream: Stream) -> object:
-        if not point.reached:
-            return STALLED
-        self.backend.wait(stream.native, point.mark)
-        return None
-
-    def _event_query(self, number: int, event: int) -> None:
-        point = self._point(event)
-        reached = point is None or (point.reached and self.backend.reached(point.mark))
-        self.answers.info(number, reached)
-
-    def _event_sync(self, number: int, event: int) -> None:
-        point = self._point(event)
-        if point is None:
-            self.answers.info(number, True)
-        else:
-            stream = self.default if point.stream == 0 else self.streams.get(point.stream)
-            queue = (stream or self.default).queue
-            queue.append((number, self._run_event_sync, (point,)))
-
-    def _run_event_sync(self, number: int, point: EventPoint) -> object:
-        if not point.reached:
-            return STALLED
-        self.backend.synchronize_event(point.mark)
-        with self.lock:
-            self.answers.info(number, True)
-        return None
-
-    def _event_elapsed(self, number: int, start: int, end: int) -> None:
-        first, last = self._point(start), self._point(end)
-        if first is None or last is None or not (first.reached and last.reached):
-            self.answers.info(number, None)
-            return
-        measured = self.backend.elapsed(first.mark, last.mark)
-        self.answers.info(
-            number, measured if measured is not None else (last.when - first.when) / 1e6
-        )
-
-    def _event_drop(self, number: int, event: int) -> None:
-        self._events.pop(event, None)
-
-    def _sync(self, number: int, ident: int) -> None:
-        streams = (
-            [self.default, *self.streams.values()]
-            if ident == ALL_STREAMS
-            else [self._stream(ident)]
-        )
-        left = [len(streams)]
-        for stream in streams:
-            stream.queue.append((number, self._run_sync, (stream, left)))
-
-    def _run_sync(self, number: int, stream: Stream, left: list[int]) -> None:
-        self.backend.synchronize(stream.native)
-        with self.lock:
-            left[0] -= 1
-            if left[0] == 0:
-                self.answers.info(number, True)
-
-    # -- flow ------------------------------------------------------------------------------------
+    # -- flow -----------------------------------------------------------------------------------
 
     def _regulate(self) -> None:
         """Grant credit only while the backlog is small."""
-        backlog = len(self.default.queue)
-        for stream in self.streams.values():
-            backlog += len(stream.queue)
-        held = backlog > caps.MAX_BACKLOG
+        held = self.ordering.backlog > caps.MAX_BACKLOG
         if held != self.peer.held:
             self.peer.held = held
             if not held:
@@ -565,17 +393,7 @@ class WorkerSession:
             with self.lock:
                 self._regulate()
         if self.streams:
-            self.stir_all()
-
-    def stir_all(self) -> None:
-        """Something changed that a stalled stream may wait for."""
-        for stream in list(self.streams.values()):
-            stream.wake()
-        self._wake()
-
-    def _stir(self, stream: Stream) -> None:
-        if isinstance(stream, StreamThread):
-            stream.wake()
+            self.ordering.stir()
 
     def _say_goodbye(self, number: int) -> object:
         if any(stream.queue for stream in self.streams.values()) or self._arriving:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from gpuremote.errors import GpuRemoteError, OutOfDeviceMemory
@@ -68,43 +69,58 @@ class Quota:
 class Storage:
     """One allocation, shared by an array and its views; its bytes go back with the last of them.
 
+    Made before the memory itself, so that nothing is allocated that is not counted.
+
     Attributes
     ----------
-    root : object
-        The backend's identity of the allocation.
     outgoing : int
         Transfers that still read this memory; an op that writes to it waits for them.
+
+    Raises
+    ------
+    OutOfDeviceMemory
+        ``nbytes`` do not fit in the quota.
     """
 
-    __slots__ = ("_nbytes", "_quota", "outgoing", "root")
+    __slots__ = ("_nbytes", "_quota", "outgoing")
 
-    def __init__(self, quota: Quota, nbytes: int, root: Any) -> None:
+    def __init__(self, quota: Quota, nbytes: int) -> None:
+        self._nbytes = 0
         self._quota = quota
-        self._nbytes = nbytes
-        self.root = root
         self.outgoing = 0
+        quota.reserve(nbytes)
+        self._nbytes = nbytes
+
+    def split(self, sizes: Sequence[int]) -> list[Storage]:
+        """Hand the bytes over to one storage for each of ``sizes``."""
+        parts = []
+        for nbytes in sizes:
+            part = Storage(self._quota, 0)
+            part._nbytes = nbytes
+            self._nbytes -= nbytes
+            parts.append(part)
+        return parts
 
     def __del__(self) -> None:
-        self._quota.release(self._nbytes)
+        if self._nbytes:
+            self._quota.release(self._nbytes)
 
 
 class Slot:
     """What a handle names: a value, or the failure in its place, or neither yet."""
 
-    __slots__ = ("failure", "meta", "storage", "stream", "value")
+    __slots__ = ("failure", "meta", "storage", "value")
 
     value: Any
     storage: Storage | None
     meta: Meta | None
     failure: Failure | None
 
-    def __init__(self, stream: int) -> None:
+    def __init__(self) -> None:
         self.value = None
         self.storage = None
         self.meta = None
         self.failure = None
-        self.stream = stream
-        """The stream that fills it."""
 
     @property
     def pending(self) -> bool:

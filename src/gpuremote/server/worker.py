@@ -14,7 +14,7 @@ import select
 import socket
 import sys
 import threading
-import time
+import traceback
 from typing import Any, Final
 
 from gpuremote import _clock
@@ -64,7 +64,7 @@ class Worker:
         self._attached = threading.Event()
         self._ended = threading.Event()
 
-    # -- main thread ---------------------------------------------------------------------------
+    # -- main thread ----------------------------------------------------------------------------
 
     def run(self) -> None:
         """Serve until the session is over."""
@@ -181,7 +181,7 @@ class Worker:
     def _wake(self) -> None:
         os.eventfd_write(self._wake_main, 1)
 
-    # -- control thread --------------------------------------------------------------------------
+    # -- control thread -------------------------------------------------------------------------
 
     def _control(self) -> None:
         poller = select.poll()
@@ -305,15 +305,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--software", default="gpuremote")
     options = parser.parse_args(arguments)
     channel = socket.socket(fileno=options.channel)
-    started = time.monotonic()
+    code = 0
     try:
-        Worker(channel, options).run()
+        worker = Worker(channel, options)
+        with worker.backend.activate(None):
+            worker.run()
     except KeyboardInterrupt:
         pass  # Ctrl-C reaches the whole foreground group; the daemon decides what to do
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     finally:
         sys.stderr.flush()
         # Threads may be inside ops that never end; nothing of this process is worth waiting for.
-        os._exit(0 if time.monotonic() >= started else 1)
+        os._exit(code)
 
 
 if __name__ == "__main__":

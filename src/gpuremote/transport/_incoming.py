@@ -1,8 +1,9 @@
-"""Messages that arrive over a TCP connection. Private."""
+"""Messages that arrive over a stream. Private."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Final
 
 from gpuremote.errors import InternalError, InvalidBuffer
@@ -17,12 +18,11 @@ _IOV: Final = 256
 class Message(Incoming):
     """A message without payload."""
 
-    __slots__ = ("header", "received", "sizes")
+    sizes = ()
+    received = 0
 
     def __init__(self, header: memoryview) -> None:
         self.header = header
-        self.sizes = ()
-        self.received = 0
 
     def into(
         self, buffers: Sequence[memoryview], done: Callable[[Incoming], None] | None = None
@@ -40,40 +40,50 @@ class Message(Incoming):
 class Payload(Incoming):
     """A message with regions, and where they go.
 
+    Parameters
+    ----------
+    header : memoryview
+    sizes : tuple of int
+    channel : int
+        On which the bytes come.
+    untouched : callable
+        Returns when no other thread is writing to the buffers.
+
     Attributes
     ----------
     left : int
         Payload bytes that have not arrived.
     undecided : bool
-        Whether neither ``into`` nor ``discard`` was called.
-    done : callable or None
-        To be called when nothing is left.
+        Whether ``into`` or ``discard`` has yet to be called.
     """
 
-    __slots__ = ("_offset", "_total", "_untouched", "_views", "done", "header", "left",
-                 "sizes", "undecided")
-
     def __init__(
-        self, header: memoryview, sizes: tuple[int, ...], untouched: Callable[[], None]
+        self,
+        header: memoryview,
+        sizes: tuple[int, ...],
+        channel: int,
+        untouched: Callable[[], None],
     ) -> None:
         self.header = header
         self.sizes = sizes
-        self.left = self._total = sum(sizes)
-        self.done: Callable[[Incoming], None] | None = None
+        self.channel = channel
+        self.received = 0
+        self.left = sum(sizes)
         self.undecided = self.left > 0
+        self._placed = False
         # Views not filled yet, last first; None: what comes is dropped.
         self._views: list[memoryview] | None = None
         self._offset = 0
         self._untouched = untouched
-
-    @property
-    def received(self) -> int:  # type: ignore[override]
-        return self._total - self.left
+        # Another thread may discard while the receiving one completes: one of them reports.
+        self._lock = Lock()
+        self._done: Callable[[Incoming], None] | None = None
+        self._reported = False
 
     def into(
         self, buffers: Sequence[memoryview], done: Callable[[Incoming], None] | None = None
     ) -> None:
-        if not self.undecided and self._total:
+        if self._placed:
             raise InternalError("where this payload goes was already said")
         if len(buffers) != len(self.sizes):
             raise InvalidBuffer(f"{len(buffers)} buffers for a payload of {len(self.sizes)}")
@@ -88,22 +98,26 @@ class Payload(Incoming):
                 if view.readonly:
                     raise InvalidBuffer(f"buffer {number} is read-only")
                 views.append(view)
-        self.undecided = False
         views.reverse()
         self._settle(views, done)
 
     def discard(self, done: Callable[[Incoming], None] | None = None) -> None:
-        self.undecided = False
         self._settle(None, done)
         self._untouched()
 
     def _settle(
         self, views: list[memoryview] | None, done: Callable[[Incoming], None] | None
     ) -> None:
-        if self.left:
-            self._views = views
-            self.done = done
-        elif done is not None:
+        with self._lock:
+            if self.left:
+                self._views = views
+                self._done = done
+                done = None
+            elif self._reported:
+                done = None
+            self._placed = True
+            self.undecided = False
+        if done is not None:
             done(self)
 
     # -- for the connection ------------------------------------------------------------------
@@ -115,10 +129,10 @@ class Payload(Incoming):
     def release(self) -> None:
         """Let go of the buffers and the callback."""
         self._views = None
-        self.done = None
+        self._done = None
 
     def targets(self, limit: int) -> list[memoryview] | None:
-        """Where the next ``limit`` bytes go; None if they are dropped."""
+        """Where the next ``limit`` bytes, or some of them, go; None if they are dropped."""
         views = self._views
         if views is None:
             return None
@@ -138,27 +152,38 @@ class Payload(Incoming):
         return out
 
     def advance(self, count: int) -> None:
-        """``count`` bytes arrived (in their place, if they have one)."""
-        self.left -= count
+        """``count`` bytes arrived, and are in their place if they have one."""
         views = self._views
-        if views is None:
-            return
-        offset = self._offset + count
-        while views and offset >= views[-1].nbytes:
-            offset -= views.pop().nbytes
-        self._offset = offset
+        if views is not None:
+            offset = self._offset + count
+            while views and offset >= views[-1].nbytes:
+                offset -= views.pop().nbytes
+            self._offset = offset
+        with self._lock:
+            self.received += count
+            self.left -= count
+
+    def report(self) -> None:
+        """Every byte arrived: say so, once."""
+        with self._lock:
+            done, self._done = self._done, None
+            self._views = None
+            self._reported = done is not None
+        if done is not None:
+            done(self)
 
     def put(self, source: memoryview) -> int:
         """Copy ``source``, the next bytes, to their place; returns how many had one."""
-        targets = self.targets(source.nbytes)
-        if targets is None:
-            self.advance(source.nbytes)
-            return 0
-        copied = 0
-        for target in targets:
-            target[:] = source[copied : copied + target.nbytes]
-            copied += target.nbytes
-        self.advance(copied)
-        if copied < source.nbytes:
-            copied += self.put(source[copied:])
-        return copied
+        put = 0
+        while put < source.nbytes:
+            targets = self.targets(source.nbytes - put)
+            if targets is None:
+                break
+            before = put
+            for target in targets:
+                target[:] = source[put : put + target.nbytes]
+                put += target.nbytes
+            self.advance(put - before)
+        if put < source.nbytes:
+            self.advance(source.nbytes - put)
+        return put

@@ -7,11 +7,14 @@ nearly half of the throughput (and of the CPU per byte) inside one host or one r
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
+import sys
+import termios
 from typing import Final
 
-__all__ = ["choose", "round_trip"]
+__all__ = ["choose", "current", "round_trip", "unacknowledged"]
 
 SHORT_WAY: Final = 0.005
 """Seconds of round trip below which both ends are taken to be in one network."""
@@ -34,6 +37,17 @@ def round_trip(sock: socket.socket) -> float | None:
         return None
     microseconds: int = _RTT.unpack(info)[0]
     return microseconds / 1e6 if microseconds else None
+
+
+def unacknowledged(sock: socket.socket) -> int:
+    """Bytes that the kernel holds because the peer's has not got them; 0 where unknown."""
+    if sys.platform != "linux":
+        return 0
+    try:
+        answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4)
+    except OSError:
+        return 0
+    return int.from_bytes(answer, sys.byteorder)
 
 
 def current(sock: socket.socket) -> str:

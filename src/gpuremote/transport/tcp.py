@@ -7,44 +7,43 @@ memory; only what arrives together with a header is copied once (``stats.payload
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import socket
 import struct
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Final
 
 from gpuremote import _clock
 from gpuremote._types import BytesLike
-from gpuremote.errors import (
-    ConnectionFailed,
-    ConnectionLost,
-    InternalError,
-    LimitExceeded,
-    ProtocolError,
-)
+from gpuremote.errors import ConnectionLost, InternalError, LimitExceeded, ProtocolError
 from gpuremote.transport import congestion
 from gpuremote.transport._framing import (
     DATA,
     FRAME,
+    MAX_CHUNK,
     MAX_HEADER,
     MAX_REGIONS,
     MESSAGE,
-    OPEN,
     check_frame,
     decode_sizes,
-    encode_sizes,
 )
 from gpuremote.transport._incoming import Message, Payload
+from gpuremote.transport._outgoing import Buffer, Outbox
+from gpuremote.transport._sockets import addresses, join_address, open_tcp, tune
 from gpuremote.transport.base import Connection, Incoming, Region, TransportStats, flat_view
 
-__all__ = ["MAX_HEADER", "MAX_REGIONS", "TcpConnection", "open_tcp", "pair", "tune"]
+__all__ = [
+    "MAX_HEADER",
+    "MAX_REGIONS",
+    "TcpConnection",
+    "join_address",
+    "open_tcp",
+    "pair",
+    "tune",
+]
 
-CHUNK: Final = 1 << 20
-"""Payload bytes of one DATA frame: what a control message waits for at most."""
 BURST: Final = 8 << 20
 """Bytes handed over by one step, so that a fast peer does not keep the caller in it."""
 BUFFER: Final = 256 << 10
@@ -56,65 +55,11 @@ SMALL: Final = 16 << 10
 BLOCKING_WAIT: Final = 1.0
 """Seconds that a plain blocking receive waits."""
 
-_IOV: Final = 512
 _PREFIX: Final = FRAME.size
-_CHANNELS: Final = 65536
-_NOW: Final = socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0)
+_NOW: Final = int(socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0))
 
 _pack = FRAME.pack
 _unpack_from = FRAME.unpack_from
-_Buffer = bytes | bytearray | memoryview
-
-
-class _Frame:
-    """A MESSAGE or OPEN frame that waits to be sent."""
-
-    __slots__ = ("done", "parts")
-
-    def __init__(self, parts: list[_Buffer], done: Callable[[], None] | None) -> None:
-        self.parts = parts
-        self.done = done
-
-
-class _Stream:
-    """Payload that waits to be sent on its channel."""
-
-    __slots__ = ("channel", "done", "left", "offset", "views")
-
-    def __init__(
-        self, channel: int, views: list[memoryview], left: int, done: Callable[[], None] | None
-    ) -> None:
-        self.channel = channel
-        self.views = views  # last first
-        self.left = left
-        self.offset = 0
-        self.done = done
-
-    def chunk(self, out: list[_Buffer]) -> int:
-        """Append a DATA frame to ``out``; returns its payload bytes."""
-        head = len(out)
-        out.append(b"")
-        size = 0
-        views, offset = self.views, self.offset
-        room = _IOV - len(out)
-        while views and size < CHUNK and room:
-            view = views[-1]
-            rest = view.nbytes - offset
-            if rest <= CHUNK - size:
-                out.append(view[offset:] if offset else view)
-                size += rest
-                offset = 0
-                views.pop()
-            else:
-                take = CHUNK - size
-                out.append(view[offset : offset + take])
-                size += take
-                offset += take
-            room -= 1
-        self.offset = offset
-        self.left -= size
-        out[head] = _pack(size, DATA, 0, self.channel)
-        return size
 
 
 class TcpConnection(Connection):
@@ -126,9 +71,18 @@ class TcpConnection(Connection):
         TCP or AF_UNIX, connected; not tuned here (see :func:`tune`).
     blocking : bool
         True if a thread waits in ``receive``: the socket stays blocking, and waiting for a
-        message is one system call. False for an event loop.
+        message is one system call (of 1 s at most, however long ``wait`` is). False for an
+        event loop.
     reason : str
         What :func:`tune` said.
+
+    Notes
+    -----
+    Where an exception comes out of a step that is not one of the contract (KeyboardInterrupt
+    from a signal, say), nobody knows how many bytes went through: the connection is aborted.
+
+    ``abort`` and ``Incoming.discard``, called by any thread, return when no other thread is
+    reading or writing lent memory any more.
     """
 
     name = "tcp"
@@ -136,7 +90,7 @@ class TcpConnection(Connection):
     def __init__(self, sock: socket.socket, *, blocking: bool, reason: str = "") -> None:
         self.stats = TransportStats()
         self.reason = reason
-        self.local_address, self.peer_address = _addresses(sock)
+        self.local_address, self.peer_address = addresses(sock)
         self._sock = sock
         self._blocking = blocking
         if blocking:
@@ -148,60 +102,55 @@ class TcpConnection(Connection):
             sock.setblocking(False)
         self._closed = False
         # Sending side; touched by the sending thread only.
-        self._tx_thread = 0
+        self._tx_busy = False
+        self._tx_touching = 0  # the thread that is reading lent memory
         self._tx_failure: ConnectionLost | None = None
-        self._pending = False
-        self._pumping = False
-        self._frames: deque[_Frame] = deque()
-        self._streams: deque[_Stream] = deque()
-        self._out: list[_Buffer] = []
-        self._out_size = 0
-        self._out_payload = 0
-        self._out_done: list[Callable[[], None]] = []
-        self._next_channel = 0
-        self._channels_out: set[int] = set()
+        self._calling = False
+        self._outbox = Outbox()
         # Receiving side; touched by the receiving thread only.
-        self._rx_thread = 0
-        self._rx_touching = False
+        self._rx_busy = False
+        self._rx_touching = 0  # the thread that is writing to lent memory
         self._rx_failure: ConnectionLost | ProtocolError | None = None
         self._poll: select.poll | None = None
         self._rx = memoryview(bytearray(BUFFER))
         self._rx_idle = self._rx[:IDLE]
         self._rx_prefix = self._rx[:_PREFIX]
-        self._start = 0
-        self._end = 0
-        self._large: memoryview | None = None
-        self._chunk = 0
-        self._target: Payload | None = None
+        self._start = 0  # what the buffer holds begins here
+        self._end = 0  # and ends here
+        self._large: memoryview | None = None  # in place of the buffer, for one large header
+        self._chunk = 0  # bytes missing of the DATA frame under way
+        self._target: Payload | None = None  # and where they belong
         self._channels: dict[int, Payload] = {}
-        self._question: Payload | None = None
-
-    # -- what both sides need ------------------------------------------------------------------
+        self._question: Payload | None = None  # was into() called?
 
     def fileno(self) -> int:
         return self._sock.fileno()
 
     @property
     def pending_output(self) -> bool:
-        return self._pending
+        return self._outbox.pending
 
     @property
     def closed(self) -> bool:
         return self._closed
 
     def describe(self) -> dict[str, object]:
-        found = super().describe()
-        found["congestion"] = congestion.current(self._sock)
-        return found
+        return {**super().describe(), "congestion": congestion.current(self._sock)}
+
+    # -- the end -------------------------------------------------------------------------------
 
     def close(self, timeout: float = 1.0) -> None:
         if self._closed:
             return
-        if not self._flush_until(_clock.now() + timeout):
+        deadline = _clock.now() + timeout
+        if not self._flush_until(deadline):
             self.abort()
             return
         self._closed = True
         with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+            if not self._rx_busy:
+                self._drain(deadline)
             self._sock.shutdown(socket.SHUT_RDWR)
         self._release()
 
@@ -213,9 +162,22 @@ class TcpConnection(Connection):
                 left = deadline - _clock.now()
                 if left <= 0 or not poll.poll(left * 1000):
                     return False
-        except (OSError, ConnectionLost):
+        except (OSError, ValueError):
             return False
         return True
+
+    def _drain(self, deadline: float) -> None:
+        """Drop what came and was not read, as long as the peer lacks some of our bytes.
+
+        Closing a socket with unread input resets it, which loses what the peer's kernel has
+        not taken yet.
+        """
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        while poll.poll(0) and congestion.unacknowledged(self._sock) and _clock.now() < deadline:
+            if not self._sock.recv_into(self._rx, 0, _NOW):
+                return
+            poll.poll(1)
 
     def abort(self) -> None:
         if not self._closed:
@@ -231,30 +193,29 @@ class TcpConnection(Connection):
         self._release()
 
     def _release(self) -> None:
-        """Give back what no thread is using at the moment; the user does it for the rest."""
-        me = get_ident()
+        """Give everything back, except what a thread in a step still needs: it comes here
+        itself when it leaves the step."""
         self._wait_untouched()
-        if self._tx_thread in (0, me):
-            self._frames = deque()
-            self._streams = deque()
-            self._out = []
-            self._out_done = []
-            self._pending = False
+        if not self._tx_busy:
+            self._outbox = Outbox()
         for payload in list(self._channels.values()):
             payload.release()
-        if self._rx_thread in (0, me) and self._tx_thread in (0, me):
-            # Not under the feet of a thread in a system call: the number could be in use for
-            # another file before that thread reads it.
+        if not self._tx_busy and not self._rx_busy:
+            # Never under a thread that is about to enter a system call: by then the number
+            # could stand for another file.
             self._sock.close()
 
     def _wait_untouched(self) -> None:
-        """Return when no other thread reads or writes lent memory (it takes microseconds)."""
+        """Return when no other thread reads or writes lent memory; it takes microseconds, as
+        no call waits while it has such memory."""
         me = get_ident()
-        deadline = _clock.now() + BLOCKING_WAIT
-        while (self._rx_touching and self._rx_thread not in (0, me)) or (
-            self._closed and self._tx_thread not in (0, me)
+        deadline = 0.0
+        while self._rx_touching not in (0, me) or (
+            self._closed and self._tx_touching not in (0, me)
         ):
-            if _clock.now() > deadline:
+            if not deadline:
+                deadline = _clock.now() + BLOCKING_WAIT
+            elif _clock.now() > deadline:
                 return
             time.sleep(0)
 
@@ -269,251 +230,210 @@ class TcpConnection(Connection):
         regions: Sequence[Region] = (),
         done: Callable[[], None] | None = None,
     ) -> None:
-        if self._tx_failure is not None:
-            raise self._tx_failure
-        if isinstance(header, memoryview):
+        if type(header) is memoryview:
             header = flat_view(header)
         size = len(header)
-        if size > MAX_HEADER:
-            raise LimitExceeded(f"a message header of {size} bytes; at most {MAX_HEADER} are sent")
-        if regions:
-            self._queue_payload(header, size, regions, done)
-        elif self._pending or self._pumping or size > SMALL:
-            self._queue([_pack(size, MESSAGE, 0, 0), header], done)
-        else:
-            self._send_small(header, size, done)
+        outbox = self._outbox
+        if regions or size > SMALL or outbox.pending or self._calling:
+            self._send_queued(header, size, regions, done)
             return
-        if not self._pumping:
-            self._pump()
-
-    def _send_small(
-        self, header: BytesLike, size: int, done: Callable[[], None] | None
-    ) -> None:
-        frame = _pack(size, MESSAGE, 0, 0) + header
-        self._tx_thread = get_ident()
+        self._tx_busy = True
         try:
             if self._closed:
                 raise self._gone()
-            sent = self._sock.send(frame, _NOW)
+            sent = self._sock.send(_pack(size, MESSAGE, 0, 0) + header, _NOW)
         except BlockingIOError:
             sent = 0
-        except OSError as error:
-            raise self._broken(error) from error
+        except BaseException as error:
+            raise self._broken(error) from None
         finally:
-            self._tx_thread = 0
+            self._tx_busy = False
             if self._closed:
                 self._release()
         stats = self.stats
         stats.sends += 1
         stats.messages_sent += 1
         stats.bytes_sent += sent
-        if sent == size + _PREFIX:
-            if done is not None:
-                self._call([done])
-        else:
-            # Only the frame's own bytes are kept; the message stays where the caller has it.
-            stats.messages_sent -= 1
-            if sent < _PREFIX:
-                self._queue([frame[sent:_PREFIX], header], done)
-            else:
-                self._queue([memoryview(header)[sent - _PREFIX :]], done)
+        if sent != size + _PREFIX:
+            self._keep_rest(header, size, sent, done)
+        elif done is not None:
+            self._call([done])
 
-    def _queue(self, parts: list[_Buffer], done: Callable[[], None] | None) -> None:
-        self.stats.messages_sent += 1
-        self._pending = True
-        self._frames.append(_Frame(parts, done))
+    def _keep_rest(
+        self, header: BytesLike, size: int, sent: int, done: Callable[[], None] | None
+    ) -> None:
+        # The copy that was joined for the call is dropped; the message is where the caller
+        # has it.
+        view = memoryview(header)
+        parts: list[Buffer] = (
+            [_pack(size, MESSAGE, 0, 0)[sent:], view]
+            if sent < _PREFIX
+            else [view[sent - _PREFIX :]]
+        )
+        self._outbox.add_rest(parts, done)
 
-    def _queue_payload(
+    def _send_queued(
         self,
         header: BytesLike,
         size: int,
         regions: Sequence[Region],
         done: Callable[[], None] | None,
     ) -> None:
-        if len(regions) > MAX_REGIONS:
-            raise LimitExceeded(f"{len(regions)} regions; a message takes {MAX_REGIONS}")
-        sizes = encode_sizes([region.nbytes for region in regions])
-        views = [region.view for region in regions if region.nbytes]
-        total = sum(view.nbytes for view in views)
-        length = len(sizes) + size
-        if not total:
-            self._queue([_pack(length, OPEN, 0, 0) + sizes, header], done)
-            return
-        channel = self._new_channel()
-        views.reverse()
-        self._queue([_pack(length, OPEN, 0, channel) + sizes, header], None)
-        self._streams.append(_Stream(channel, views, total, done))
-
-    def _new_channel(self) -> int:
-        used = self._channels_out
-        if len(used) >= _CHANNELS:
-            raise LimitExceeded(f"{_CHANNELS} payloads wait to be sent")
-        channel = self._next_channel
-        while channel in used:
-            channel = (channel + 1) % _CHANNELS
-        self._next_channel = (channel + 1) % _CHANNELS
-        used.add(channel)
-        return channel
+        if size > MAX_HEADER:
+            raise LimitExceeded(f"a message header of {size} bytes; at most {MAX_HEADER} are sent")
+        if self._tx_failure is not None:
+            raise self._tx_failure
+        if self._closed:
+            raise self._gone()
+        if regions:
+            self._outbox.add_payload(header, size, regions, done)
+        else:
+            self._outbox.add_message(header, size, done)
+        self.stats.messages_sent += 1
+        if not self._calling:
+            self._pump()
 
     def flush(self) -> bool:
         if self._tx_failure is not None:
             raise self._tx_failure
-        if not self._pending:
-            if self._closed:
-                raise self._gone()
-            return True
-        return self._pump()
+        if self._closed:
+            raise self._gone()
+        return not self._outbox.pending or self._pump()
 
     def _pump(self) -> bool:
         """Send until the kernel takes no more, nothing is left, or a burst is out."""
         stats = self.stats
+        outbox = self._outbox
         budget = BURST
-        while True:
-            self._tx_thread = get_ident()
+        while budget > 0:
+            self._tx_busy = True
+            self._tx_touching = get_ident()
             try:
                 if self._closed:
                     raise self._gone()
-                if not self._out and not self._fill():
+                if not outbox.run and not outbox.fill():
                     return True
-                out, size = self._out, self._out_size
-                sent = (
-                    self._sock.sendmsg(out, (), _NOW)
-                    if len(out) > 1
-                    else self._sock.send(out[0], _NOW)
-                )
-            except BlockingIOError:
+                run = outbox.run
                 stats.sends += 1
+                if len(run) > 1:
+                    sent = self._sock.sendmsg(run, (), _NOW)
+                else:
+                    sent = self._sock.send(run[0], _NOW)
+                done = outbox.sent(sent)
+            except BlockingIOError:
                 return False
-            except OSError as error:
-                raise self._broken(error) from error
+            except BaseException as error:
+                raise self._broken(error) from None
             finally:
-                self._tx_thread = 0
+                self._tx_touching = 0
+                self._tx_busy = False
                 if self._closed:
                     self._release()
-            stats.sends += 1
             stats.bytes_sent += sent
-            if sent < size:
-                self._out = _rest(out, sent)
-                self._out_size = size - sent
+            if done is None:
                 return False
-            stats.payload_sent += self._out_payload
-            self._out = []
-            if self._out_done:
-                done, self._out_done = self._out_done, []
-                self._call(done)
+            stats.payload_sent += outbox.payload
             budget -= sent
-            if budget <= 0 and self._pending:
-                return False
-
-    def _fill(self) -> bool:
-        """Take the next frames, and one chunk, out of the queues; False if they are empty."""
-        frames, streams = self._frames, self._streams
-        out: list[_Buffer] = []
-        done = self._out_done
-        payload = 0
-        while frames and len(out) < _IOV - 4:
-            frame = frames.popleft()
-            out += frame.parts
-            if frame.done is not None:
-                done.append(frame.done)
-        if streams and len(out) < _IOV - 4:
-            stream = streams.popleft()
-            payload = stream.chunk(out)
-            if stream.left:
-                streams.append(stream)
-            else:
-                self._channels_out.discard(stream.channel)
-                if stream.done is not None:
-                    done.append(stream.done)
-        self._out = out
-        self._out_payload = payload
-        self._out_size = sum(map(len, out))
-        self._pending = bool(out)
-        return self._pending
+            if done:
+                self._call(done)
+        return not outbox.pending
 
     def _call(self, callbacks: list[Callable[[], None]]) -> None:
         # What a callback sends is queued: sending it from within could go on without end.
-        outer, self._pumping = self._pumping, True
+        outer, self._calling = self._calling, True
         try:
             for callback in callbacks:
                 callback()
         finally:
-            self._pumping = outer
-        if self._pending and not outer and not self._out:
-            self._pump()
+            self._calling = outer
 
-    def _broken(self, error: OSError) -> ConnectionLost:
-        if self._closed or isinstance(error, ConnectionLost):
-            return error if isinstance(error, ConnectionLost) else self._gone()
-        self._tx_failure = ConnectionLost(
-            f"the connection broke while sending ({error.strerror or error})",
-            peer=self.peer_address,
-        )
+    def _broken(self, error: BaseException) -> BaseException:
+        """What to raise for an error of a send call."""
+        if not isinstance(error, OSError):
+            self.abort()
+            return error
+        if isinstance(error, ConnectionLost):
+            return error
+        if self._closed:
+            return self._gone()
+        if self._tx_failure is None:
+            self._tx_failure = ConnectionLost(
+                f"the connection broke while sending ({error.strerror or error})",
+                peer=self.peer_address,
+            )
         return self._tx_failure
 
     # -- receiving -----------------------------------------------------------------------------
 
     def receive(self, wait: float = 0.0) -> Incoming | None:
-        self._rx_thread = get_ident()
+        if self._question is not None:
+            self._check_question()
+        self._rx_busy = True
         try:
             if self._closed:
                 raise self._gone()
-            if self._rx_failure is not None:
-                raise self._rx_failure
-            if self._question is not None:
-                self._check_question()
             start, end = self._start, self._end
             if start != end:
                 found = self._parse()
                 if found is not None or self._start != start or self._end != end:
                     return found
-            if not self._read(wait):
-                return None
-            # The common case, spelled out: one small message and nothing else.
-            end = self._end
-            if not self._chunk and not self._start and self._large is None and end >= _PREFIX:
-                length, kind, flags, channel = _unpack_from(self._rx)
-                if kind == MESSAGE and length == end - _PREFIX and not flags and not channel:
-                    self._start = self._end = 0
-                    self.stats.messages_received += 1
-                    return Message(self._rx[_PREFIX:end])
-            return self._parse()
-        except OSError as error:
-            raise self._lost(error) from error
-        except ProtocolError as error:
-            self._rx_failure = error
-            raise
+            elif not self._chunk and not self._channels and wait >= 0.5 and self._blocking:
+                # The common case, spelled out: wait for one small message.
+                try:
+                    end = self._sock.recv_into(self._rx_idle)
+                except BlockingIOError:
+                    return None
+                stats = self.stats
+                stats.receives += 1
+                stats.bytes_received += end
+                if end >= _PREFIX:
+                    length, kind, flags, channel = _unpack_from(self._rx)
+                    if length == end - _PREFIX and kind == MESSAGE and not flags | channel:
+                        stats.messages_received += 1
+                        return Message(self._rx[_PREFIX:end])
+                elif not end:
+                    raise self._ended()
+                self._start, self._end = 0, end
+                return self._parse()
+            return self._parse() if self._read(wait) else None
+        except BaseException as error:
+            raise self._failed(error) from None
         finally:
-            self._rx_thread = 0
+            self._rx_busy = False
             if self._closed:
                 self._release()
 
     def _check_question(self) -> None:
-        question, self._question = self._question, None
-        if question is not None and question.undecided:
-            self._question = question
+        if self._question is not None and self._question.undecided and not self._closed:
             raise InternalError("receive() before into() or discard() of the message before")
+        self._question = None
 
-    def _lost(self, error: OSError) -> ConnectionLost:
+    def _failed(self, error: BaseException) -> BaseException:
+        """What to raise for an error of ``receive``."""
         if isinstance(error, ConnectionLost):
+            return error
+        if isinstance(error, ProtocolError):
+            self._rx_failure = error
+            return error
+        if not isinstance(error, OSError):
+            self.abort()
             return error
         if self._closed:
             return self._gone()
-        lost = self._rx_failure = ConnectionLost(
+        self._rx_failure = ConnectionLost(
             f"the connection broke while receiving ({error.strerror or error})",
             peer=self.peer_address,
         )
-        return lost
+        return self._rx_failure
 
     def _ended(self) -> ConnectionLost:
         if self._closed:
             return self._gone()
         middle = self._channels or self._start != self._end or self._large is not None
-        lost = self._rx_failure = ConnectionLost(
+        return ConnectionLost(
             "the peer closed the connection" + (" in the middle of a message" if middle else ""),
             peer=self.peer_address,
         )
-        return lost
 
     def _ready(self, wait: float) -> bool:
         """Wait until the socket is readable."""
@@ -525,31 +445,32 @@ class TcpConnection(Connection):
 
     def _read(self, wait: float) -> bool:
         """One receive call; True if it brought bytes."""
-        flags = _NOW
+        if self._rx_failure is not None:
+            raise self._rx_failure
         target = self._target
-        if self._chunk and target is not None and not target.dropped:
-            if wait > 0 and not self._ready(wait):
-                return False
-            return self._read_payload(target)
+        if target is not None and not target.dropped:
+            # Never waits inside the receive call, which has the lent memory: see discard().
+            return (wait <= 0 or self._ready(wait)) and self._read_payload(target)
+        flags = _NOW
         if wait > 0:
             if wait >= 0.5 and self._blocking:
                 flags = 0
             elif not self._ready(wait):
                 return False
+        if self._large is not None:
+            into = self._large[self._end :]
+        elif self._start == self._end:
+            # While payload is under way only the next frame's own bytes are asked for: more
+            # would bring payload along that then has to be copied.
+            into = self._rx_prefix if self._channels and not self._chunk else self._rx_idle
+            self._start = self._end = 0
+        else:
+            self._compact()
+            into = self._rx[self._end :]
         stats = self.stats
         stats.receives += 1
         try:
-            if self._large is not None:
-                count = self._sock.recv_into(self._large[self._end :], 0, flags)
-            elif self._start == self._end:
-                # While payload is under way only the next frame's own bytes are asked for: more
-                # would bring payload along that then has to be copied.
-                into = self._rx_prefix if self._channels and not self._chunk else self._rx_idle
-                self._start = self._end = 0
-                count = self._sock.recv_into(into, 0, flags)
-            else:
-                self._compact()
-                count = self._sock.recv_into(self._rx[self._end :], 0, flags)
+            count = self._sock.recv_into(into, 0, flags)
         except BlockingIOError:
             return False
         if not count:
@@ -568,8 +489,9 @@ class TcpConnection(Connection):
         """Receive right into the final place, and the next frame's first bytes behind it."""
         chunk = self._chunk
         stats = self.stats
-        self._rx_touching = True
+        self._rx_touching = get_ident()
         try:
+            # Under the flag: from here on a thread that discards or aborts waits for us.
             targets = target.targets(chunk)
             if targets is None or self._closed:
                 return False
@@ -577,42 +499,33 @@ class TcpConnection(Connection):
             if room == chunk:
                 more = target.left > chunk or len(self._channels) > 1
                 targets.append(self._rx_prefix if more else self._rx_idle)
+            stats.receives += 1
             count = self._sock.recvmsg_into(targets, 0, _NOW)[0]
         except BlockingIOError:
             return False
         finally:
-            self._rx_touching = False
-            stats.receives += 1
+            self._rx_touching = 0
         if not count:
             raise self._ended()
         stats.bytes_received += count
         placed = min(count, room)
         self._start, self._end = 0, count - placed
-        self._placed(target, placed)
+        target.advance(placed)
+        self._account(target, placed)
         return True
 
-    def _placed(self, target: Payload, count: int) -> None:
-        """Account for payload that is in place."""
-        target.advance(count)
-        self._account(target, count)
-
     def _account(self, target: Payload, count: int) -> None:
+        """``count`` bytes of the DATA frame under way are dealt with."""
         self.stats.payload_received += count
         self._chunk -= count
         if self._chunk:
             return
         self._target = None
         if not target.left:
-            for channel, payload in self._channels.items():
-                if payload is target:
-                    del self._channels[channel]
-                    break
-            done = target.done
-            target.release()
-            if done is not None:
-                done(target)
-                if self._closed:
-                    raise self._gone()
+            del self._channels[target.channel]
+            target.report()
+            if self._closed:
+                raise self._gone()
 
     def _parse(self) -> Incoming | None:
         """Take in what the buffer holds, up to the next header."""
@@ -638,7 +551,7 @@ class TcpConnection(Connection):
             length, kind, flags, channel = frame
             if kind == DATA:
                 target = self._channels.get(channel)
-                if flags or target is None or not 0 < length <= target.left:
+                if flags or target is None or not 0 < length <= min(target.left, MAX_CHUNK):
                     raise ProtocolError(f"{length} bytes of payload on channel {channel}")
                 self._target = target
                 self._chunk = length
@@ -661,11 +574,11 @@ class TcpConnection(Connection):
         assert target is not None
         start = self._start
         self._start = start + count
-        self._rx_touching = True
+        self._rx_touching = get_ident()
         try:
             self.stats.payload_copied += target.put(self._rx[start : start + count])
         finally:
-            self._rx_touching = False
+            self._rx_touching = 0
         self._account(target, count)
 
     def _grow(self, size: int) -> None:
@@ -681,7 +594,7 @@ class TcpConnection(Connection):
             self.stats.messages_received += 1
             return Message(body)
         sizes, begin = decode_sizes(body)
-        payload = Payload(body[begin:], sizes, self._wait_untouched)
+        payload = Payload(body[begin:], sizes, channel, self._wait_untouched)
         if payload.left:
             if channel in self._channels:
                 raise ProtocolError(f"a payload on channel {channel}, which is in use")
@@ -691,131 +604,7 @@ class TcpConnection(Connection):
         return payload
 
 
-def _rest(buffers: list[_Buffer], sent: int) -> list[_Buffer]:
-    """The buffers without their first ``sent`` bytes; nothing is copied."""
-    for index, buffer in enumerate(buffers):
-        size = len(buffer)
-        if sent < size:
-            rest = buffers[index:]
-            if sent:
-                rest[0] = memoryview(buffer)[sent:]
-            return rest
-        sent -= size
-    return []
-
-
-def _addresses(sock: socket.socket) -> tuple[str, str]:
-    try:
-        return _text(sock.getsockname()), _text(sock.getpeername())
-    except OSError as error:
-        raise ConnectionLost(f"the socket is not connected ({error.strerror})") from error
-
-
-def _text(address: object) -> str:
-    if not isinstance(address, tuple):
-        return f"unix:{os.fsdecode(address)}" if isinstance(address, (str, bytes)) and address \
-            else "unix"
-    return join_address(str(address[0]), int(address[1]))
-
-
-def join_address(host: str, port: int) -> str:
-    """``host:port``, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def pair(blocking: bool = True) -> tuple[TcpConnection, TcpConnection]:
     """Two connections that are connected to each other, inside this process."""
     here, there = socket.socketpair()
     return TcpConnection(here, blocking=blocking), TcpConnection(there, blocking=blocking)
-
-
-def tune(sock: socket.socket) -> str:
-    """Set a connected socket up for this library. Never fails.
-
-    No Nagle, keepalive, 30 s until unacknowledged data counts as a loss, congestion control
-    by distance. Buffer sizes stay: setting them turns the kernel's own tuning off.
-
-    Returns
-    -------
-    str
-        What was chosen and why, for people.
-    """
-    if sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return "Unix socket"
-    for level, option, value in _OPTIONS:
-        with contextlib.suppress(OSError):
-            sock.setsockopt(level, option, value)
-    algorithm, why = congestion.choose(sock)
-    return f"congestion control {algorithm or 'unknown'}: {why}"
-
-
-_OPTIONS: Final = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
-    (socket.IPPROTO_TCP, getattr(socket, name), value)
-    for name, value in (
-        ("TCP_NODELAY", 1),
-        ("TCP_KEEPIDLE", 10),
-        ("TCP_KEEPINTVL", 5),
-        ("TCP_KEEPCNT", 4),
-        ("TCP_USER_TIMEOUT", 30_000),
-    )
-    if hasattr(socket, name)
-]
-
-
-def open_tcp(host: str, port: int, timeout: float) -> socket.socket:
-    """Connect to a TCP address; every address that the name stands for is tried.
-
-    Parameters
-    ----------
-    timeout : float
-        Seconds for all of it (name resolution can't be interrupted).
-
-    Returns
-    -------
-    socket.socket
-        Connected, with a timeout set; not tuned.
-
-    Raises
-    ------
-    ConnectionFailed
-        No such host, refused, unreachable, or no answer in time.
-    """
-    deadline = _clock.now() + timeout
-    peer = join_address(host, port)
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        text = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConnectionFailed(
-            f"can't find the host {host!r} ({text}); is the name right?", peer=peer
-        ) from error
-    failures = []
-    cause: OSError | None = None
-    for number, (family, kind, protocol, _, address) in enumerate(found):
-        left = deadline - _clock.now()
-        if left <= 0:
-            failures.append(f"no answer within {timeout:g} s")
-            break
-        sock = socket.socket(family, kind, protocol)
-        try:
-            # An address that swallows packets leaves time for those behind it.
-            sock.settimeout(left / (len(found) - number))
-            sock.connect(address)
-        except OSError as error:
-            sock.close()
-            cause = error
-            text = (
-                "no answer in time" if isinstance(error, TimeoutError)
-                else (error.strerror or str(error))
-            )
-            failures.append(f"{address[0]}: {text}" if len(found) > 1 else text)
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            return sock
-    raise ConnectionFailed(
-        f"can't connect: {'; '.join(failures)}. Is a server running there "
-        "(gpuremote serve), and is the port open?",
-        peer=peer,
-    ) from cause

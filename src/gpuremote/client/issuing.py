@@ -1,0 +1,310 @@
+"""Issuing: ops become records in a batch, results get their numbers. Nothing here waits for an
+answer, and everything here is on the hot path of every op."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, Final
+
+from gpuremote._clock import now_ns
+from gpuremote.client.current import current_stream
+from gpuremote.client.origin import Origin, caller, take
+from gpuremote.client.stats import SessionStats
+from gpuremote.errors import GpuRemoteError
+from gpuremote.ops.meta import Meta, MetaTable
+from gpuremote.ops.plan import Plan, define, encode_definition
+from gpuremote.ops.spec import OpSpec
+from gpuremote.rpc.peer import Peer, Sink
+from gpuremote.wire import caps
+from gpuremote.wire.batch import FIRST_PLAN, Op, blob_record, fixed_record, free_record
+from gpuremote.wire.batch import PREFIX as BATCH_PREFIX
+from gpuremote.wire.frames import HEADER, Kind, pack_info
+
+__all__ = ["Issuer"]
+
+FLUSH_BYTES: Final = 48 * caps.KiB
+"""A batch of this size goes out whatever happens."""
+FLUSH_NS: Final = 150_000
+"""A batch goes out once so many nanoseconds have passed since the last one ..."""
+FLUSH_NS_MAX: Final = 1_200_000
+"""... and after twice as many each time, up to this, while the program issues without a pause:
+every send costs as much as several ops."""
+NEVER: Final = 1 << 63
+_EMPTY: Final = HEADER.size + BATCH_PREFIX.size
+_FREES: Final = 4096
+"""Handles per FREE record."""
+_NO_STREAM: Final[dict[int, int]] = {}
+
+
+class Issuer:
+    """The half of a session's core that turns ops into records.
+
+    Parameters
+    ----------
+    sink : Sink
+        Takes what the server sends.
+    depth : int
+        Frames kept per op, so that an error can say where the op was issued.
+    sync : bool
+        Debugging: the driver waits after every op.
+
+    Attributes
+    ----------
+    lock : threading.RLock
+        Guards everything here.
+    dead : GpuRemoteError or None
+        Why nothing can be issued any more.
+    dropped : deque of int
+        Handles of arrays that were collected; finalisers only append to it. So do those of
+        streams and events, to ``dropped_streams`` and ``dropped_events``.
+    on_stall : callable
+        Set by the driver: make progress until ``peer.credit`` is positive (or raise).
+    on_output : callable
+        Set by the driver: something was left for the kernel to take later.
+    on_buffered : callable or None
+        Set by the driver: records lie in the buffer and nothing will send them by itself.
+    on_check : callable
+        Debugging: wait for everything issued, raise what failed.
+    """
+
+    def __init__(self, sink: Sink, depth: int, sync: bool) -> None:
+        self.lock = threading.RLock()
+        self.peer = Peer(sink, self.lock)
+        self.stats = SessionStats()
+        self.metas = MetaTable()
+        self.plans: dict[Any, Plan] = {}
+        self.dropped: deque[int] = deque()
+        self.dropped_streams: deque[int] = deque()
+        self.dropped_events: deque[int] = deque()
+        self.dead: GpuRemoteError | None = None
+        self.on_stall: Callable[[], None] = _nothing
+        self.on_output: Callable[[], None] = _nothing
+        self.on_buffered: Callable[[], None] | None = None
+        self.on_check: Callable[[], None] = _nothing
+        self._sync = sync
+        self._streams = False
+        self._stalled = False
+        self._special = sync
+        """Whether an op has to look at any of dead, sync, streams, stalled: one test for all."""
+        self._stream = 0
+        self._depth = depth
+        self._next = 1
+        self._next_plan = FIRST_PLAN
+        self._buffer = _new_buffer(1)
+        self._flush_after = 0
+        self._pause = FLUSH_NS
+        self._told = False
+        self._named = 0
+        self._origins: list[Origin] = []
+        self._kept: deque[tuple[int, list[Origin]]] = deque()
+
+    def issue(self, plan: Plan, record: bytes, frame: FrameType) -> int:
+        """Issue a plan call that is packed already; the number that names its first result.
+
+        ``frame`` is where the program called.
+        """
+        with self.lock:
+            if self._special:
+                self._prepare()
+            number = self._next
+            self._next = number + plan.step
+            self._buffer += record
+            self._origins.append(
+                (number, plan, frame.f_code, frame.f_lasti)
+                if self._depth == 1
+                else take(number, plan, frame, self._depth)
+            )
+            if now_ns() >= self._flush_after:
+                self._flush_by_time()
+            elif not self._told and self.on_buffered is not None:
+                self._told = True
+                self.on_buffered()
+        if self._special:
+            self._follow_up()
+        return number
+
+    def call(self, plan: Plan, values: Sequence[Any]) -> int:
+        """Issue a plan call; the number that names its (first) result."""
+        record = plan.pack(plan.id, *values)
+        number = self.issue(plan, record, caller(sys._getframe(1)))
+        if len(self._buffer) >= FLUSH_BYTES:
+            self.flush()
+        return number
+
+    def record(self, op: Op, *values: int, name: str = "", blob: Any = None) -> int:
+        """Issue a record of a fixed kind; its number."""
+        number = self._record(op, values, name, blob)
+        if self._stalled:
+            self._relieve()
+        return number
+
+    def _record(self, op: Op, values: tuple[int, ...], name: str = "", blob: Any = None) -> int:
+        encoded = (
+            fixed_record(op, *values)
+            if blob is None
+            else blob_record(op, *values, blob=pack_info(blob))
+        )
+        with self.lock:
+            if self._special:
+                self._prepare()
+            number = self._next
+            self._next = number + 1
+            self._buffer += encoded
+            if name:
+                self._named += 1
+                frame = caller(sys._getframe(1))
+                self._origins.append(take(number, name, frame, self._depth))
+            if len(self._buffer) >= FLUSH_BYTES:
+                self.flush()
+            elif now_ns() >= self._flush_after:
+                self._flush_by_time()
+            elif not self._told and self.on_buffered is not None:
+                self._told = True
+                self.on_buffered()
+        return number
+
+    def plan(
+        self,
+        key: Any,
+        spec: OpSpec,
+        operands: Sequence[Meta | str],
+        params: dict[str, Any],
+        device: int,
+    ) -> Plan:
+        """Define a plan that was not seen before, and remember it by ``key``."""
+        with self.lock:
+            if self.dead is not None:
+                raise self.dead
+            if len(self.plans) >= caps.MAX_PLANS - 1:
+                self.plans.clear()
+                self._record(Op.CLEAR_PLANS, ())
+            plan = define(self._next_plan, spec, operands, params, device, self.metas)
+            self._next_plan += 1
+            self._record(Op.DEFINE, (), blob=encode_definition(plan))
+            self.plans[key] = plan
+            self.stats.plans += 1
+        return plan
+
+    def use_streams(self) -> None:
+        """From now on look at the current stream with every op."""
+        with self.lock:
+            self._streams = self._special = True
+
+    def _prepare(self) -> None:
+        if self.dead is not None:
+            raise self.dead
+        if self._streams:
+            wanted = current_stream.get(_NO_STREAM).get(id(self), 0)
+            if wanted != self._stream:
+                self._stream = wanted
+                self._buffer += fixed_record(Op.STREAM_USE, wanted)
+                self._next += 1
+
+    def _follow_up(self) -> None:
+        if self._stalled:
+            self._relieve()
+        if self._sync:
+            self.on_check()
+
+    def _stop(self, error: GpuRemoteError) -> None:
+        """Nothing can be issued any more."""
+        if self.dead is None:
+            self.dead = error
+        self._special = True
+        self._origins = []
+        self._kept.clear()
+
+    # -- sending --------------------------------------------------------------------------------
+
+    def _flush_by_time(self) -> None:
+        pause = self._pause
+        self._pause = min(2 * pause, FLUSH_NS_MAX)
+        self.flush(pause)
+
+    def caught_up(self) -> None:
+        """Nothing is on its way: the next record goes out at once."""
+        self._flush_after = 0
+        self._pause = FLUSH_NS
+
+    def flush(self, pause: int = FLUSH_NS) -> None:
+        """Send what lies in the buffer, and give back the handles that were dropped."""
+        with self.lock:
+            dropped = self.dropped
+            if self.dropped_streams or self.dropped_events:
+                self._drop_streams()
+            while True:
+                count = min(len(dropped), _FREES)
+                if count:
+                    self._buffer += free_record([dropped.popleft() for _ in range(count)])
+                    self._next += 1
+                    self.stats.freed += count
+                buffer = self._buffer
+                if len(buffer) == _EMPTY:
+                    return
+                self._buffer = _new_buffer(self._next)
+                if self._origins:
+                    self._kept.append((self._next - 1, self._origins))
+                    self.stats.ops += len(self._origins) - self._named
+                    self._origins = []
+                    self._named = 0
+                self._told = False
+                self._flush_after = now_ns() + pause
+                self.stats.batches += 1
+                self._post(Kind.BATCH, buffer)
+
+    def _drop_streams(self) -> None:
+        for queue, op in (
+            (self.dropped_events, Op.EVENT_DROP),
+            (self.dropped_streams, Op.STREAM_DROP),
+        ):
+            while queue:
+                ident = queue.popleft()
+                if op is Op.STREAM_DROP and ident == self._stream:
+                    self._stream = 0  # the server falls back to the default stream as well
+                self._buffer += fixed_record(op, ident)
+                self._next += 1
+
+    def _post(self, kind: Kind, body: bytearray, **more: Any) -> Any:
+        entry = self.peer.post(kind, body, **more)
+        connection = self.peer.connection
+        if connection is None or connection.pending_output:
+            self.on_output()
+        if self.peer.credit <= 0:
+            self._stalled = self._special = True
+        return entry
+
+    def _relieve(self) -> None:
+        """The server is behind: wait until it grants credit."""
+        self.stats.credit_waits += 1
+        self._stalled = False
+        self._special = self._sync or self._streams or self.dead is not None
+        self.on_stall()
+
+    # -- where ops were issued ------------------------------------------------------------------
+
+    def on_executed(self, number: int) -> None:
+        """What was executed without a failure needs no origin any more."""
+        kept = self._kept
+        while kept and kept[0][0] <= number:
+            kept.popleft()
+
+    def _origin_of(self, number: int) -> Origin | None:
+        for last, origins in self._kept:
+            if number <= last:
+                return next((o for o in origins if o[0] == number), None)
+        return next((o for o in self._origins if o[0] == number), None)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _new_buffer(number: int) -> bytearray:
+    """An empty batch whose first record will be ``number``."""
+    buffer = bytearray(HEADER.size)
+    buffer += BATCH_PREFIX.pack(number)
+    return buffer

@@ -1,0 +1,192 @@
+"""A session's streams and events on the server: who runs after whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from gpuremote.errors import LimitExceeded, ProtocolError
+from gpuremote.server.storage import STALLED
+from gpuremote.server.streams import EventPoint, Stream, StreamThread
+from gpuremote.wire import caps
+from gpuremote.wire.batch import ALL_STREAMS, Op
+
+if TYPE_CHECKING:
+    from gpuremote.server.session import WorkerSession
+
+__all__ = ["Ordering"]
+
+
+class Ordering:
+    """Streams and events of one session.
+
+    Parameters
+    ----------
+    wake : callable
+        Makes the main thread look at the default stream again.
+
+    Attributes
+    ----------
+    default : Stream
+        The one that the main thread runs.
+    streams : dict of int to StreamThread
+        All others.
+    current : Stream
+        Where records go at the moment.
+    """
+
+    def __init__(self, session: WorkerSession, wake: Callable[[], None]) -> None:
+        self._session = session
+        self._wake = wake
+        self._events: dict[int, EventPoint] = {}
+        self.default = Stream(0, 0)
+        self.streams: dict[int, StreamThread] = {}
+        self.current: Stream = self.default
+        self.records: dict[int, Callable[..., None]] = {
+            Op.SYNC: self._sync,
+            Op.STREAM_USE: self._stream_use,
+            Op.STREAM_NEW: self._stream_new,
+            Op.STREAM_DROP: self._stream_drop,
+            Op.EVENT_RECORD: self._event_record,
+            Op.EVENT_WAIT: self._event_wait,
+            Op.EVENT_QUERY: self._event_query,
+            Op.EVENT_SYNC: self._event_sync,
+            Op.EVENT_ELAPSED: self._event_elapsed,
+            Op.EVENT_DROP: self._event_drop,
+        }
+
+    def executed(self, issued: int) -> int:
+        """The number up to which every record has run, of ``issued`` ones."""
+        done = issued
+        for stream in (self.default, *list(self.streams.values())):
+            try:
+                done = min(done, stream.queue[0][0] - 1)
+            except IndexError:
+                continue  # empty
+        return done
+
+    @property
+    def backlog(self) -> int:
+        """Items that wait."""
+        return len(self.default.queue) + sum(len(s.queue) for s in list(self.streams.values()))
+
+    def wake_threads(self) -> None:
+        """Something was queued."""
+        for stream in self.streams.values():
+            if stream.queue:
+                stream.wake()
+
+    def stir(self) -> None:
+        """Something changed that a stalled stream may wait for."""
+        for stream in list(self.streams.values()):
+            stream.wake()
+        self._wake()
+
+    def _queue(self, number: int, function: Callable[..., Any], *arguments: Any) -> None:
+        self.current.queue.append((number, function, arguments))
+
+    def _stream(self, ident: int) -> Stream:
+        if ident == 0:
+            return self.default
+        stream = self.streams.get(ident)
+        if stream is None:
+            raise ProtocolError(f"stream {ident} does not exist")
+        return stream
+
+    def _stream_use(self, number: int, ident: int) -> None:
+        self.current = self._stream(ident)
+
+    def _stream_new(self, number: int, ident: int, device: int) -> None:
+        if ident == 0 or ident in self.streams or len(self.streams) >= caps.MAX_STREAMS:
+            raise ProtocolError(f"stream {ident} can't be made ({len(self.streams)} exist)")
+        if device >= len(self._session.backend.devices()):
+            raise ProtocolError(f"device {device} does not exist")
+        native = self._session.backend.create_stream(device)
+        self.streams[ident] = StreamThread(
+            ident, device, native, lambda: self._session.backend.activate(native), self.stir
+        )
+
+    def _stream_drop(self, number: int, ident: int) -> None:
+        stream = self.streams.pop(ident, None)
+        if stream is None:
+            raise ProtocolError(f"stream {ident} does not exist")
+        if self.current is stream:
+            self.current = self.default
+        stream.close()
+
+    def _event_record(self, number: int, event: int) -> None:
+        if len(self._events) >= caps.MAX_EVENTS and event not in self._events:
+            raise LimitExceeded(f"more than {caps.MAX_EVENTS} events in one session")
+        point = self._events[event] = EventPoint(self.current.ident)
+        self._queue(number, self._run_record, point, self.current)
+
+    def _run_record(self, number: int, point: EventPoint, stream: Stream) -> None:
+        point.reach(self._session.backend.record(stream.native))
+        self.stir()
+
+    def _point(self, event: int) -> EventPoint | None:
+        """The latest recording; an event that was never recorded counts as reached (CUDA)."""
+        return self._events.get(event)
+
+    def _event_wait(self, number: int, event: int) -> None:
+        point = self._point(event)
+        if point is not None:
+            self._queue(number, self._run_wait, point, self.current)
+
+    def _run_wait(self, number: int, point: EventPoint, stream: Stream) -> object:
+        if not point.reached:
+            return STALLED
+        self._session.backend.wait(stream.native, point.mark)
+        return None
+
+    def _event_query(self, number: int, event: int) -> None:
+        point = self._point(event)
+        reached = point is None or (point.reached and self._session.backend.reached(point.mark))
+        self._session.answers.info(number, reached)
+
+    def _event_sync(self, number: int, event: int) -> None:
+        point = self._point(event)
+        if point is None:
+            self._session.answers.info(number, True)
+        else:
+            stream = self.default if point.stream == 0 else self.streams.get(point.stream)
+            queue = (stream or self.default).queue
+            queue.append((number, self._run_event_sync, (point,)))
+
+    def _run_event_sync(self, number: int, point: EventPoint) -> object:
+        if not point.reached:
+            return STALLED
+        self._session.backend.synchronize_event(point.mark)
+        with self._session.lock:
+            self._session.answers.info(number, True)
+        return None
+
+    def _event_elapsed(self, number: int, start: int, end: int) -> None:
+        first, last = self._point(start), self._point(end)
+        if first is None or last is None or not (first.reached and last.reached):
+            self._session.answers.info(number, None)
+            return
+        measured = self._session.backend.elapsed(first.mark, last.mark)
+        self._session.answers.info(
+            number, measured if measured is not None else (last.when - first.when) / 1e6
+        )
+
+    def _event_drop(self, number: int, event: int) -> None:
+        self._events.pop(event, None)
+
+    def _sync(self, number: int, ident: int) -> None:
+        streams = (
+            [self.default, *self.streams.values()]
+            if ident == ALL_STREAMS
+            else [self._stream(ident)]
+        )
+        left = [len(streams)]
+        for stream in streams:
+            stream.queue.append((number, self._run_sync, (stream, left)))
+
+    def _run_sync(self, number: int, stream: Stream, left: list[int]) -> None:
+        self._session.backend.synchronize(stream.native)
+        with self._session.lock:
+            left[0] -= 1
+            if left[0] == 0:
+                self._session.answers.info(number, True)
