@@ -59,7 +59,7 @@ class ArrayNamespaceBackend(Backend):
         asarray = self.xp.asarray
         if plan.spec.n_out != 1:
             return lambda arguments: tuple(map(asarray, kernel(*arguments)))
-        if arrays or plan.spec.view:
+        if arrays:
             return lambda arguments: (kernel(*arguments),)
         return lambda arguments: (asarray(kernel(*arguments)),)
 

@@ -252,18 +252,49 @@ def _random(method: str) -> Maker:
 def _index_of(plan: Plan) -> Callable[..., tuple[Any, ...]]:
     """A function of the integers and arrays of an index that puts it together."""
     template = plan.params["index"]
-    if template == ("i",):
-        return lambda i: (i, ...)
     ints = sum(1 if item == "i" else item.count("1") for item in template)
-    if not ints and "a" not in template and "m" not in template:
+    if "a" in template or "m" in template:
+        return lambda *rest: rebuild(template, rest[:ints], rest[ints:])
+    if not ints:
         index = rebuild(template, (), ())
         return lambda: index
-    return lambda *rest: rebuild(template, rest[:ints], rest[ints:])
+    # What rebuild does, with all that depends on the template alone done here: the index with
+    # gaps, and for each gap the places of its integers. The last place holds None.
+    numbers = iter(range(ints))
+    gaps = [
+        (gap, [next(numbers) if flag == "1" else -1 for flag in ("1" if item == "i" else item[1:])])
+        for gap, item in enumerate(template)
+        if item == "i" or item[0] == "s"
+    ]
+    frame = list(rebuild(template, (0,) * ints, ()))
+
+    def index_of(*rest: Any) -> tuple[Any, ...]:
+        values = (*rest, None)
+        found = frame.copy()
+        for gap, places in gaps:
+            if len(places) == 1:
+                found[gap] = values[places[0]]
+            else:
+                start, stop, step = places
+                found[gap] = slice(values[start], values[stop], values[step])
+        return tuple(found)
+
+    return index_of
+
+
+# The indices that loops are full of.
+_SHORT_INDICES: dict[tuple[str, ...], Kernel] = {
+    ("i",): lambda x, i: x[i, ...],
+    ("s100",): lambda x, start: x[start:],
+    ("s010",): lambda x, stop: x[:stop],
+    ("s110",): lambda x, start, stop: x[start:stop],
+}
 
 
 def _getitem(_xp: Any, plan: Plan) -> Kernel:
-    if plan.params["index"] == ("i",):
-        return lambda x, i: x[i, ...]
+    short = _SHORT_INDICES.get(plan.params["index"])
+    if short is not None:
+        return short
     index_of = _index_of(plan)
     return lambda x, *rest: x[index_of(*rest)]
 
@@ -278,6 +309,12 @@ def _getitem_advanced(xp: Any, plan: Plan) -> Kernel:
 
 
 def _setitem(_xp: Any, plan: Plan) -> Kernel:
+    if plan.params["index"] == ("i",):
+
+        def run_one(x: Any, value: Any, i: int) -> None:
+            x[i] = value
+
+        return run_one
     index_of = _index_of(plan)
 
     def run(x: Any, value: Any, *rest: Any) -> None:

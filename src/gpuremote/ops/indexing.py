@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -144,13 +145,14 @@ def _slice(item: slice, ints: list[int]) -> str:
         if part is None:
             flags += "0"
             continue
-        try:
-            value = operator.index(part)
-        except TypeError as error:
-            raise DTypeError(f"{part!r} in a slice is not an integer") from error
-        # Further out than any axis is long: the limit means the same.
-        ints.append(max(-_INT64, min(value, _INT64)))
         flags += "1"
+        if type(part) is not int:
+            try:
+                part = operator.index(part)
+            except TypeError as error:
+                raise DTypeError(f"{part!r} in a slice is not an integer") from error
+        # Further out than any axis is long: the limit means the same.
+        ints.append(part if -_INT64 <= part <= _INT64 else _INT64 if part > 0 else -_INT64)
     return ":" if flags == "000" else "s" + flags
 
 
@@ -188,9 +190,17 @@ def check_template(value: Any) -> Template:
     return tuple(value)
 
 
+@lru_cache(maxsize=4096)
+def _named(template: Template) -> int:
+    """Number of axes that the items name, those of bool arrays not counted."""
+    return sum(item not in ("n", "...", "m") for item in template)
+
+
 def _hidden(shape: Shape, template: Template, masks: Sequence[Shape]) -> int:
     """Number of axes that the index does not name (an ellipsis stands for them)."""
-    named = sum(item not in ("n", "...", "m") for item in template) + sum(map(len, masks))
+    named = _named(template)
+    if masks:
+        named += sum(map(len, masks))
     if named > len(shape):
         raise IndexOutOfBounds(f"{named} indices for an array of shape {shape}")
     return len(shape) - named
@@ -203,6 +213,11 @@ def _bounded(value: int, length: int, axis: int) -> None:
 
 def _sliced(item: str, ints: Sequence[int], at: int, length: int) -> tuple[int, int]:
     """Length of a sliced axis, and the position behind the integers that it took."""
+    if item == "s110":
+        start, stop = ints[at], ints[at + 1]
+        start = max(start + length, 0) if start < 0 else start
+        stop = stop + length if stop < 0 else min(stop, length)
+        return max(stop - start, 0), at + 2
     parts: list[int | None] = []
     for flag in item[1:]:
         if flag == "1":

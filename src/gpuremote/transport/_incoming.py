@@ -18,6 +18,8 @@ _IOV: Final = 256
 class Message(Incoming):
     """A message without payload."""
 
+    __slots__ = ("header",)
+
     sizes = ()
     received = 0
 
@@ -56,6 +58,22 @@ class Payload(Incoming):
     undecided : bool
         Whether ``into`` or ``discard`` has yet to be called.
     """
+
+    __slots__ = (
+        "_done",
+        "_lock",
+        "_offset",
+        "_placed",
+        "_reported",
+        "_untouched",
+        "_views",
+        "channel",
+        "header",
+        "left",
+        "received",
+        "sizes",
+        "undecided",
+    )
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from gpuremote._types import BytesLike
 from gpuremote.errors import LimitExceeded
@@ -25,11 +25,26 @@ Done: TypeAlias = Callable[[], None]
 
 CHUNK: Final = 1 << 20
 """Payload bytes of one DATA frame: what a control message waits for at most."""
-IOV: Final = 512
-"""Buffers of one send call; fewer than the system's limit of 1024."""
+RUN: Final = 8 << 20
+"""Bytes offered to the kernel in one call, about. Only the chunk that is under way when the
+kernel takes no more stays ahead of later messages."""
+_IOV: Final = 512
+_PIECE_IOV: Final = 384
+"""Buffers at which a call, and a chunk, ends; together below the system's limit of 1024."""
+_PREFIX: Final = FRAME.size
 _CHANNELS: Final = 65536
 
 _pack = FRAME.pack
+
+
+class _Piece(NamedTuple):
+    """What goes out in one run without anything in between: a frame, or a chunk's frame."""
+
+    buffers: list[Buffer]
+    size: int
+    payload: int = 0
+    channel: int = -1  # free again when this is out
+    done: Done | None = None
 
 
 class _Stream:
@@ -46,68 +61,65 @@ class _Stream:
         self.offset = 0
         self.done = done
 
-    def chunk(self, out: list[Buffer]) -> int:
-        """Append a DATA frame to ``out``; returns its payload bytes."""
-        head = len(out)
-        out.append(b"")
+    def cut(self) -> _Piece:
+        """Take the next chunk off."""
+        buffers: list[Buffer] = [b""]
         size = 0
         views, offset = self.views, self.offset
-        while views and size < CHUNK and len(out) < IOV:
+        while views and size < CHUNK and len(buffers) < _PIECE_IOV:
             view = views[-1]
             rest = view.nbytes - offset
             if rest <= CHUNK - size:
-                out.append(view[offset:] if offset else view)
+                buffers.append(view[offset:] if offset else view)
                 size += rest
                 offset = 0
                 views.pop()
             else:
                 take = CHUNK - size
-                out.append(view[offset : offset + take])
+                buffers.append(view[offset : offset + take])
                 size += take
                 offset += take
         self.offset = offset
         self.left -= size
-        out[head] = _pack(size, DATA, 0, self.channel)
-        return size
+        buffers[0] = _pack(size, DATA, 0, self.channel)
+        if self.left:
+            return _Piece(buffers, _PREFIX + size, size)
+        return _Piece(buffers, _PREFIX + size, size, self.channel, self.done)
 
 
 class Outbox:
-    """Queued messages, and the run of bytes that is on its way to the kernel.
+    """Queued messages, and what of them is to go to the kernel next.
 
     Keeps what the caller lent, never a copy of it. MESSAGE and OPEN frames go out in the order
     of the sends and before further payload; several payloads take turns, a chunk each.
+
+    Usage: ``fill`` a run, try to send it, tell ``sent`` how much of it went out, always.
 
     Attributes
     ----------
     pending : bool
         Whether anything is left.
-    run : list of buffers
-        What goes to the kernel next: frames, and at most one chunk behind them.
-    size, payload : int
-        Bytes of the run, and how many payload bytes the whole of it brings.
-    done : list of callables
-        To be called when the run is out.
     """
 
     def __init__(self) -> None:
         self.pending = False
-        self.run: list[Buffer] = []
-        self.size = 0
-        self.payload = 0
-        self.done: list[Done] = []
-        self._frames: deque[tuple[list[Buffer], Done | None]] = deque()
+        self._begun: _Piece | None = None  # went out in part: nothing may come before its rest
+        self._frames: deque[_Piece] = deque()
+        self._chunks: deque[_Piece] = deque()  # were cut, and then not taken by the kernel
         self._streams: deque[_Stream] = deque()
+        self._run: list[_Piece] = []
         self._channel = 0
         self._used: set[int] = set()
 
     def add_rest(self, parts: list[Buffer], done: Done | None) -> None:
-        """Queue a message whose frame is made already."""
-        self._frames.append((parts, done))
+        """Queue what is left of a message that the kernel took in part."""
+        self._begun = _Piece(parts, sum(map(len, parts)), done=done)
         self.pending = True
 
     def add_message(self, header: BytesLike, size: int, done: Done | None) -> None:
         """Queue a message without regions."""
-        self._frames.append(([_pack(size, MESSAGE, 0, 0), header], done))
+        parts: list[Buffer] = [_pack(size, MESSAGE, 0, 0), header]
+        self._frames.append(_Piece(parts, _PREFIX + size, done=done))
         self.pending = True
 
     def add_payload(
@@ -124,14 +136,13 @@ class Outbox:
             raise LimitExceeded(f"{len(regions)} regions; a message takes {MAX_REGIONS}")
         sizes = encode_sizes([region.nbytes for region in regions])
         views = [region.view for region in regions if region.nbytes]
+        views.reverse()
+        channel = self._new_channel() if views else 0
         length = len(sizes) + size
-        if not views:
-            self._frames.append(([_pack(length, OPEN, 0, 0) + sizes, header], done))
-        else:
-            channel = self._new_channel()
+        parts: list[Buffer] = [_pack(length, OPEN, 0, channel) + sizes, header]
+        self._frames.append(_Piece(parts, _PREFIX + length, done=None if views else done))
+        if views:
             total = sum(view.nbytes for view in views)
-            views.reverse()
-            self._frames.append(([_pack(length, OPEN, 0, channel) + sizes, header], None))
             self._streams.append(_Stream(channel, views, total, done))
         self.pending = True
 
@@ -146,45 +157,75 @@ class Outbox:
         used.add(channel)
         return channel
 
-    def fill(self) -> bool:
-        """Make the next run; False if nothing is left."""
-        frames, streams = self._frames, self._streams
-        run: list[Buffer] = []
-        done = self.done
-        payload = 0
-        while frames and len(run) < IOV - 4:
-            parts, called = frames.popleft()
-            run += parts
-            if called is not None:
-                done.append(called)
-        # A payload never overtakes its own opening: that one would still be in `frames`.
-        if streams and not frames and len(run) < IOV - 4:
-            stream = streams.popleft()
-            payload = stream.chunk(run)
-            if stream.left:
-                streams.append(stream)
+    def fill(self) -> tuple[list[Buffer], int]:
+        """Buffers to send next, and their size; empty if nothing is left."""
+        run = self._run
+        buffers: list[Buffer] = []
+        size = 0
+        if self._begun is not None:
+            piece, self._begun = self._begun, None
+            run.append(piece)
+            buffers += piece.buffers
+            size = piece.size
+        frames, chunks, streams = self._frames, self._chunks, self._streams
+        while frames and len(buffers) < _IOV:
+            piece = frames.popleft()
+            run.append(piece)
+            buffers += piece.buffers
+            size += piece.size
+        # No payload overtakes its own opening: that one would still be among the frames.
+        while (chunks or streams) and not frames and size < RUN and len(buffers) < _IOV:
+            if chunks:
+                piece = chunks.popleft()
             else:
-                self._used.discard(stream.channel)
-                if stream.done is not None:
-                    done.append(stream.done)
-        self.run = run
-        self.payload = payload
-        self.size = sum(map(len, run))
-        self.pending = bool(run)
-        return self.pending
+                stream = streams.popleft()
+                piece = stream.cut()
+                if stream.left:
+                    streams.append(stream)
+            run.append(piece)
+            buffers += piece.buffers
+            size += piece.size
+        return buffers, size
 
-    def sent(self, count: int) -> list[Done] | None:
-        """The kernel took ``count`` bytes; None if it left some, else what is to be called."""
-        left = self.size - count
+    def sent(self, count: int) -> tuple[int, list[Done]]:
+        """The kernel took ``count`` bytes of the run.
+
+        Returns
+        -------
+        payload : int
+            Payload bytes of the chunks that are out now.
+        done : list of callables
+            To be called, as what they belong to is out.
+        """
+        run, self._run = self._run, []
+        payload = 0
+        done: list[Done] = []
+        left: list[_Piece] = []
+        for position, piece in enumerate(run):
+            if count < piece.size:
+                left = run[position:]
+                break
+            count -= piece.size
+            payload += piece.payload
+            if piece.channel >= 0:
+                self._used.discard(piece.channel)
+            if piece.done is not None:
+                done.append(piece.done)
         if left:
-            self.size = left
-            self.run = _rest(self.run, count)
-            return None
-        self.run = []
-        self.size = 0
-        done, self.done = self.done, []
-        self.pending = bool(self._frames or self._streams)
-        return done
+            self._put_back(left, count)
+        else:
+            self.pending = bool(self._frames or self._streams or self._chunks)
+        return payload, done
+
+    def _put_back(self, pieces: list[_Piece], count: int) -> None:
+        """``count`` bytes of the first piece are out, and nothing of the others."""
+        if count:
+            piece = pieces.pop(0)
+            self._begun = piece._replace(
+                buffers=_rest(piece.buffers, count), size=piece.size - count
+            )
+        for piece in reversed(pieces):
+            (self._chunks if piece.payload else self._frames).appendleft(piece)
 
 
 def _rest(buffers: list[Buffer], sent: int) -> list[Buffer]:

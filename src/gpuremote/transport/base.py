@@ -117,6 +117,8 @@ class Incoming(abc.ABC):
         Payload bytes that lie in their final place by now.
     """
 
+    __slots__ = ()
+
     header: memoryview
     sizes: tuple[int, ...]
     received: int

@@ -60,6 +60,9 @@ _NOW: Final = int(socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0))
 
 _pack = FRAME.pack
 _unpack_from = FRAME.unpack_from
+_whole_from = struct.Struct("<Q").unpack_from
+_PLAIN: Final = MESSAGE << 32
+"""The frame of an empty MESSAGE as one number; the length adds to it."""
 
 
 class TcpConnection(Connection):
@@ -111,6 +114,7 @@ class TcpConnection(Connection):
         self._rx_busy = False
         self._rx_touching = 0  # the thread that is writing to lent memory
         self._rx_failure: ConnectionLost | ProtocolError | None = None
+        self._plain = blocking  # nothing is under way, and receive may wait in the system call
         self._poll: select.poll | None = None
         self._rx = memoryview(bytearray(BUFFER))
         self._rx_idle = self._rx[:IDLE]
@@ -305,37 +309,36 @@ class TcpConnection(Connection):
         stats = self.stats
         outbox = self._outbox
         budget = BURST
-        while budget > 0:
+        while budget > 0 and outbox.pending:
             self._tx_busy = True
             self._tx_touching = get_ident()
+            sent = size = 0
             try:
                 if self._closed:
                     raise self._gone()
-                if not outbox.run and not outbox.fill():
-                    return True
-                run = outbox.run
+                run, size = outbox.fill()
                 stats.sends += 1
                 if len(run) > 1:
                     sent = self._sock.sendmsg(run, (), _NOW)
                 else:
                     sent = self._sock.send(run[0], _NOW)
-                done = outbox.sent(sent)
             except BlockingIOError:
-                return False
+                pass
             except BaseException as error:
                 raise self._broken(error) from None
             finally:
+                payload, done = outbox.sent(sent)
                 self._tx_touching = 0
                 self._tx_busy = False
                 if self._closed:
                     self._release()
             stats.bytes_sent += sent
-            if done is None:
-                return False
-            stats.payload_sent += outbox.payload
-            budget -= sent
+            stats.payload_sent += payload
             if done:
                 self._call(done)
+            if sent < size:
+                return False
+            budget -= sent
         return not outbox.pending
 
     def _call(self, callbacks: list[Callable[[], None]]) -> None:
@@ -366,36 +369,28 @@ class TcpConnection(Connection):
     # -- receiving -----------------------------------------------------------------------------
 
     def receive(self, wait: float = 0.0) -> Incoming | None:
-        if self._question is not None:
-            self._check_question()
         self._rx_busy = True
         try:
             if self._closed:
                 raise self._gone()
-            start, end = self._start, self._end
-            if start != end:
-                found = self._parse()
-                if found is not None or self._start != start or self._end != end:
-                    return found
-            elif not self._chunk and not self._channels and wait >= 0.5 and self._blocking:
-                # The common case, spelled out: wait for one small message.
-                try:
-                    end = self._sock.recv_into(self._rx_idle)
-                except BlockingIOError:
-                    return None
-                stats = self.stats
-                stats.receives += 1
-                stats.bytes_received += end
-                if end >= _PREFIX:
-                    length, kind, flags, channel = _unpack_from(self._rx)
-                    if length == end - _PREFIX and kind == MESSAGE and not flags | channel:
-                        stats.messages_received += 1
-                        return Message(self._rx[_PREFIX:end])
-                elif not end:
-                    raise self._ended()
-                self._start, self._end = 0, end
-                return self._parse()
-            return self._parse() if self._read(wait) else None
+            if not self._plain or wait < 0.5:
+                return self._receive(wait)
+            # The common case, spelled out: wait for one small message.
+            try:
+                end = self._sock.recv_into(self._rx_idle)
+            except BlockingIOError:
+                return None
+            stats = self.stats
+            stats.receives += 1
+            stats.bytes_received += end
+            if end > _PREFIX and _whole_from(self._rx)[0] == end - _PREFIX + _PLAIN:
+                stats.messages_received += 1
+                return Message(self._rx[_PREFIX:end])
+            if not end:
+                raise self._ended()
+            self._end = end
+            self._plain = False
+            return self._parse()
         except BaseException as error:
             raise self._failed(error) from None
         finally:
@@ -403,23 +398,43 @@ class TcpConnection(Connection):
             if self._closed:
                 self._release()
 
-    def _check_question(self) -> None:
-        if self._question is not None and self._question.undecided and not self._closed:
-            raise InternalError("receive() before into() or discard() of the message before")
-        self._question = None
+    def _receive(self, wait: float) -> Incoming | None:
+        if self._rx_failure is not None:
+            raise self._rx_failure
+        if self._question is not None:
+            if self._question.undecided:
+                raise InternalError("receive() before into() or discard() of the message before")
+            self._question = None
+        found = None
+        start, end = self._start, self._end
+        if start != end:
+            found = self._parse()
+        if found is None and self._start == start and self._end == end:
+            found = self._parse() if self._read(wait) else None
+        self._plain = (
+            self._blocking
+            and self._start == self._end
+            and not self._channels
+            and self._large is None
+        )
+        if self._plain:
+            self._start = self._end = 0
+        return found
 
     def _failed(self, error: BaseException) -> BaseException:
         """What to raise for an error of ``receive``."""
-        if isinstance(error, ConnectionLost):
-            return error
-        if isinstance(error, ProtocolError):
+        if isinstance(error, ConnectionLost | ProtocolError):
+            self._plain = False
             self._rx_failure = error
+            return error
+        if isinstance(error, InternalError):
             return error
         if not isinstance(error, OSError):
             self.abort()
             return error
         if self._closed:
             return self._gone()
+        self._plain = False
         self._rx_failure = ConnectionLost(
             f"the connection broke while receiving ({error.strerror or error})",
             peer=self.peer_address,
@@ -445,8 +460,6 @@ class TcpConnection(Connection):
 
     def _read(self, wait: float) -> bool:
         """One receive call; True if it brought bytes."""
-        if self._rx_failure is not None:
-            raise self._rx_failure
         target = self._target
         if target is not None and not target.dropped:
             # Never waits inside the receive call, which has the lent memory: see discard().
