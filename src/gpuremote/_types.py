@@ -10,5 +10,5 @@ Shape: TypeAlias = tuple[int, ...]
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 """A flat run of bytes in host memory."""
 
-JSON: TypeAlias = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
+JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
 """What ``--json`` prints."""

@@ -13,7 +13,7 @@ from gpuremote.rpc.peer import Entry, Peer
 from gpuremote.transport.base import Region
 from gpuremote.transport.tcp import TcpConnection, pair
 from gpuremote.wire.caps import WINDOW_BYTES
-from gpuremote.wire.frames import HEADER, Kind, message
+from gpuremote.wire.frames import HEADER, Kind
 from gpuremote.wire.hello import Receipt
 
 
@@ -82,7 +82,7 @@ def connect(a: End, b: End) -> None:
 def settle(*ends: End, idle: int = 3) -> None:
     quiet = 0
     for _ in range(100_000):
-        quiet = 0 if any([end.step() for end in ends]) else quiet + 1
+        quiet = 0 if sum(end.step() for end in ends) else quiet + 1
         if quiet >= idle:
             return
     raise AssertionError("the peers do not come to rest")
@@ -98,11 +98,9 @@ def test_messages_and_payloads_arrive_in_order() -> None:
     connect(a, b)
     data = random.Random(1).randbytes(3 << 20)
     delivered = []
-    a.peer.post(Kind.BATCH, message(b"one"), arg=1)
-    a.peer.post(
-        Kind.PAYLOAD, message(b"two"), [Region(data)], on_delivered=lambda: delivered.append(2)
-    )
-    a.peer.post(Kind.BATCH, message(b"three"))
+    a.peer.post(Kind.BATCH, b"one", arg=1)
+    a.peer.post(Kind.PAYLOAD, b"two", [Region(data)], on_delivered=lambda: delivered.append(2))
+    a.peer.post(Kind.BATCH, b"three")
     settle(a, b)
     assert b.messages == [(Kind.BATCH, 1, b"one"), (Kind.BATCH, 0, b"three")]
     assert b.payloads == [data]
@@ -114,7 +112,7 @@ def test_what_is_delivered_is_not_kept() -> None:
     a, b = End(), End()
     connect(a, b)
     for _ in range(1000):
-        a.peer.post(Kind.BATCH, message(b"x" * 100))
+        a.peer.post(Kind.BATCH, b"x" * 100)
     settle(a, b)
     b.peer.acknowledge()
     settle(a, b)
@@ -129,7 +127,7 @@ def test_acknowledgements_do_not_answer_each_other() -> None:
     settle(a, b)
     before = a.peer.messages_sent + b.peer.messages_sent
     for _ in range(50):
-        a.peer.post(Kind.BATCH, message(b"x"))
+        a.peer.post(Kind.BATCH, b"x")
         settle(a, b)
     assert a.peer.messages_sent + b.peer.messages_sent <= before + 52
     close(a, b)
@@ -141,11 +139,11 @@ def test_credit_bounds_what_is_on_its_way() -> None:
     settle(a, b)
     start = a.peer.credit
     assert 0 < start <= WINDOW_BYTES
-    a.peer.post(Kind.BATCH, message(bytes(1000)))
+    a.peer.post(Kind.BATCH, bytes(1000))
     assert a.peer.credit == start - 1000 - HEADER.size
     b.peer.held = True
     for _ in range(40):
-        a.peer.post(Kind.BATCH, message(bytes(20_000)))
+        a.peer.post(Kind.BATCH, bytes(20_000))
         settle(a, b)
     assert a.peer.credit < start - 40 * 20_000
     b.peer.held = False
@@ -161,8 +159,8 @@ def test_a_payload_that_is_refused_is_dropped_and_acknowledged() -> None:
     b.refuse = True
     delivered = []
     region = Region(bytes(1 << 20))
-    a.peer.post(Kind.PAYLOAD, message(), [region], on_delivered=lambda: delivered.append(1))
-    a.peer.post(Kind.BATCH, message(b"after"))
+    a.peer.post(Kind.PAYLOAD, b"", [region], on_delivered=lambda: delivered.append(1))
+    a.peer.post(Kind.BATCH, b"after")
     settle(a, b)
     assert delivered == [1]
     assert b.payloads == []
@@ -183,13 +181,13 @@ def test_losses_anywhere_leave_nothing_out_and_nothing_twice(seed: int) -> None:
         for side, end in enumerate((a, b)):
             for _ in range(random_.randrange(4)):
                 body = random_.randbytes(random_.randrange(1, 2000))
-                end.peer.post(Kind.BATCH, message(body))
+                end.peer.post(Kind.BATCH, body)
                 sent[side].append(body)
             if random_.random() < 0.7:
                 data = [random_.randbytes(random_.randrange(300_000)) for _ in range(3)]
                 end.peer.post(
                     Kind.PAYLOAD,
-                    message(),
+                    b"",
                     [Region(part) for part in data],
                     on_delivered=lambda: delivered.append(1),
                 )
@@ -216,7 +214,7 @@ def test_cancelling_a_payload_on_its_way_frees_the_memory_and_keeps_the_session(
     connect(a, b)
     memory = bytearray(20 << 20)
     region = Region(memory)
-    entry = a.peer.post(Kind.PAYLOAD, message(), [region])
+    entry = a.peer.post(Kind.PAYLOAD, b"", [region])
     b.step()
     b.step()
     a.peer.cancel(entry)
@@ -226,7 +224,7 @@ def test_cancelling_a_payload_on_its_way_frees_the_memory_and_keeps_the_session(
     assert a.peer.connection is None
     b.peer.lost(ConnectionLost("seen later"))
     connect(a, b)
-    a.peer.post(Kind.BATCH, message(b"after"))
+    a.peer.post(Kind.BATCH, b"after")
     settle(a, b)
     assert b.messages == [(Kind.BATCH, 0, b"after")]
     assert b.payloads == []
@@ -238,7 +236,7 @@ def test_cancelling_a_payload_on_its_way_frees_the_memory_and_keeps_the_session(
 def test_dropping_what_arrives_leaves_its_buffers_alone() -> None:
     a, b = End(), End()
     connect(a, b)
-    a.peer.post(Kind.PAYLOAD, message(), [Region(b"\xff" * (8 << 20))])
+    a.peer.post(Kind.PAYLOAD, b"", [Region(b"\xff" * (8 << 20))])
     places: list[bytearray] = []
 
     def on_payload(*_: object) -> tuple[Sequence[memoryview], object]:
@@ -320,5 +318,5 @@ def test_ping() -> None:
 
 
 def test_entries_keep_what_they_were_given() -> None:
-    entry = Entry(1, Kind.BATCH, 0, 3, message(b"x"), (), None)
-    assert (entry.seq, entry.arg, entry.size) == (1, 3, HEADER.size + 1)
+    entry = Entry(1, Kind.BATCH, 0, 3, b"x", (), None)
+    assert (entry.seq, entry.arg, entry.body) == (1, 3, b"x")

@@ -143,6 +143,10 @@ class Backend(abc.ABC):
         must not change until the bytes are sent.
         """
 
+    def small_bytes(self, array: Any) -> bytes:
+        """A copy of the bytes of a small array, in C order."""
+        return bytes(self.send_view(array)[0])
+
     def meta(self, array: Any) -> tuple[Shape, DType]:
         """Shape and dtype of an array."""
         return array.shape, array.dtype

@@ -83,6 +83,10 @@ class NumpyBackend(ArrayNamespaceBackend):
         flat = np.ascontiguousarray(array).reshape(-1)
         return flat.view(np.uint8).data, private
 
+    def small_bytes(self, array: Any) -> bytes:
+        data: bytes = array.tobytes()
+        return data
+
     def storage_of(self, array: Any) -> Any:
         base = array.base
         while isinstance(base, np.ndarray):

@@ -131,7 +131,7 @@ class RemoteArray:
     __rshift__, __rrshift__ = binary("bitwise_right_shift"), reflected("bitwise_right_shift")
     __irshift__ = inplace("bitwise_right_shift")
     __matmul__, __rmatmul__ = binary("matmul"), reflected("matmul")
-    __eq__, __ne__ = binary("equal"), binary("not_equal")  # type: ignore[assignment]
+    __eq__, __ne__ = binary("equal"), binary("not_equal")
     __lt__, __le__ = binary("less"), binary("less_equal")
     __gt__, __ge__ = binary("greater"), binary("greater_equal")
     __neg__, __pos__, __abs__ = unary("negative"), unary("positive"), unary("abs")
@@ -371,7 +371,7 @@ class RemoteArray:
         return out, output_view(out, self.shape, self.dtype)
 
     def _ask_bytes(self, view: memoryview, kind: str = "get") -> Any:
-        return self._core.ask(Op.GET, self._id, kind=kind, into=view, name="get")
+        return self._core.ask_bytes(self._id, view, kind)
 
     def _scalar_view(self) -> tuple[npt.NDArray[Any], memoryview]:
         if self.size != 1:

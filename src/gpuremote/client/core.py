@@ -7,6 +7,7 @@ Two drivers use it unchanged: ``client.aio`` and ``client.blocking``.
 from __future__ import annotations
 
 import copy
+import struct
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -25,11 +26,12 @@ from gpuremote.errors import (
 from gpuremote.rpc.peer import Connection, Region
 from gpuremote.wire import caps
 from gpuremote.wire.batch import ALL_STREAMS, Op
-from gpuremote.wire.frames import NUMBER, Kind, ResultForm, message, pack_info, unpack_info
+from gpuremote.wire.frames import NUMBER, Kind, ResultForm, pack_info, unpack_info
 from gpuremote.wire.state import SessionState, State, Stimulus
 
 __all__ = ["Core"]
 
+_pack_get = struct.Struct("<IQ").pack
 MAX_FAILURES: Final = 256
 """Failures kept for a ``synchronize``; of more only the number is kept."""
 MAX_LINKS: Final = 4096
@@ -114,6 +116,21 @@ class Core(Issuer):
             self._relieve()
         return wait
 
+    def ask_bytes(self, handle: int, into: memoryview, kind: str) -> Wait:
+        """Ask for an array's bytes, and send everything up to it. As :meth:`ask`, in short."""
+        with self.lock:
+            if self._special:
+                self._prepare()
+            number = self._next
+            self._next = number + 1
+            self._buffer += _pack_get(Op.GET, handle)
+            wait = self._waits[number] = Wait(number, kind, into)
+            self.stats.round_trips[kind] += 1
+            self.flush()
+        if self._stalled:
+            self._relieve()
+        return wait
+
     def put(
         self, shape: tuple[int, ...], dtype: str, device: int, view: memoryview
     ) -> tuple[int, Wait | None]:
@@ -146,7 +163,7 @@ class Core(Issuer):
                 self._waits[number] = wait
             self.stats.round_trips["put"] += 1
             connection_regions = [Region(view) for *_, view in items]
-            body = message(b"".join(NUMBER.pack(number) for number in numbers))
+            body = b"".join(NUMBER.pack(number) for number in numbers)
             wait.entry = self._post(
                 Kind.PAYLOAD,
                 body,
@@ -320,7 +337,7 @@ class Core(Issuer):
             if self.state.value is State.OPEN:
                 self.flush()
                 self.state.advance(Stimulus.GOODBYE)
-                self._post(Kind.GOODBYE, message(pack_info([0, ""])))
+                self._post(Kind.GOODBYE, pack_info([0, ""]))
             else:
                 self._farewell.finish()
         return self._farewell

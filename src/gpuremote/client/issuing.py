@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any, Final
 
 from gpuremote._clock import now_ns
+from gpuremote._types import BytesLike
 from gpuremote.client.current import current_stream
 from gpuremote.client.origin import Origin, caller, take
 from gpuremote.client.stats import SessionStats
@@ -22,7 +23,7 @@ from gpuremote.rpc.peer import Peer, Sink
 from gpuremote.wire import caps
 from gpuremote.wire.batch import FIRST_PLAN, Op, blob_record, fixed_record, free_record
 from gpuremote.wire.batch import PREFIX as BATCH_PREFIX
-from gpuremote.wire.frames import HEADER, Kind, pack_info
+from gpuremote.wire.frames import Kind, pack_info
 
 __all__ = ["Issuer"]
 
@@ -34,7 +35,8 @@ FLUSH_NS_MAX: Final = 1_200_000
 """... and after twice as many each time, up to this, while the program issues without a pause:
 every send costs as much as several ops."""
 NEVER: Final = 1 << 63
-_EMPTY: Final = HEADER.size + BATCH_PREFIX.size
+_EMPTY: Final = BATCH_PREFIX.size
+_pack_number = BATCH_PREFIX.pack
 _FREES: Final = 4096
 """Handles per FREE record."""
 _NO_STREAM: Final[dict[int, int]] = {}
@@ -94,7 +96,7 @@ class Issuer:
         self._depth = depth
         self._next = 1
         self._next_plan = FIRST_PLAN
-        self._buffer = _new_buffer(1)
+        self._buffer = bytearray(_pack_number(1))
         self._flush_after = 0
         self._pause = FLUSH_NS
         self._told = False
@@ -233,19 +235,15 @@ class Issuer:
     def flush(self, pause: int = FLUSH_NS) -> None:
         """Send what lies in the buffer, and give back the handles that were dropped."""
         with self.lock:
-            dropped = self.dropped
             if self.dropped_streams or self.dropped_events:
                 self._drop_streams()
             while True:
-                count = min(len(dropped), _FREES)
-                if count:
-                    self._buffer += free_record([dropped.popleft() for _ in range(count)])
-                    self._next += 1
-                    self.stats.freed += count
+                if self.dropped:
+                    self._free_dropped()
                 buffer = self._buffer
                 if len(buffer) == _EMPTY:
                     return
-                self._buffer = _new_buffer(self._next)
+                self._buffer = bytearray(_pack_number(self._next))
                 if self._origins:
                     self._kept.append((self._next - 1, self._origins))
                     self.stats.ops += len(self._origins) - self._named
@@ -255,6 +253,13 @@ class Issuer:
                 self._flush_after = now_ns() + pause
                 self.stats.batches += 1
                 self._post(Kind.BATCH, buffer)
+
+    def _free_dropped(self) -> None:
+        dropped = self.dropped
+        count = min(len(dropped), _FREES)
+        self._buffer += free_record([dropped.popleft() for _ in range(count)])
+        self._next += 1
+        self.stats.freed += count
 
     def _drop_streams(self) -> None:
         for queue, op in (
@@ -268,7 +273,7 @@ class Issuer:
                 self._buffer += fixed_record(op, ident)
                 self._next += 1
 
-    def _post(self, kind: Kind, body: bytearray, **more: Any) -> Any:
+    def _post(self, kind: Kind, body: BytesLike, **more: Any) -> Any:
         entry = self.peer.post(kind, body, **more)
         connection = self.peer.connection
         if connection is None or connection.pending_output:
@@ -301,10 +306,3 @@ class Issuer:
 
 def _nothing() -> None:
     pass
-
-
-def _new_buffer(number: int) -> bytearray:
-    """An empty batch whose first record will be ``number``."""
-    buffer = bytearray(HEADER.size)
-    buffer += BATCH_PREFIX.pack(number)
-    return buffer

@@ -20,26 +20,29 @@ class Wait:
     into : memoryview or None
         Where the bytes go.
     done : bool
+    cancelled : bool
+        The program no longer wants it.
     value : object
         The answer: bytes in place (None), or decoded values.
     error : BaseException or None
     notify : callable or None
         Called once it is done, with the core's lock held.
+    entry : Entry or None
+        The message with the payload, where one is sent (a put).
     """
 
-    __slots__ = ("cancelled", "done", "entry", "error", "into", "kind", "notify", "number", "value")
+    # Defaults in the class: one of these is made for each wait.
+    done = False
+    cancelled = False
+    value: Any = None
+    error: BaseException | None = None
+    notify: Callable[[], None] | None = None
+    entry: Any = None
 
     def __init__(self, number: int, kind: str, into: memoryview | None = None) -> None:
         self.number = number
         self.kind = kind
         self.into = into
-        self.done = False
-        self.cancelled = False
-        self.value: Any = None
-        self.error: BaseException | None = None
-        self.notify: Callable[[], None] | None = None
-        self.entry: Any = None
-        """The message with the payload, where one is sent (a put)."""
 
     def finish(self, value: Any = None, error: BaseException | None = None) -> None:
         if self.done:

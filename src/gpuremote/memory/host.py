@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from gpuremote._dtypes import check_dtype
 from gpuremote._types import Shape
 from gpuremote.errors import DTypeError, InvalidBuffer
-from gpuremote._dtypes import check_dtype
 
 __all__ = ["HostArray", "host_array", "output_view"]
 
@@ -100,6 +100,10 @@ def output_view(
     InvalidBuffer
         Read-only, not C-contiguous, or of another shape, dtype or size. Nothing was written.
     """
+    if type(out) is np.ndarray and out.shape == shape and out.dtype == dtype:
+        flags = out.flags
+        if flags.c_contiguous and flags.writeable and out.nbytes:
+            return out.data.cast("B")
     if hasattr(out, "__dlpack__") and not isinstance(out, np.ndarray):
         try:
             out = np.from_dlpack(out)

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost, LimitExceeded, ProtocolError
 from gpuremote.transport.base import Connection, Incoming, Region
 from gpuremote.wire.caps import ACK_BYTES, ACK_MESSAGES, MAX_BULK, WINDOW_BYTES
@@ -28,13 +29,14 @@ from gpuremote.wire.frames import (
     Kind,
     decode_ack,
     encode_ack,
-    message,
 )
 from gpuremote.wire.hello import Receipt
 
 __all__ = ["Connection", "Entry", "Peer", "Region", "Sink"]
 
 _PREFIX: Final = HEADER.size
+_pack = HEADER.pack
+_unpack = HEADER.unpack_from
 _KINDS: Final = frozenset(int(kind) for kind in Kind)
 
 
@@ -65,19 +67,11 @@ class Sink(Protocol):
 class Entry:
     """A message that this side sent and keeps until the other end has it."""
 
-    __slots__ = (
-        "arg",
-        "body",
-        "cancelled",
-        "delivered",
-        "flags",
-        "kind",
-        "on_delivered",
-        "regions",
-        "seq",
-        "size",
-        "started",
-    )
+    # Defaults in the class: one of these is made per message, and most have none of it.
+    started = False
+    """A connection was given the payload."""
+    delivered = False
+    cancelled = False
 
     def __init__(
         self,
@@ -85,21 +79,17 @@ class Entry:
         kind: int,
         flags: int,
         arg: int,
-        body: bytearray,
+        body: BytesLike,
         regions: Sequence[Region],
         on_delivered: Callable[[], None] | None,
     ) -> None:
         self.seq = seq
         self.kind = kind
+        self.flags = flags
         self.arg = arg
         self.body = body
         self.regions = regions
         self.on_delivered = on_delivered
-        self.size = len(body)
-        self.flags = flags
-        self.started = False
-        self.delivered = False
-        self.cancelled = False
 
 
 class _Arriving:
@@ -191,7 +181,7 @@ class Peer:
     def post(
         self,
         kind: Kind,
-        body: bytearray,
+        body: BytesLike,
         regions: Sequence[Region] = (),
         on_delivered: Callable[[], None] | None = None,
         arg: int = 0,
@@ -201,33 +191,39 @@ class Peer:
 
         Parameters
         ----------
-        body : bytearray
-            Made by ``frames.message``; not to be touched afterwards.
+        body : bytes-like
+            Not to be changed afterwards.
         regions : sequence of Region
             Payload, lent until ``on_delivered`` (or :meth:`cancel`).
         on_delivered : callable, optional
             Called, with the lock held, when the other end has the message and its payload.
         """
-        self._sent += 1
-        entry = Entry(self._sent, kind, flags, arg, body, regions, on_delivered)
+        seq = self._sent = self._sent + 1
+        entry = Entry(seq, kind, flags, arg, body, regions, on_delivered)
         self._unacked.append(entry)
-        self._posted += entry.size
+        self._posted += _PREFIX + len(body)
         if regions:
             self._bulk_out += 1
-        if self.connection is not None:
-            self._transmit(entry)
+            if self.connection is not None:
+                self._transmit(entry)
+            return entry
+        connection = self.connection
+        if connection is not None:
+            self.messages_sent += 1
+            try:
+                connection.send(_pack(kind, flags, 0, arg, seq, self._complete) + body)
+            except ConnectionLost as error:
+                self.lost(error)
         return entry
 
-    def control(self, kind: Kind, body: bytearray | None = None, arg: int = 0) -> None:
+    def control(self, kind: Kind, body: bytes = b"", arg: int = 0) -> None:
         """Send an unreliable message; dropped where there is no connection."""
         connection = self.connection
         if connection is None:
             return
-        buffer = message() if body is None else body
-        HEADER.pack_into(buffer, 0, kind, 0, 0, arg, 0, self._complete)
         self.messages_sent += 1
         try:
-            connection.send(buffer)
+            connection.send(_pack(kind, 0, 0, arg, 0, self._complete) + body)
         except ConnectionLost as error:
             self.lost(error)
 
@@ -262,14 +258,14 @@ class Peer:
         connection = self.connection
         assert connection is not None
         flags = entry.flags | (CANCELLED if entry.cancelled else 0)
-        HEADER.pack_into(entry.body, 0, entry.kind, flags, 0, entry.arg, entry.seq, self._complete)
+        head = _pack(entry.kind, flags, 0, entry.arg, entry.seq, self._complete)
         self.messages_sent += 1
         try:
             if entry.cancelled or not entry.regions:
-                connection.send(entry.body)
+                connection.send(head + entry.body)
             else:
                 entry.started = True
-                connection.send(entry.body, entry.regions)
+                connection.send(head + entry.body, entry.regions)
         except ConnectionLost as error:
             self.lost(error)
 
@@ -286,14 +282,27 @@ class Peer:
         header = incoming.header
         if len(header) < _PREFIX:
             raise ProtocolError(f"a message of {len(header)} bytes, shorter than its header")
-        kind, flags, _, arg, seq, ack = HEADER.unpack_from(header)
+        kind, flags, _, arg, seq, ack = _unpack(header)
         self.messages_received += 1
         if ack > self._sent:
             raise ProtocolError(f"message {ack} was acknowledged and {self._sent} were sent")
-        if self._unacked and ack >= self._unacked[0].seq:
-            self._acked(ack)
+        unacked = self._unacked
+        while unacked and unacked[0].seq <= ack:
+            entry = unacked.popleft()
+            if entry.regions or entry.on_delivered is not None or entry.cancelled:
+                self._settle(entry)
+            else:
+                entry.delivered = True
         body = header[_PREFIX:]
-        if seq == 0:
+        if seq == self._seen + 1 and not flags and not incoming.sizes and kind in _KINDS:
+            # Nearly every message. Counted as here first, so that an answer carries the ack.
+            self._seen = seq
+            self._got += len(header)
+            self._unreported += 1
+            self._complete = seq if not self._arriving else min(self._arriving) - 1
+            self._sink.on_message(kind, arg, body)
+            self._report_if_due()
+        elif seq == 0:
             self._unreliable(kind, flags, arg, body, incoming)
         elif flags & CONTINUED:
             self._continued(seq, flags, body, incoming)
@@ -332,6 +341,9 @@ class Peer:
                 self._sink.on_message(kind, arg, body)
             elif not flags & IGNORABLE:
                 raise ProtocolError(f"message {seq} is of unknown kind {kind}")
+        self._report_if_due()
+
+    def _report_if_due(self) -> None:
         if self._unreported >= ACK_MESSAGES or (
             not self.held and self._granted - self._got < WINDOW_BYTES - ACK_BYTES
         ):
@@ -425,11 +437,6 @@ class Peer:
         """``arg`` of the latest PONG."""
         return self._last_pong
 
-    def _acked(self, ack: int) -> None:
-        unacked = self._unacked
-        while unacked and unacked[0].seq <= ack:
-            self._settle(unacked.popleft())
-
     def _mark_delivered(self, seq: int) -> None:
         for entry in self._unacked:
             if entry.seq == seq:
@@ -504,21 +511,18 @@ class Peer:
             return
         if entry.cancelled:
             # The other end keeps the unfinished payload until it is told.
-            body = message(NUMBER.pack(entry.seq))
-            HEADER.pack_into(
-                body, 0, Kind.PAYLOAD, CONTINUED | CANCELLED, 0, 0, entry.seq, self._complete
-            )
+            flags, body = CONTINUED | CANCELLED, NUMBER.pack(entry.seq)
             rest: Sequence[Region] = ()
         else:
             total = sum(region.nbytes for region in entry.regions)
             if offset > total:
                 raise ProtocolError(f"the peer claims {offset} bytes of a payload of {total}")
             rest = [Region(view) for view in _skip([r.view for r in entry.regions], offset)]
-            body = message(NUMBER.pack(offset))
-            HEADER.pack_into(body, 0, entry.kind, CONTINUED, 0, 0, entry.seq, self._complete)
+            flags, body = CONTINUED, NUMBER.pack(offset)
+        head = _pack(entry.kind, flags, 0, 0, entry.seq, self._complete)
         self.messages_sent += 1
         try:
-            connection.send(body, rest)
+            connection.send(head + body, rest)
         except ConnectionLost as error:
             self.lost(error)
 

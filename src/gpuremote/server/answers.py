@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from gpuremote.server.storage import STALLED, Failure, Slot
 from gpuremote.transport.base import Region
 from gpuremote.wire.caps import INLINE_PAYLOAD, MAX_BULK
-from gpuremote.wire.frames import IGNORABLE, NUMBER, Kind, ResultForm, message, pack_info
+from gpuremote.wire.frames import IGNORABLE, NUMBER, Kind, ResultForm, pack_info
 
 if TYPE_CHECKING:
     from gpuremote.server.session import WorkerSession
@@ -30,19 +30,18 @@ class Answers:
             failure.message[:4096],
             failure.op,
         ]
-        self._session.peer.post(Kind.FAILURE, message(pack_info(body)))
+        self._session.peer.post(Kind.FAILURE, pack_info(body))
 
     def info(self, number: int, value: Any) -> None:
         """Answer record ``number`` with plain values."""
-        body = message(NUMBER.pack(number))
-        body += pack_info(value)
+        body = NUMBER.pack(number) + pack_info(value)
         self._session.peer.post(Kind.RESULT, body, arg=ResultForm.INFO)
 
     def goodbye(self) -> None:
-        self._session.peer.post(Kind.GOODBYE, message(pack_info([0, ""])))
+        self._session.peer.post(Kind.GOODBYE, pack_info([0, ""]))
 
     def notice(self, event: str, **details: Any) -> None:
-        body = message(pack_info({"event": event, **details}))
+        body = pack_info({"event": event, **details})
         self._session.peer.post(Kind.NOTICE, body, flags=IGNORABLE)
 
     def send_meta(self, number: int, slot: Slot) -> object:
@@ -68,7 +67,14 @@ class Answers:
             with session.lock:
                 self.report(slot.failure, number)
             return None
+        head = NUMBER.pack(number)
         try:
+            assert slot.meta is not None
+            if slot.meta.nbytes <= INLINE_PAYLOAD:
+                body = head + session.backend.small_bytes(slot.value)
+                with session.lock:
+                    peer.post(Kind.RESULT, body, arg=ResultForm.BYTES)
+                return None
             view, private = session.backend.send_view(slot.value)
             if private:
                 # Counted late, as only the backend knows whether it had to copy.
@@ -77,15 +83,6 @@ class Answers:
             failure = session.failed(number, "get", error)
             with session.lock:
                 self.report(failure, number)
-            return None
-        head = NUMBER.pack(number)
-        if view.nbytes <= INLINE_PAYLOAD:
-            if private:
-                session.quota.release(view.nbytes)
-            body = message(head)
-            body += view
-            with session.lock:
-                peer.post(Kind.RESULT, body, arg=ResultForm.BYTES)
             return None
         storage = slot.storage
         assert storage is not None
@@ -102,5 +99,5 @@ class Answers:
             session.ordering.stir()
 
         with session.lock:
-            peer.post(Kind.RESULT, message(head), [Region(view)], release, arg=ResultForm.PAYLOAD)
+            peer.post(Kind.RESULT, head, [Region(view)], release, arg=ResultForm.PAYLOAD)
         return None

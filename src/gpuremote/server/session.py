@@ -182,7 +182,9 @@ class WorkerSession:
             )
         if self.streams:
             self.ordering.wake_threads()
-        self._regulate()
+            self._regulate()
+        elif len(self.default.queue) > caps.MAX_BACKLOG:
+            self._regulate()
 
     def _call(
         self, number: int, op: Executable, values: tuple[Any, ...], table: dict[int, Slot]

@@ -27,7 +27,7 @@ from gpuremote.server.session import WorkerSession
 from gpuremote.transport.base import Connection
 from gpuremote.transport.tcp import TcpConnection, tune
 from gpuremote.wire import caps
-from gpuremote.wire.frames import Kind, message, pack_info
+from gpuremote.wire.frames import Kind, pack_info
 from gpuremote.wire.hello import Hello, HelloReader, Welcome, choose_version
 from gpuremote.wire.state import SessionState, State, Stimulus
 
@@ -146,7 +146,7 @@ class Worker:
         """The client broke the protocol: say so, and end."""
         with self.session.lock:
             peer = self.session.peer
-            peer.post(Kind.GOODBYE, message(pack_info([error.code, error.message[:4096]])))
+            peer.post(Kind.GOODBYE, pack_info([error.code, error.message[:4096]]))
             connection = peer.connection
         if connection is not None:
             connection.close(1.0)

@@ -30,8 +30,8 @@ from gpuremote.transport._framing import (
     decode_sizes,
 )
 from gpuremote.transport._incoming import Message, Payload
-from gpuremote.transport._outgoing import Buffer, Outbox
-from gpuremote.transport._sockets import addresses, join_address, open_tcp, tune
+from gpuremote.transport._outgoing import Outbox
+from gpuremote.transport._sockets import addresses, drain, join_address, open_tcp, tune
 from gpuremote.transport.base import Connection, Incoming, Region, TransportStats, flat_view
 
 __all__ = [
@@ -127,6 +127,11 @@ class TcpConnection(Connection):
         self._channels: dict[int, Payload] = {}
         self._question: Payload | None = None  # was into() called?
 
+    @staticmethod
+    def probe() -> tuple[bool, str]:
+        """Whether this transport works on this machine, and what was found."""
+        return True, "sockets always work"
+
     def fileno(self) -> int:
         return self._sock.fileno()
 
@@ -154,7 +159,7 @@ class TcpConnection(Connection):
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
             if not self._rx_busy:
-                self._drain(deadline)
+                drain(self._sock, self._rx, deadline)
             self._sock.shutdown(socket.SHUT_RDWR)
         self._release()
 
@@ -170,27 +175,12 @@ class TcpConnection(Connection):
             return False
         return True
 
-    def _drain(self, deadline: float) -> None:
-        """Drop what came and was not read, as long as the peer lacks some of our bytes.
-
-        Closing a socket with unread input resets it, which loses what the peer's kernel has
-        not taken yet.
-        """
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        while poll.poll(0) and congestion.unacknowledged(self._sock) and _clock.now() < deadline:
-            if not self._sock.recv_into(self._rx, 0, _NOW):
-                return
-            poll.poll(1)
-
     def abort(self) -> None:
         if not self._closed:
             self._closed = True
             with contextlib.suppress(OSError):
                 # Nobody is to wait for what the kernel still holds: reset instead of FIN.
-                self._sock.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0)
-                )
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
             with contextlib.suppress(OSError):
                 # Wakes a thread that waits in receive(); close() alone would not.
                 self._sock.shutdown(socket.SHUT_RDWR)
@@ -259,22 +249,9 @@ class TcpConnection(Connection):
         stats.messages_sent += 1
         stats.bytes_sent += sent
         if sent != size + _PREFIX:
-            self._keep_rest(header, size, sent, done)
+            self._outbox.add_rest(header, size, sent, done)
         elif done is not None:
             self._call([done])
-
-    def _keep_rest(
-        self, header: BytesLike, size: int, sent: int, done: Callable[[], None] | None
-    ) -> None:
-        # The copy that was joined for the call is dropped; the message is where the caller
-        # has it.
-        view = memoryview(header)
-        parts: list[Buffer] = (
-            [_pack(size, MESSAGE, 0, 0)[sent:], view]
-            if sent < _PREFIX
-            else [view[sent - _PREFIX :]]
-        )
-        self._outbox.add_rest(parts, done)
 
     def _send_queued(
         self,
@@ -289,12 +266,16 @@ class TcpConnection(Connection):
             raise self._tx_failure
         if self._closed:
             raise self._gone()
+        outbox = self._outbox
+        waiting = outbox.pending
         if regions:
-            self._outbox.add_payload(header, size, regions, done)
+            outbox.add_payload(header, size, regions, done)
         else:
-            self._outbox.add_message(header, size, done)
+            outbox.add_message(header, size, done)
         self.stats.messages_sent += 1
-        if not self._calling:
+        # Behind others the kernel most likely takes nothing now; trying each time would make a
+        # long queue slow.
+        if not waiting and not self._calling:
             self._pump()
 
     def flush(self) -> bool:

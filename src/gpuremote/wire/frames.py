@@ -7,9 +7,7 @@
 
 ``seq`` counts the reliable messages of one direction from 1, over the whole life of a session
 (0: not reliable, lost with its connection). ``ack`` is the highest number up to which the
-sender of this message has everything, payloads included. A message is built in one bytearray
-whose first ``HEADER.size`` bytes are left free, so that the header is filled in place when
-(and each time when) it goes out.
+sender of this message has everything, payloads included.
 """
 
 from __future__ import annotations
@@ -34,7 +32,6 @@ __all__ = [
     "Kind",
     "decode_ack",
     "encode_ack",
-    "message",
     "pack_info",
     "unpack_info",
 ]
@@ -104,18 +101,9 @@ class Ack(NamedTuple):
     delivered: tuple[int, ...]
 
 
-def message(body: BytesLike = b"") -> bytearray:
-    """A message with room for its header."""
-    buffer = bytearray(HEADER.size)
-    buffer += body
-    return buffer
-
-
-def encode_ack(limit: int, executed: int, delivered: Sequence[int]) -> bytearray:
-    buffer = message(_ACK_FIXED.pack(limit, executed))
-    if delivered:
-        buffer += struct.pack(f"<{len(delivered)}Q", *delivered)
-    return buffer
+def encode_ack(limit: int, executed: int, delivered: Sequence[int]) -> bytes:
+    fixed = _ACK_FIXED.pack(limit, executed)
+    return fixed + struct.pack(f"<{len(delivered)}Q", *delivered) if delivered else fixed
 
 
 def decode_ack(body: BytesLike) -> Ack:

@@ -1,0 +1,251 @@
+"""Makes a session's core progress in the threads that wait for it: the one that waits also reads.
+
+With several threads in one session, one of those that wait receives for all of them; when it
+has what it wanted, another takes over.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+from typing import Any, Final, Protocol
+
+from gpuremote import _clock
+from gpuremote.client.core import Core
+from gpuremote.client.link import MAX_PAUSE, Link
+from gpuremote.client.waits import Wait
+from gpuremote.errors import ConnectionLost, DeadlineExceeded, GpuRemoteError, ProtocolError
+from gpuremote.rpc.peer import Connection
+
+__all__ = ["BlockingDriver"]
+
+SLICE: Final = 1.0
+"""Seconds of one blocking receive; deadlines are looked at in between."""
+
+
+class _Done(Protocol):
+    @property
+    def done(self) -> bool: ...
+
+
+class _Credit:
+    """Done when the server has granted credit (or there will be none)."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    @property
+    def done(self) -> bool:
+        return self._core.peer.credit > 0 or self._core.dead is not None
+
+
+class BlockingDriver:
+    """Makes a core progress in the threads that wait for it.
+
+    Parameters
+    ----------
+    core : Core
+    link : Link
+    """
+
+    def __init__(self, core: Core, link: Link) -> None:
+        self.core = core
+        self.link = link
+        self._leading = threading.Lock()
+        self._receives = 0
+        self._followers: set[threading.Event] = set()
+        core.on_stall = self._stalled
+        core.on_sync = self._synced
+        core.poll = self._poll
+
+    def wait(self, wait: Wait, timeout: float | None = None) -> Any:
+        """The answer of ``wait``.
+
+        Raises
+        ------
+        DeadlineExceeded
+            Not within ``timeout`` seconds. The answer is dropped when it comes; on return its
+            buffer is no longer written to.
+        GpuRemoteError
+            The answer is an error, or the session is lost.
+        """
+        if not wait.done:
+            deadline = None if timeout is None else _clock.now() + timeout
+            try:
+                self._until(wait, deadline)
+            except BaseException:
+                self._cancel(wait)
+                raise
+            if not wait.done:
+                self._cancel(wait)
+                raise DeadlineExceeded(
+                    f"no answer to {wait.kind} within {timeout} s; the session goes on",
+                    op=wait.kind,
+                    peer=self.core.peer_name,
+                )
+        if not self.core.waiting:
+            self.core.caught_up()
+        return wait.result()
+
+    def _until(self, what: _Done, deadline: float | None) -> None:
+        while _unfinished(what, deadline):
+            if self._leading.acquire(blocking=False):
+                try:
+                    while _unfinished(what, deadline):
+                        self._step(deadline)
+                finally:
+                    self._leading.release()
+                    for follower in list(self._followers):
+                        follower.set()
+            else:
+                self._follow(what, deadline)
+
+    def _follow(self, what: _Done, deadline: float | None) -> None:
+        """Another thread receives; sleep until it has our answer or leaves."""
+        woken = threading.Event()
+        self._followers.add(woken)
+        try:
+            if isinstance(what, Wait):
+                with self.core.lock:
+                    what.notify = woken.set
+            # The leader may have left before this thread was in its list.
+            if not self._leading.locked():
+                return
+            remaining = SLICE if deadline is None else max(0.0, deadline - _clock.now())
+            woken.wait(min(remaining, SLICE if isinstance(what, Wait) else 0.01))
+        finally:
+            self._followers.discard(woken)
+
+    def _step(self, deadline: float | None) -> None:
+        """Make some progress, or wait a while for it."""
+        core = self.core
+        connection = core.peer.connection
+        if connection is None:
+            self._resume(deadline)
+            return
+        try:
+            self._receive(connection, deadline)
+        except ConnectionLost as error:
+            self._lost(connection, error)
+        except ProtocolError as error:
+            connection.abort()
+            core.die(error)
+
+    def _receive(self, connection: Connection, deadline: float | None) -> None:
+        core = self.core
+        left = SLICE if deadline is None else min(SLICE, deadline - _clock.now())
+        if connection.pending_output or left < SLICE or connection.due() is not None:
+            self._poll_once(connection, left)
+            wait = 0.0
+        else:
+            wait = SLICE
+        incoming = connection.receive(wait)
+        self._receives += 1
+        if incoming is not None:
+            with core.lock:
+                core.peer.dispatch(incoming)
+        elif core.sources:
+            self._tend()
+
+    def _poll_once(self, connection: Connection, seconds: float) -> None:
+        due = connection.due()
+        if due is not None:
+            seconds = min(seconds, due)
+        poller = select.poll()
+        wanted = select.POLLIN | (select.POLLOUT if connection.pending_output else 0)
+        poller.register(connection.fileno(), wanted)
+        poller.poll(max(0.0, 1000 * seconds))
+        with self.core.lock:
+            connection.flush()
+
+    def _tend(self) -> None:
+        """Look after the sessions that copies come from; nobody else may be reading them."""
+        for source in list(self.core.sources):
+            source.poll()
+        self.core.run_deferred()
+
+    def _poll(self) -> None:
+        """Take in what has arrived, without waiting."""
+        connection = self.core.peer.connection
+        if connection is None or not self._leading.acquire(blocking=False):
+            return
+        try:
+            while (incoming := connection.receive(0.0)) is not None:
+                with self.core.lock:
+                    self.core.peer.dispatch(incoming)
+        except ConnectionLost as error:
+            self._lost(connection, error)
+        except ProtocolError as error:
+            connection.abort()
+            self.core.die(error)
+        finally:
+            self._leading.release()
+
+    def _stalled(self) -> None:
+        """Issuing has to wait until the server has caught up."""
+        self._until(_Credit(self.core), None)
+
+    def _synced(self, wait: Wait) -> None:
+        self._until(wait, None)
+        wait.result()
+
+    def _lost(self, connection: Connection, error: BaseException) -> None:
+        core = self.core
+        with core.lock:
+            if core.peer.connection is connection:
+                core.peer.lost(error)
+        self.link.lost(core)
+
+    def _resume(self, deadline: float | None) -> None:
+        """Come back to the server; returns when it worked, failed for good, or time is up."""
+        core, link = self.core, self.link
+        link.lost(core)
+        if core.dead is not None:
+            return
+        pause = 0.02
+        while deadline is None or _clock.now() < deadline:
+            try:
+                connection, welcome = link.attempt(core, blocking=True)
+            except GpuRemoteError as error:
+                if link.final(error):
+                    link.give_up(core, error)
+                    return
+                if link.remaining() <= 0:
+                    link.give_up(core, None)
+                    return
+                threading.Event().wait(min(pause, max(0.0, link.remaining())))
+                pause = min(2 * pause, MAX_PAUSE)
+                continue
+            link.resumed(core, connection, welcome)
+            return
+
+    def _cancel(self, wait: Wait) -> None:
+        """Give up an answer, and make sure that its buffer is left alone."""
+        core = self.core
+        if self._leading.acquire(blocking=False):
+            try:
+                core.cancel(wait)
+            finally:
+                self._leading.release()
+            return
+        # Another thread may be receiving into the buffer at this moment: break its connection
+        # off (the session resumes) and wait until it has left the receive.
+        with core.lock:
+            connection = core.peer.connection
+            if wait.done:
+                return
+            wait.cancelled = True
+        before = self._receives
+        if connection is not None:
+            connection.abort()
+        while self._leading.locked() and self._receives == before and connection is not None:
+            if core.peer.connection is not connection:
+                break
+            threading.Event().wait(0.001)
+        with core.lock:
+            wait.cancelled = False
+            core.cancel(wait)
+
+
+def _unfinished(what: _Done, deadline: float | None) -> bool:
+    return not what.done and (deadline is None or _clock.now() < deadline)

@@ -1,0 +1,84 @@
+"""The conformance suite over every way to make a connection."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from gpuremote.testing.conformance import Pair, TransportConformance
+from gpuremote.testing.driving import Ends
+from gpuremote.transport.emulated import EmulatedConnection
+from gpuremote.transport.tcp import TcpConnection, open_tcp, pair, tune
+
+
+def connected(host: str, *, blocking: bool) -> Pair:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as listener:
+        here = open_tcp(host, listener.getsockname()[1], timeout=5)
+        there, _ = listener.accept()
+    return (
+        TcpConnection(here, blocking=blocking, reason=tune(here)),
+        TcpConnection(there, blocking=blocking, reason=tune(there)),
+    )
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+class TestIPv4Blocking(TransportConformance):
+    def connection_pair(self) -> Pair:
+        return connected("127.0.0.1", blocking=True)
+
+
+class TestIPv4NonBlocking(TransportConformance):
+    def connection_pair(self) -> Pair:
+        return connected("127.0.0.1", blocking=False)
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this machine")
+class TestIPv6(TransportConformance):
+    def connection_pair(self) -> Pair:
+        return connected("::1", blocking=True)
+
+
+class TestUnixBlocking(TransportConformance):
+    def connection_pair(self) -> Pair:
+        return pair()
+
+
+class TestUnixNonBlocking(TransportConformance):
+    def connection_pair(self) -> Pair:
+        return pair(blocking=False)
+
+
+class TestEmulatedNothing(TransportConformance):
+    def connection_pair(self) -> Pair:
+        here, there = connected("127.0.0.1", blocking=True)
+        return EmulatedConnection(here), EmulatedConnection(there)
+
+
+class TestEmulatedDistance(TransportConformance):
+    def connection_pair(self) -> Pair:
+        here, there = connected("127.0.0.1", blocking=True)
+        return EmulatedConnection(here, delay=0.002), EmulatedConnection(there, delay=0.001)
+
+    @pytest.mark.skip(reason="payload goes on while the message covers the distance")
+    def test_message_overtakes_payload(self, pair: Pair, ends: Ends) -> None: ...
+
+
+class TestEmulatedNarrowLine(TransportConformance):
+    limit = 40.0
+    bulk = 24 << 20
+
+    def connection_pair(self) -> Pair:
+        here, there = connected("127.0.0.1", blocking=False)
+        return (
+            EmulatedConnection(here, bandwidth=400e6, delay=0.001),
+            EmulatedConnection(there, bandwidth=400e6),
+        )
