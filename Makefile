@@ -48,7 +48,7 @@ lint: $(VENV)/.stamp-test ## ruff, the layers of the imports, mypy --strict
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@echo "== lint: imports go downwards only (import-linter)"
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-cache
 	@echo "== lint: types (mypy --strict)"
 	@$(BIN)/mypy
 

@@ -141,6 +141,7 @@ class AsyncDevice(Device[AsyncArray]):
         OutOfDeviceMemory
         DeadlineExceeded
         """
+        await self._driver.room()
         array, wait = self._upload(value, dtype)
         if wait is not None:
             await self._driver.wait(wait, timeout)
@@ -154,6 +155,7 @@ class AsyncDevice(Device[AsyncArray]):
         timeout: float | None = None,
     ) -> list[AsyncArray]:
         """Upload several arrays in one message and one wait; as :meth:`put`."""
+        await self._driver.room()
         arrays, wait = self._upload_many(values, dtype)
         if wait is not None:
             await self._driver.wait(wait, timeout)

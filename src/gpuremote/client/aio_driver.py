@@ -97,6 +97,11 @@ class AsyncDriver:
                 peer=self.core.peer_name,
             ) from None
 
+    async def room(self) -> None:
+        """Wait until one more upload may be on its way."""
+        while self.core.full:
+            await asyncio.sleep(0.001)
+
     # -- the connection -------------------------------------------------------------------------
 
     def _watch(self, connection: Connection) -> None:

@@ -124,6 +124,7 @@ class BlockingDevice(Device[BlockingArray]):
         DeadlineExceeded
             Too late; the upload was taken back and the memory is free.
         """
+        self._driver.room()
         array, wait = self._upload(value, dtype)
         if wait is not None:
             self._driver.wait(wait, timeout)
@@ -137,6 +138,7 @@ class BlockingDevice(Device[BlockingArray]):
         timeout: float | None = None,
     ) -> list[BlockingArray]:
         """Upload several arrays in one message and one wait; as :meth:`put`."""
+        self._driver.room()
         arrays, wait = self._upload_many(values, dtype)
         if wait is not None:
             self._driver.wait(wait, timeout)

@@ -181,6 +181,11 @@ class BlockingDriver:
         finally:
             self._leading.release()
 
+    def room(self) -> None:
+        """Wait until one more upload may be on its way (with many threads uploading)."""
+        while self.core.full:
+            threading.Event().wait(0.001)
+
     def _stalled(self) -> None:
         """Issuing has to wait until the server has caught up."""
         self._until(_Credit(self.core), None)

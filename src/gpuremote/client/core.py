@@ -7,7 +7,9 @@ Two drivers use it unchanged: ``client.aio`` and ``client.blocking``.
 from __future__ import annotations
 
 import copy
+import os
 import struct
+import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from gpuremote.errors import (
     GpuRemoteError,
     ProtocolError,
     SessionClosed,
+    SessionLost,
     error_from_wire,
 )
 from gpuremote.rpc.peer import Connection, Region
@@ -82,6 +85,7 @@ class Core(Issuer):
         self._failures: dict[int, GpuRemoteError] = {}
         self._more_failures = 0
         self._farewell = Wait(0, "close")
+        _cores.add(self)
 
     def _check(self) -> None:
         """Debugging: wait until everything issued has run, and raise here what failed."""
@@ -375,6 +379,11 @@ class Core(Issuer):
         return len(self._waits)
 
     @property
+    def full(self) -> bool:
+        """Whether as many uploads are on their way as the server takes at a time."""
+        return self.peer.bulk_in_flight >= caps.MAX_BULK and self.dead is None
+
+    @property
     def behind(self) -> bool:
         """Whether the server has yet to take half of what it allows to be on its way."""
         return self.peer.credit < caps.WINDOW_BYTES // 2
@@ -404,6 +413,22 @@ def _add(stats: SessionStats, connection: Connection) -> None:
     stats.payload_sent += found.payload_sent
     stats.payload_received += found.payload_received
     stats.payload_copied += found.payload_copied
+
+
+_cores: weakref.WeakSet[Core] = weakref.WeakSet()
+
+
+def _disown() -> None:
+    """After a fork the sockets belong to the parent: in the child no session can be used."""
+    for core in list(_cores):
+        core.lock = core.peer.lock = threading.RLock()
+        # Not aborted: a shutdown would end the parent's connection as well.
+        core.peer.connection = None
+        core.on_output = _nothing
+        core._stop(SessionLost("this session belongs to the process that was forked"))
+
+
+os.register_at_fork(after_in_child=_disown)
 
 
 def _nothing() -> None:

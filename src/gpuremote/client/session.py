@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -64,6 +65,10 @@ class SessionBase(Generic[D]):
     def __repr__(self) -> str:
         state = "closed" if self._closed else self._core.state.value.value
         return f"<{type(self).__name__} {self._link.name} {state}>"
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
 
     @property
     def closed(self) -> bool:

@@ -144,7 +144,7 @@ class Peer:
         self.messages_sent = 0
         self.messages_received = 0
         self._sink = sink
-        self._lock = lock
+        self.lock = lock
         # Sending side.
         self._sent = 0
         self._unacked: deque[Entry] = deque()
@@ -367,7 +367,7 @@ class Peer:
 
     def _arrived(self, arriving: _Arriving, incoming: Incoming) -> None:
         """Called by the transport, from within ``receive``, so without the lock."""
-        with self._lock:
+        with self.lock:
             if arriving.incoming is not incoming:
                 return  # the connection was given up meanwhile; the next one goes on from a receipt
             del self._arriving[arriving.seq]
