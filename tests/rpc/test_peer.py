@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from gpuremote.errors import ConnectionLost, ProtocolError
-from gpuremote.rpc.peer import Entry, Peer
+from gpuremote.rpc.peer import Peer
 from gpuremote.transport.base import Region
 from gpuremote.transport.tcp import TcpConnection, pair
 from gpuremote.wire.caps import WINDOW_BYTES
@@ -99,7 +99,9 @@ def test_messages_and_payloads_arrive_in_order() -> None:
     data = random.Random(1).randbytes(3 << 20)
     delivered = []
     a.peer.post(Kind.BATCH, b"one", arg=1)
-    a.peer.post(Kind.PAYLOAD, b"two", [Region(data)], on_delivered=lambda: delivered.append(2))
+    a.peer.post_payload(
+        Kind.PAYLOAD, b"two", [Region(data)], on_delivered=lambda: delivered.append(2)
+    )
     a.peer.post(Kind.BATCH, b"three")
     settle(a, b)
     assert b.messages == [(Kind.BATCH, 1, b"one"), (Kind.BATCH, 0, b"three")]
@@ -159,7 +161,7 @@ def test_a_payload_that_is_refused_is_dropped_and_acknowledged() -> None:
     b.refuse = True
     delivered = []
     region = Region(bytes(1 << 20))
-    a.peer.post(Kind.PAYLOAD, b"", [region], on_delivered=lambda: delivered.append(1))
+    a.peer.post_payload(Kind.PAYLOAD, b"", [region], on_delivered=lambda: delivered.append(1))
     a.peer.post(Kind.BATCH, b"after")
     settle(a, b)
     assert delivered == [1]
@@ -185,7 +187,7 @@ def test_losses_anywhere_leave_nothing_out_and_nothing_twice(seed: int) -> None:
                 sent[side].append(body)
             if random_.random() < 0.7:
                 data = [random_.randbytes(random_.randrange(300_000)) for _ in range(3)]
-                end.peer.post(
+                end.peer.post_payload(
                     Kind.PAYLOAD,
                     b"",
                     [Region(part) for part in data],
@@ -214,7 +216,7 @@ def test_cancelling_a_payload_on_its_way_frees_the_memory_and_keeps_the_session(
     connect(a, b)
     memory = bytearray(20 << 20)
     region = Region(memory)
-    entry = a.peer.post(Kind.PAYLOAD, b"", [region])
+    entry = a.peer.post_payload(Kind.PAYLOAD, b"", [region])
     b.step()
     b.step()
     a.peer.cancel(entry)
@@ -236,7 +238,7 @@ def test_cancelling_a_payload_on_its_way_frees_the_memory_and_keeps_the_session(
 def test_dropping_what_arrives_leaves_its_buffers_alone() -> None:
     a, b = End(), End()
     connect(a, b)
-    a.peer.post(Kind.PAYLOAD, b"", [Region(b"\xff" * (8 << 20))])
+    a.peer.post_payload(Kind.PAYLOAD, b"", [Region(b"\xff" * (8 << 20))])
     places: list[bytearray] = []
 
     def on_payload(*_: object) -> tuple[Sequence[memoryview], object]:
@@ -315,8 +317,3 @@ def test_ping() -> None:
     settle(a, b)
     assert a.peer.last_pong == 77
     close(a, b)
-
-
-def test_entries_keep_what_they_were_given() -> None:
-    entry = Entry(1, Kind.BATCH, 0, 3, b"x", (), None)
-    assert (entry.seq, entry.arg, entry.body) == (1, 3, b"x")

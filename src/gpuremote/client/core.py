@@ -34,6 +34,9 @@ from gpuremote.wire.state import SessionState, State, Stimulus
 
 __all__ = ["Core"]
 
+_RESULT: Final = int(Kind.RESULT)
+_BYTES: Final = int(ResultForm.BYTES)
+_unpack_number = NUMBER.unpack_from
 _pack_get = struct.Struct("<IQ").pack
 MAX_FAILURES: Final = 256
 """Failures kept for a ``synchronize``; of more only the number is kept."""
@@ -166,14 +169,12 @@ class Core(Issuer):
             for number in numbers:
                 self._waits[number] = wait
             self.stats.round_trips["put"] += 1
-            connection_regions = [Region(view) for *_, view in items]
+            regions = [Region(view) for *_, view in items]
             body = b"".join(NUMBER.pack(number) for number in numbers)
-            wait.entry = self._post(
-                Kind.PAYLOAD,
-                body,
-                regions=connection_regions,
-                on_delivered=lambda: self._put_done(numbers, wait),
+            wait.entry = self.peer.post_payload(
+                Kind.PAYLOAD, body, regions, lambda: self._put_done(numbers, wait)
             )
+            self._posted()
         if self._stalled:
             self._relieve()
         return numbers, wait
@@ -206,8 +207,21 @@ class Core(Issuer):
     # -- the peer's sink ------------------------------------------------------------------------
 
     def on_message(self, kind: int, arg: int, body: memoryview) -> None:
-        if kind == Kind.RESULT:
-            self._result(arg, body)
+        if kind == _RESULT:
+            wait = self._waits.pop(_unpack_number(body)[0], None) if len(body) >= 8 else None
+            if wait is None:
+                raise ProtocolError("a RESULT that nobody asked for")
+            if wait.cancelled:
+                return
+            into = wait.into
+            if arg == _BYTES and into is not None and into.nbytes == len(body) - 8:
+                into[:] = body[8:]
+                self.stats.payload_copied += len(body) - 8
+                wait.finish()
+            elif arg == ResultForm.INFO and into is None:
+                wait.finish(unpack_info(body[8:]))
+            else:
+                raise ProtocolError(f"a RESULT of form {arg} with {len(body) - 8} bytes")
         elif kind == Kind.FAILURE:
             self._failure(unpack_info(body))
         elif kind == Kind.GOODBYE:
@@ -218,26 +232,6 @@ class Core(Issuer):
                 self.draining = True
         else:
             raise ProtocolError(f"a server does not send messages of kind {kind}")
-
-    def _result(self, form: int, body: memoryview) -> None:
-        if len(body) < 8:
-            raise ProtocolError("a RESULT without a record number")
-        wait = self._waits.pop(NUMBER.unpack_from(body)[0], None)
-        if wait is None:
-            raise ProtocolError("a RESULT that nobody asked for")
-        if wait.cancelled:
-            return
-        if form == ResultForm.BYTES:
-            into = wait.into
-            if into is None or into.nbytes != len(body) - 8:
-                raise ProtocolError(f"{len(body) - 8} bytes came for an array of another size")
-            into[:] = body[8:]
-            self.stats.payload_copied += into.nbytes
-            wait.finish()
-        elif form == ResultForm.INFO:
-            wait.finish(unpack_info(body[8:]))
-        else:
-            raise ProtocolError(f"a RESULT of form {form} without payload")
 
     def on_payload(
         self, kind: int, arg: int, body: memoryview, sizes: tuple[int, ...]
@@ -341,7 +335,8 @@ class Core(Issuer):
             if self.state.value is State.OPEN:
                 self.flush()
                 self.state.advance(Stimulus.GOODBYE)
-                self._post(Kind.GOODBYE, pack_info([0, ""]))
+                self.peer.post(Kind.GOODBYE, pack_info([0, ""]))
+                self._posted()
             else:
                 self._farewell.finish()
         return self._farewell

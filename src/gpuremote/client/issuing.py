@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Any, Final
 
 from gpuremote._clock import now_ns
-from gpuremote._types import BytesLike
 from gpuremote.client.current import current_stream
 from gpuremote.client.origin import Origin, caller, take
 from gpuremote.client.stats import SessionStats
@@ -252,7 +251,11 @@ class Issuer:
                 self._told = False
                 self._flush_after = now_ns() + pause
                 self.stats.batches += 1
-                self._post(Kind.BATCH, buffer)
+                peer = self.peer
+                peer.post(Kind.BATCH, buffer)
+                connection = peer.connection
+                if connection is None or connection.pending_output or peer.credit <= 0:
+                    self._posted()
 
     def _free_dropped(self) -> None:
         dropped = self.dropped
@@ -273,14 +276,13 @@ class Issuer:
                 self._buffer += fixed_record(op, ident)
                 self._next += 1
 
-    def _post(self, kind: Kind, body: BytesLike, **more: Any) -> Any:
-        entry = self.peer.post(kind, body, **more)
+    def _posted(self) -> None:
+        """After every message: see to what the kernel did not take, and to the credit."""
         connection = self.peer.connection
         if connection is None or connection.pending_output:
             self.on_output()
         if self.peer.credit <= 0:
             self._stalled = self._special = True
-        return entry
 
     def _relieve(self) -> None:
         """The server is behind: wait until it grants credit."""

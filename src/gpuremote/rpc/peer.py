@@ -37,6 +37,7 @@ __all__ = ["Connection", "Entry", "Peer", "Region", "Sink"]
 _PREFIX: Final = HEADER.size
 _pack = HEADER.pack
 _unpack = HEADER.unpack_from
+_LOW_CREDIT: Final = WINDOW_BYTES - ACK_BYTES
 _KINDS: Final = frozenset(int(kind) for kind in Kind)
 
 
@@ -64,20 +65,26 @@ class Sink(Protocol):
         """The number to report as executed."""
 
 
-class Entry:
-    """A message that this side sent and keeps until the other end has it."""
+Plain = tuple[int, int, int, int, BytesLike]
+"""A message without payload that is kept: seq, kind, flags, arg, body."""
 
-    # Defaults in the class: one of these is made per message, and most have none of it.
-    started = False
-    """A connection was given the payload."""
-    delivered = False
-    cancelled = False
+
+class Entry:
+    """A message with a payload that this side sent and keeps until the other end has it.
+
+    Attributes
+    ----------
+    started : bool
+        A connection was given the payload.
+    cancelled : bool
+    """
+
+    __slots__ = ("arg", "body", "cancelled", "kind", "on_delivered", "regions", "seq", "started")
 
     def __init__(
         self,
         seq: int,
         kind: int,
-        flags: int,
         arg: int,
         body: BytesLike,
         regions: Sequence[Region],
@@ -85,11 +92,12 @@ class Entry:
     ) -> None:
         self.seq = seq
         self.kind = kind
-        self.flags = flags
         self.arg = arg
         self.body = body
         self.regions = regions
         self.on_delivered = on_delivered
+        self.started = False
+        self.cancelled = False
 
 
 class _Arriving:
@@ -128,6 +136,8 @@ class Peer:
         The current one; None while there is none.
     failure : BaseException or None
         Why there is none.
+    credit : int
+        Message bytes that may still be posted before the other end grants more.
     held : bool
         While True no more credit is granted (the owner has a backlog).
     on_lost : callable
@@ -139,6 +149,7 @@ class Peer:
     def __init__(self, sink: Sink, lock: threading.RLock) -> None:
         self.connection: Connection | None = None
         self.failure: BaseException | None = None
+        self.credit = WINDOW_BYTES
         self.held = False
         self.on_lost: Callable[[Connection], None] = _ignore
         self.messages_sent = 0
@@ -147,10 +158,9 @@ class Peer:
         self.lock = lock
         # Sending side.
         self._sent = 0
-        self._unacked: deque[Entry] = deque()
-        self._posted = 0
+        self._plain: deque[Plain] = deque()
+        self._bulk: dict[int, Entry] = {}
         self._limit = WINDOW_BYTES
-        self._bulk_out = 0
         # Receiving side.
         self._seen = 0
         self._complete = 0
@@ -164,49 +174,20 @@ class Peer:
     # -- sending --------------------------------------------------------------------------------
 
     @property
-    def credit(self) -> int:
-        """Message bytes that may still be posted before the other end grants more."""
-        return self._limit - self._posted
-
-    @property
     def unacknowledged(self) -> int:
         """Messages kept because the other end may not have them."""
-        return len(self._unacked)
+        return len(self._plain) + len(self._bulk)
 
     @property
     def bulk_in_flight(self) -> int:
         """Messages with payload that the other end has not got completely."""
-        return self._bulk_out
+        return len(self._bulk)
 
-    def post(
-        self,
-        kind: Kind,
-        body: BytesLike,
-        regions: Sequence[Region] = (),
-        on_delivered: Callable[[], None] | None = None,
-        arg: int = 0,
-        flags: int = 0,
-    ) -> Entry:
-        """Send a reliable message.
-
-        Parameters
-        ----------
-        body : bytes-like
-            Not to be changed afterwards.
-        regions : sequence of Region
-            Payload, lent until ``on_delivered`` (or :meth:`cancel`).
-        on_delivered : callable, optional
-            Called, with the lock held, when the other end has the message and its payload.
-        """
+    def post(self, kind: Kind, body: BytesLike, arg: int = 0, flags: int = 0) -> None:
+        """Send a reliable message. ``body`` must not be changed afterwards."""
         seq = self._sent = self._sent + 1
-        entry = Entry(seq, kind, flags, arg, body, regions, on_delivered)
-        self._unacked.append(entry)
-        self._posted += _PREFIX + len(body)
-        if regions:
-            self._bulk_out += 1
-            if self.connection is not None:
-                self._transmit(entry)
-            return entry
+        self._plain.append((seq, kind, flags, arg, body))
+        self.credit -= _PREFIX + len(body)
         connection = self.connection
         if connection is not None:
             self.messages_sent += 1
@@ -214,6 +195,29 @@ class Peer:
                 connection.send(_pack(kind, flags, 0, arg, seq, self._complete) + body)
             except ConnectionLost as error:
                 self.lost(error)
+
+    def post_payload(
+        self,
+        kind: Kind,
+        body: BytesLike,
+        regions: Sequence[Region],
+        on_delivered: Callable[[], None] | None = None,
+        arg: int = 0,
+    ) -> Entry:
+        """Send a reliable message with a payload.
+
+        Parameters
+        ----------
+        regions : sequence of Region
+            Payload, lent until ``on_delivered`` (or :meth:`cancel`).
+        on_delivered : callable, optional
+            Called, with the lock held, when the other end has the message and its payload.
+        """
+        seq = self._sent = self._sent + 1
+        entry = self._bulk[seq] = Entry(seq, kind, arg, body, regions, on_delivered)
+        self.credit -= _PREFIX + len(body)
+        if self.connection is not None:
+            self._transmit(entry)
         return entry
 
     def control(self, kind: Kind, body: bytes = b"", arg: int = 0) -> None:
@@ -229,7 +233,9 @@ class Peer:
 
     def grant(self, limit: int) -> None:
         """The other end takes message bytes up to ``limit`` in total."""
-        self._limit = max(self._limit, limit)
+        if limit > self._limit:
+            self.credit += limit - self._limit
+            self._limit = limit
 
     def acknowledge(self) -> None:
         """Tell the other end what has arrived, and grant credit."""
@@ -245,27 +251,35 @@ class Peer:
         If part of it is on the wire, the connection is aborted, as nothing else ends the
         transport's claim on the memory at once; the session then resumes without the payload.
         """
-        if entry.delivered or entry.cancelled:
+        if entry.cancelled or entry.seq not in self._bulk:
             return
         entry.cancelled = True
-        started = entry.started
         entry.regions = ()
-        if started and self.connection is not None:
+        if entry.started and self.connection is not None:
             self.connection.abort()
             self.lost(ConnectionLost("aborted: a transfer was cancelled while it was on its way"))
 
     def _transmit(self, entry: Entry) -> None:
+        flags = CANCELLED if entry.cancelled else 0
+        entry.started = not entry.cancelled
+        self._put_out(entry.kind, flags, entry.arg, entry.seq, entry.body, entry.regions)
+
+    def _put_out(
+        self,
+        kind: int,
+        flags: int,
+        arg: int,
+        seq: int,
+        body: BytesLike,
+        regions: Sequence[Region] = (),
+    ) -> None:
+        """Give a message to the connection, which may break at that."""
         connection = self.connection
-        assert connection is not None
-        flags = entry.flags | (CANCELLED if entry.cancelled else 0)
-        head = _pack(entry.kind, flags, 0, entry.arg, entry.seq, self._complete)
+        if connection is None:
+            return
         self.messages_sent += 1
         try:
-            if entry.cancelled or not entry.regions:
-                connection.send(head + entry.body)
-            else:
-                entry.started = True
-                connection.send(head + entry.body, entry.regions)
+            connection.send(_pack(kind, flags, 0, arg, seq, self._complete) + body, regions)
         except ConnectionLost as error:
             self.lost(error)
 
@@ -286,13 +300,11 @@ class Peer:
         self.messages_received += 1
         if ack > self._sent:
             raise ProtocolError(f"message {ack} was acknowledged and {self._sent} were sent")
-        unacked = self._unacked
-        while unacked and unacked[0].seq <= ack:
-            entry = unacked.popleft()
-            if entry.regions or entry.on_delivered is not None or entry.cancelled:
-                self._settle(entry)
-            else:
-                entry.delivered = True
+        plain = self._plain
+        while plain and plain[0][0] <= ack:
+            plain.popleft()
+        if self._bulk:
+            self._settle_up_to(ack)
         body = header[_PREFIX:]
         if seq == self._seen + 1 and not flags and not incoming.sizes and kind in _KINDS:
             # Nearly every message. Counted as here first, so that an answer carries the ack.
@@ -301,7 +313,8 @@ class Peer:
             self._unreported += 1
             self._complete = seq if not self._arriving else min(self._arriving) - 1
             self._sink.on_message(kind, arg, body)
-            self._report_if_due()
+            if self._unreported >= ACK_MESSAGES or self._granted - self._got < _LOW_CREDIT:
+                self._report_if_due()
         elif seq == 0:
             self._unreliable(kind, flags, arg, body, incoming)
         elif flags & CONTINUED:
@@ -345,7 +358,7 @@ class Peer:
 
     def _report_if_due(self) -> None:
         if self._unreported >= ACK_MESSAGES or (
-            not self.held and self._granted - self._got < WINDOW_BYTES - ACK_BYTES
+            not self.held and self._granted - self._got < _LOW_CREDIT
         ):
             self.acknowledge()
 
@@ -423,7 +436,7 @@ class Peer:
             report = decode_ack(body)
             self.grant(report.limit)
             for seq in report.delivered:
-                self._mark_delivered(seq)
+                self._settle(seq)
             self._sink.on_executed(report.executed)
         elif kind == Kind.PING:
             self.control(Kind.PONG, arg=arg)
@@ -437,21 +450,16 @@ class Peer:
         """``arg`` of the latest PONG."""
         return self._last_pong
 
-    def _mark_delivered(self, seq: int) -> None:
-        for entry in self._unacked:
-            if entry.seq == seq:
-                self._settle(entry)
-                return
+    def _settle_up_to(self, ack: int) -> None:
+        for seq in [seq for seq in self._bulk if seq <= ack]:
+            self._settle(seq)
 
-    def _settle(self, entry: Entry) -> None:
-        if entry.delivered:
+    def _settle(self, seq: int) -> None:
+        """The other end has message ``seq``, which had a payload."""
+        entry = self._bulk.pop(seq, None)
+        if entry is None:
             return
-        entry.delivered = True
-        if entry.regions:
-            self._bulk_out -= 1
-            entry.regions = ()
-        elif entry.cancelled:
-            self._bulk_out -= 1
+        entry.regions = ()
         if entry.on_delivered is not None and not entry.cancelled:
             entry.on_delivered()
 
@@ -486,45 +494,38 @@ class Peer:
         offsets = dict(theirs.partial)
         self.connection = connection
         self.failure = None
-        again: list[Entry] = []
-        for entry in list(self._unacked):
-            if entry.seq > theirs.seen or entry.seq in offsets:
-                again.append(entry)
-            else:
-                self._settle(entry)
-        while self._unacked and self._unacked[0].delivered:
-            self._unacked.popleft()
-        for entry in again:
+        while self._plain and self._plain[0][0] <= theirs.seen:
+            self._plain.popleft()
+        for seq in [seq for seq in self._bulk if seq <= theirs.seen and seq not in offsets]:
+            self._settle(seq)
+        again: list[Plain | Entry] = [*self._plain, *self._bulk.values()]
+        again.sort(key=lambda item: item.seq if isinstance(item, Entry) else item[0])
+        for item in again:
             if self.connection is not connection:
                 return  # it broke again; the next attach goes on
-            if entry.seq <= theirs.seen:
-                self._continue(entry, offsets[entry.seq])
+            if not isinstance(item, Entry):
+                seq, kind, flags, arg, body = item
+                self._put_out(kind, flags, arg, seq, body)
+            elif item.seq <= theirs.seen:
+                self._continue(item, offsets[item.seq])
             else:
-                self._transmit(entry)
+                self._transmit(item)
         if self.connection is connection:
             self.acknowledge()
 
     def _continue(self, entry: Entry, offset: int) -> None:
-        connection = self.connection
-        assert connection is not None
-        if entry.delivered:
-            return
+        """Send the rest of a payload of which the other end has ``offset`` bytes."""
         if entry.cancelled:
             # The other end keeps the unfinished payload until it is told.
-            flags, body = CONTINUED | CANCELLED, NUMBER.pack(entry.seq)
-            rest: Sequence[Region] = ()
-        else:
-            total = sum(region.nbytes for region in entry.regions)
-            if offset > total:
-                raise ProtocolError(f"the peer claims {offset} bytes of a payload of {total}")
-            rest = [Region(view) for view in _skip([r.view for r in entry.regions], offset)]
-            flags, body = CONTINUED, NUMBER.pack(offset)
-        head = _pack(entry.kind, flags, 0, 0, entry.seq, self._complete)
-        self.messages_sent += 1
-        try:
-            connection.send(head + body, rest)
-        except ConnectionLost as error:
-            self.lost(error)
+            flags = CONTINUED | CANCELLED
+            self._put_out(entry.kind, flags, 0, entry.seq, NUMBER.pack(offset))
+            return
+        total = sum(region.nbytes for region in entry.regions)
+        if offset > total:
+            raise ProtocolError(f"the peer claims {offset} bytes of a payload of {total}")
+        rest = [Region(view) for view in _skip([r.view for r in entry.regions], offset)]
+        entry.started = True
+        self._put_out(entry.kind, CONTINUED, 0, entry.seq, NUMBER.pack(offset), rest)
 
 
 def _ignore(connection: Connection) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from gpuremote.server.storage import STALLED, Failure, Slot
 from gpuremote.transport.base import Region
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from gpuremote.server.session import WorkerSession
 
 __all__ = ["Answers"]
+
+_RESULT: Final = Kind.RESULT
+_pack_number = NUMBER.pack
 
 
 class Answers:
@@ -55,6 +58,21 @@ class Answers:
                 assert slot.meta is not None
                 self.info(number, [list(slot.meta.shape), slot.meta.wire_dtype])
         return None
+
+    def send_small(self, number: int, slot: Slot) -> bool:
+        """Answer at once with a small array that is there; False if it has to queue."""
+        meta = slot.meta
+        value = slot.value
+        session = self._session
+        peer = session.peer
+        if value is None or meta is None or meta.nbytes > INLINE_PAYLOAD or peer.credit <= 0:
+            return False
+        try:
+            data = session.backend.small_bytes(value)
+        except Exception:
+            return False  # the longer way reports it
+        peer.post(_RESULT, _pack_number(number) + data)
+        return True
 
     def send_array(self, number: int, slot: Slot) -> object:
         """Item: answer with the array's bytes."""
@@ -99,5 +117,5 @@ class Answers:
             session.ordering.stir()
 
         with session.lock:
-            peer.post(Kind.RESULT, head, [Region(view)], release, arg=ResultForm.PAYLOAD)
+            peer.post_payload(Kind.RESULT, head, [Region(view)], release, ResultForm.PAYLOAD)
         return None

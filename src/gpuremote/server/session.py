@@ -7,6 +7,7 @@ lock held), and the threads of the streams run items (without it, except where t
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -36,6 +37,7 @@ from gpuremote.wire.frames import NUMBER, Kind
 __all__ = ["WorkerSession"]
 
 _HANDLES: Final = NUMBER
+_GET_ONLY: Final = struct.Struct("<QIQ")
 
 
 class WorkerSession:
@@ -163,6 +165,13 @@ class WorkerSession:
     # -- records --------------------------------------------------------------------------------
 
     def _batch(self, body: memoryview) -> None:
+        if len(body) == _GET_ONLY.size:
+            number, kind, handle = _GET_ONLY.unpack(body)
+            if kind == Op.GET and number == self._next:
+                # A program that waits for one array: the commonest batch of all.
+                self._next = number + 1
+                self._get(number, handle)
+                return
         table = self._table
         records = self._records
         backlog = 0
@@ -235,7 +244,11 @@ class WorkerSession:
         self.ordering.current.queue.append((number, function, arguments))
 
     def _get(self, number: int, handle: int) -> None:
-        self._queue(number, self.answers.send_array, self.slot(handle))
+        slot = self._table.get(handle) or self.slot(handle)
+        stream = self.ordering.current
+        if stream is self.default and not stream.queue and self.answers.send_small(number, slot):
+            return
+        stream.queue.append((number, self.answers.send_array, (slot,)))
 
     def _meta(self, number: int, handle: int) -> None:
         self._queue(number, self.answers.send_meta, self.slot(handle))

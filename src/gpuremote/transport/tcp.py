@@ -34,15 +34,7 @@ from gpuremote.transport._outgoing import Outbox
 from gpuremote.transport._sockets import addresses, drain, join_address, open_tcp, tune
 from gpuremote.transport.base import Connection, Incoming, Region, TransportStats, flat_view
 
-__all__ = [
-    "MAX_HEADER",
-    "MAX_REGIONS",
-    "TcpConnection",
-    "join_address",
-    "open_tcp",
-    "pair",
-    "tune",
-]
+__all__ = ["MAX_HEADER", "MAX_REGIONS", "TcpConnection", "join_address", "open_tcp", "pair", "tune"]
 
 BURST: Final = 8 << 20
 """Bytes handed over by one step, so that a fast peer does not keep the caller in it."""
@@ -235,9 +227,13 @@ class TcpConnection(Connection):
         try:
             if self._closed:
                 raise self._gone()
-            sent = self._sock.send(_pack(size, MESSAGE, 0, 0) + header, _NOW)
-        except BlockingIOError:
-            sent = 0
+            try:
+                sent = self._sock.send(_pack(size, MESSAGE, 0, 0) + header, _NOW)
+            except BlockingIOError:
+                sent = 0
+            if sent != size + _PREFIX:
+                outbox.add_rest(header, size, sent, done)
+                done = None
         except BaseException as error:
             raise self._broken(error) from None
         finally:
@@ -248,10 +244,10 @@ class TcpConnection(Connection):
         stats.sends += 1
         stats.messages_sent += 1
         stats.bytes_sent += sent
-        if sent != size + _PREFIX:
-            self._outbox.add_rest(header, size, sent, done)
-        elif done is not None:
+        if done is not None:
             self._call([done])
+            if outbox.pending:
+                self._pump()
 
     def _send_queued(
         self,
@@ -293,22 +289,22 @@ class TcpConnection(Connection):
         while budget > 0 and outbox.pending:
             self._tx_busy = True
             self._tx_touching = get_ident()
-            sent = size = 0
             try:
                 if self._closed:
                     raise self._gone()
                 run, size = outbox.fill()
                 stats.sends += 1
-                if len(run) > 1:
-                    sent = self._sock.sendmsg(run, (), _NOW)
-                else:
-                    sent = self._sock.send(run[0], _NOW)
-            except BlockingIOError:
-                pass
+                try:
+                    if len(run) > 1:
+                        sent = self._sock.sendmsg(run, (), _NOW)
+                    else:
+                        sent = self._sock.send(run[0], _NOW)
+                except BlockingIOError:
+                    sent = 0
+                payload, done = outbox.sent(sent)
             except BaseException as error:
                 raise self._broken(error) from None
             finally:
-                payload, done = outbox.sent(sent)
                 self._tx_touching = 0
                 self._tx_busy = False
                 if self._closed:
@@ -453,14 +449,20 @@ class TcpConnection(Connection):
                 return False
         if self._large is not None:
             into = self._large[self._end :]
-        elif self._start == self._end:
-            # While payload is under way only the next frame's own bytes are asked for: more
-            # would bring payload along that then has to be copied.
-            into = self._rx_prefix if self._channels and not self._chunk else self._rx_idle
-            self._start = self._end = 0
-        else:
-            self._compact()
+        elif self._start != self._end:
+            start, end = self._start, self._end
+            if start:
+                self._rx[: end - start] = self._rx[start:end]
+                self._start, self._end = 0, end - start
             into = self._rx[self._end :]
+        else:
+            self._start = self._end = 0
+            into = self._rx_idle
+            if self._channels:
+                # While payload is under way only the next frame's own bytes are asked for: more
+                # would bring payload along that then has to be copied. (Or the rest of a chunk
+                # is to be dropped.)
+                into = self._rx if self._chunk else self._rx_prefix
         stats = self.stats
         stats.receives += 1
         try:
@@ -472,12 +474,6 @@ class TcpConnection(Connection):
         self._end += count
         stats.bytes_received += count
         return True
-
-    def _compact(self) -> None:
-        start, end = self._start, self._end
-        if start:
-            self._rx[: end - start] = self._rx[start:end]
-            self._start, self._end = 0, end - start
 
     def _read_payload(self, target: Payload) -> bool:
         """Receive right into the final place, and the next frame's first bytes behind it."""

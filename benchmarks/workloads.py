@@ -1,0 +1,118 @@
+"""What is measured. Every contender runs the same list, as far as it can."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+__all__ = ["FULL", "KIB", "LAYOUTS", "MIB", "QUICK", "UNITS", "Kind", "Layout", "Workload"]
+
+Kind: TypeAlias = Literal[
+    "round_trip", "echo", "put", "get", "ops", "put_memory", "get_memory", "first_op", "busy_thread"
+]
+Layout: TypeAlias = Literal["free", "one", "two"]
+"""Where the processes run: wherever the kernel likes, both on one core, each on its own."""
+
+KIB: Final = 1 << 10
+MIB: Final = 1 << 20
+LAYOUTS: Final[dict[Layout, str]] = {
+    "free": "not pinned",
+    "one": "both on one core",
+    "two": "on two cores",
+}
+
+UNITS: Final[dict[str, str]] = {
+    "us": "µs",
+    "p99_us": "µs",
+    "gb_per_s": "GB/s",
+    "client_cpu_s_per_gb": "CPU s/GB",
+    "peer_cpu_s_per_gb": "CPU s/GB",
+    "wire_bytes_per_byte": "B/B",
+    "issue_us_per_op": "µs/op",
+    "total_us_per_op": "µs/op",
+    "client_cpu_us_per_op": "CPU µs/op",
+    "wire_bytes_per_op": "B/op",
+    "counted_bytes_per_op": "B/op",
+    "round_trips": "",
+    "client_mib": "MiB",
+    "peer_mib": "MiB",
+    "late": "",
+    "ms": "ms",
+    "quiet_ms": "ms",
+    "worst_ms": "ms",
+    "switch_intervals": "",
+}
+"""Every metric, and its unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One thing to measure.
+
+    Attributes
+    ----------
+    kind : str
+        ``round_trip``: the peer answers with ``size`` bytes. ``echo``: they travel there and
+        back. ``put``, ``get``: ``size`` bytes to new memory of the peer; from the peer into a
+        buffer that is kept. ``ops``: ``repeat`` small ops, then one ``get``. ``put_memory``,
+        ``get_memory``: how much memory a put or get takes on either side at its peak.
+        ``first_op``: when an op is executed while its caller goes on without waiting.
+        ``busy_thread``: a call while another thread of the process runs Python.
+    size : int
+        Bytes.
+    layout : {"free", "one", "two"}
+    repeat : int
+        Repetitions within a round; a round gives one value, their median.
+    rounds : int
+        Rounds to take part in at most; 0 means all of them.
+    """
+
+    kind: Kind
+    size: int = 0
+    layout: Layout = "free"
+    repeat: int = 1
+    rounds: int = 0
+
+    @property
+    def name(self) -> str:
+        """Names it in the results, such as ``round_trip/8B/one``."""
+        parts = [self.kind]
+        if self.size:
+            parts.append(_size(self.size))
+        if self.layout != "free":
+            parts.append(self.layout)
+        return "/".join(parts)
+
+
+def _size(size: int) -> str:
+    if size % MIB == 0:
+        return f"{size // MIB}MiB"
+    return f"{size // KIB}KiB" if size % KIB == 0 else f"{size}B"
+
+
+def _workloads(
+    sizes: tuple[int, ...], trips: int, ops: int, first_ops: int, busy: int
+) -> list[Workload]:
+    layouts: tuple[Layout, ...] = ("free", "one", "two")
+    pinned: tuple[Layout, ...] = ("one", "two")
+    return [
+        # First, and in this order: where the kernel can't forget a process's peak it only grows.
+        *(Workload("put_memory", size, rounds=2) for size in sizes[1:]),
+        *(Workload("get_memory", size, rounds=2) for size in sizes[1:]),
+        *(Workload("round_trip", 8, layout, trips) for layout in layouts),
+        *(Workload("round_trip", 4 * KIB, layout, trips // 2) for layout in layouts),
+        *(Workload("echo", 8, layout, trips // 2) for layout in pinned),
+        Workload("round_trip", 64, "two", trips),
+        Workload("ops", 64, "two", ops),
+        *(
+            Workload(kind, size, repeat=max(1, min(8, 64 * MIB // size)))
+            for size in sizes
+            for kind in ("put", "get")
+        ),
+        Workload("first_op", repeat=first_ops),
+        Workload("busy_thread", 8, repeat=busy),
+    ]
+
+
+FULL: Final = _workloads((MIB, 64 * MIB, 256 * MIB), 1000, 10_000, 10, 20)
+QUICK: Final = _workloads((MIB, 8 * MIB), 50, 10_000, 3, 3)
