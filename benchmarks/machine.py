@@ -23,8 +23,8 @@ __all__ = [
     "pin",
     "reset_peak",
     "resident_mib",
-    "set_congestion",
     "tcp_bytes",
+    "tcp_socket",
 ]
 
 CORES: Final = sorted(os.sched_getaffinity(0))
@@ -63,10 +63,19 @@ def allowed_congestion() -> list[str]:
     return _read("/proc/sys/net/ipv4/tcp_allowed_congestion_control").split()
 
 
-def set_congestion(sock: socket.socket, name: str) -> None:
-    """Choose the algorithm of a TCP socket; "" keeps the system's."""
-    if name:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+def tcp_socket(congestion: str) -> socket.socket:
+    """A TCP socket that sends at once; what a listening one accepts is set up as itself.
+
+    Parameters
+    ----------
+    congestion : str
+        Its congestion control; "" keeps the system's.
+    """
+    sock = socket.socket(proto=socket.IPPROTO_TCP)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if congestion:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
+    return sock
 
 
 def cpu_seconds(process: int) -> float:

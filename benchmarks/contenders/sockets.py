@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.contenders._requests import ACK, ECHO, FORGET, GET, MESSAGES, PUT, REQUEST
 from benchmarks.contenders.base import ALL, Bytes, Contender, Ops, Peer, now
-from benchmarks.machine import set_congestion
+from benchmarks.machine import tcp_socket
 from benchmarks.workloads import MIB
 
 __all__ = ["Sockets", "serve"]
@@ -23,14 +23,12 @@ STEP: Final = MIB
 class Sockets(Contender):
     """Blocking sockets with the fastest congestion control that may be set."""
 
-    kinds = ALL | {"echo"}
+    kinds = ALL | {"busy_thread"}
 
     def open(self) -> None:
         self._peer = Peer("sockets", self.congestion)
-        self._sock = socket.socket()
-        set_congestion(self._sock, self.congestion)
+        self._sock = tcp_socket(self.congestion)
         self._sock.connect(("127.0.0.1", self._peer.port))
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def close(self) -> None:
         self._sock.close()
@@ -103,14 +101,12 @@ def receive(sock: socket.socket, view: memoryview) -> None:
 
 
 def serve(congestion: str, ready: Callable[[int], None]) -> None:
-    with socket.socket() as listener:
-        set_congestion(listener, congestion)
+    with tcp_socket(congestion) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         ready(listener.getsockname()[1])
         sock, _ = listener.accept()
     with sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             _answer(sock)
         except (EOFError, ConnectionError):

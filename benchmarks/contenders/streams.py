@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 from time import process_time_ns
 from typing import Final
@@ -12,7 +11,7 @@ import numpy as np
 
 from benchmarks.contenders._requests import ACK, ECHO, FORGET, GET, MESSAGES, PUT, REQUEST
 from benchmarks.contenders.base import Bytes, Contender, Ops, Peer, now
-from benchmarks.machine import set_congestion
+from benchmarks.machine import tcp_socket
 from benchmarks.workloads import MIB
 
 __all__ = ["Streams", "serve"]
@@ -31,8 +30,7 @@ class Streams(Contender):
         self._runner.run(self._connect())
 
     async def _connect(self) -> None:
-        sock = socket.socket()
-        set_congestion(sock, self.congestion)
+        sock = tcp_socket(self.congestion)
         sock.connect(("127.0.0.1", self._peer.port))
         self._reader, self._writer = await asyncio.open_connection(sock=sock, limit=LIMIT)
 
@@ -156,8 +154,7 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 def serve(congestion: str, ready: Callable[[int], None]) -> None:
     async def listen() -> None:
-        sock = socket.socket()
-        set_congestion(sock, congestion)
+        sock = tcp_socket(congestion)
         sock.bind(("127.0.0.1", 0))
         server = await asyncio.start_server(_answer, sock=sock, limit=LIMIT)
         ready(sock.getsockname()[1])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
+from typing import cast
 
 import uvloop
 
 from benchmarks.contenders.base import Contender, Peer, now
-from benchmarks.machine import set_congestion
+from benchmarks.machine import tcp_socket
 
 __all__ = ["Awaited", "CalledBack", "serve"]
 
@@ -23,8 +23,7 @@ class _Client(asyncio.Protocol):
         self._got = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self._got += len(data)
@@ -36,7 +35,7 @@ class _Client(asyncio.Protocol):
 class Awaited(Contender):
     """What a coroutine has to do: write, and await the answer."""
 
-    kinds = frozenset({"round_trip", "echo"})
+    kinds = frozenset({"round_trip"})
 
     def open(self) -> None:
         self._peer = Peer("uvloop_echo", self.congestion)
@@ -44,11 +43,9 @@ class Awaited(Contender):
         self._client = self._runner.run(self._connect())
 
     async def _connect(self) -> _Client:
-        sock = socket.socket()
-        set_congestion(sock, self.congestion)
+        sock = tcp_socket(self.congestion)
         sock.connect(("127.0.0.1", self._peer.port))
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         loop = asyncio.get_running_loop()
         _, client = await loop.create_connection(_Client, sock=sock)
         return client
@@ -109,8 +106,7 @@ class CalledBack(Awaited):
 
 class _Server(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self.transport.write(data)
@@ -118,8 +114,7 @@ class _Server(asyncio.Protocol):
 
 def serve(congestion: str, ready: Callable[[int], None]) -> None:
     async def listen() -> None:
-        sock = socket.socket()
-        set_congestion(sock, congestion)
+        sock = tcp_socket(congestion)
         sock.bind(("127.0.0.1", 0))
         server = await asyncio.get_running_loop().create_server(_Server, sock=sock)
         ready(sock.getsockname()[1])

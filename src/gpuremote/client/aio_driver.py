@@ -131,23 +131,34 @@ class AsyncDriver:
         connection = self._watched
         if connection is None:
             return
-        peer = self.core.peer
-        stats = connection.stats
-        limit = stats.bytes_received + BYTES_PER_TURN
         try:
-            for _ in range(MESSAGES_PER_TURN):
-                before = stats.bytes_received
-                incoming = connection.receive()
-                if incoming is not None:
-                    peer.dispatch(incoming)
-                elif stats.bytes_received == before or stats.bytes_received > limit:
-                    break
+            incoming = connection.receive()
+            if incoming is not None:
+                self.core.peer.dispatch(incoming)
+            if incoming is None or connection.buffered:
+                self._read_on(connection)
         except ConnectionLost as error:
-            peer.lost(error)
+            self.core.peer.lost(error)
         except ProtocolError as error:
             self._violated(error)
         if connection.pending_output and not self._writing:
             self._output()
+
+    def _read_on(self, connection: Connection) -> None:
+        """Take in what else is there, up to a bound; the loop calls again for the rest."""
+        stats = connection.stats
+        limit = stats.bytes_received + BYTES_PER_TURN
+        for _ in range(MESSAGES_PER_TURN):
+            before = stats.bytes_received
+            incoming = connection.receive()
+            if incoming is not None:
+                self.core.peer.dispatch(incoming)
+                if not connection.buffered:
+                    return
+            elif stats.bytes_received == before or stats.bytes_received > limit:
+                return
+        if connection.buffered:
+            self._loop.call_soon(self._readable)
 
     def _writable(self) -> None:
         connection = self._watched

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from gpuremote import _clock
 from gpuremote.backend import registry
-from gpuremote.errors import ConnectionLost, GpuRemoteError, ProtocolError
+from gpuremote.errors import ConnectionLost, GpuRemoteError
 from gpuremote.rpc.dial import host_identity
 from gpuremote.server import control
 from gpuremote.server.peercopy import PeerCopies
@@ -33,6 +33,9 @@ from gpuremote.wire.state import SessionState, State, Stimulus
 
 __all__ = ["main"]
 
+WAIT: Final = 1.0
+"""Seconds of one wait of the main thread."""
+MESSAGES_PER_TURN: Final = 64
 BUSY_AFTER: Final = 0.02
 """Seconds in an op after which the control thread takes the connection over."""
 
@@ -61,8 +64,9 @@ class Worker:
         self._receiving = threading.Lock()
         self._busy_since = 0.0
         self._parked = False
+        self._last_idle = 0.0
         self._attached = threading.Event()
-        self._ended = threading.Event()
+        self._over = False
 
     # -- main thread ----------------------------------------------------------------------------
 
@@ -72,65 +76,100 @@ class Worker:
         threading.Thread(target=self._control, name="gpuremote-control", daemon=True).start()
         self._attached.wait()
         session, peer = self.session, self.session.peer
-        while not self._ended.is_set():
+        while not self._over:
             connection = peer.connection
             if connection is None:
                 if session.goodbye or not self._await_connection():
                     break
                 continue
-            self._io_step(connection)
-            self._busy_since = _clock.now()
             try:
-                session.run_default()
-            finally:
-                self._busy_since = 0.0
+                if self._quiet(connection):
+                    self._serve_quietly(connection)
+                else:
+                    self._serve_watching(connection)
+            except ConnectionLost as error:
+                self._lost(connection, error)
+            except GpuRemoteError as error:
+                self._violated(error)
             if session.goodbye and self._drained():
                 break
         self._finish()
 
-    def _io_step(self, connection: Connection) -> None:
-        """Wait for something to do, then take in all that has arrived (up to a bound)."""
+    def _quiet(self, connection: Connection) -> bool:
+        """Whether only the client can make anything happen."""
         session = self.session
-        stalled = bool(session.default.queue)
-        if connection.pending_output or session.streams or self.copies.active or stalled:
-            events = select.POLLIN | (select.POLLOUT if connection.pending_output else 0)
-            poller = select.poll()
-            poller.register(connection.fileno(), events)
-            poller.register(self._wake_main, select.POLLIN)
-            for descriptor, _ in poller.poll(1000):
-                if descriptor == self._wake_main:
-                    _drain(self._wake_main)
-            wait = 0.0
-        else:
-            wait = 1.0
-        with self._receiving:
-            self._receive(connection, wait)
+        return not (
+            connection.pending_output
+            or session.default.queue
+            or session.streams
+            or self.copies.active
+            or session.goodbye
+        )
 
-    def _receive(self, connection: Connection, wait: float) -> None:
-        """Receive steps; the caller owns ``_receiving``."""
+    def _serve_quietly(self, connection: Connection) -> None:
+        """Take messages one by one, in one blocking receive each, while it stays that quiet."""
+        session, receiving = self.session, self._receiving
+        lock, dispatch, receive = session.lock, session.peer.dispatch, connection.receive
+        queue = session.default.queue
+        while not self._over:
+            with receiving:
+                incoming = receive(WAIT)
+                if incoming is None:
+                    break
+                with lock:
+                    dispatch(incoming)
+            if self._parked:
+                self._unpark()
+            if queue:
+                self._run_default()
+            if not self._quiet(connection):
+                return
+        # Bytes of a payload, or a second without any.
+        now = _clock.now()
+        self._parked = now - self._last_idle > WAIT / 2
+        self._last_idle = now
+
+    def _serve_watching(self, connection: Connection) -> None:
+        """One round of waiting for the connection or for another thread, then what can be done."""
+        poller = select.poll()
+        poller.register(
+            connection.fileno(),
+            select.POLLIN | (select.POLLOUT if connection.pending_output else 0),
+        )
+        poller.register(self._wake_main, select.POLLIN)
+        for descriptor, _ in poller.poll(1000 * WAIT):
+            if descriptor == self._wake_main:
+                _drain(self._wake_main)
+        if self._parked:
+            self._unpark()
+        with self._receiving:
+            self._take_in(connection)
+        self._run_default()
+
+    def _take_in(self, connection: Connection) -> None:
+        """Receive what is there, up to a bound, and send what can be; owner of ``_receiving``."""
         session = self.session
-        try:
-            before = _clock.now() if wait else 0.0
-            incoming = connection.receive(wait)
+        for _ in range(MESSAGES_PER_TURN):
+            incoming = connection.receive(0.0)
             if incoming is None:
-                if wait and _clock.now() - before > wait / 2:
-                    self._parked = True
-                    return
-            else:
-                if self._parked:
-                    self._parked = False
-                    os.eventfd_write(self._wake_control, 1)
-                with session.lock:
-                    session.peer.dispatch(incoming)
-            if connection.pending_output:
-                with session.lock:
-                    connection.flush()
-        except ConnectionLost as error:
-            self._lost(connection, error)
-        except ProtocolError as error:
-            self._violated(error)
-        except GpuRemoteError as error:
-            self._violated(ProtocolError(str(error)))
+                break
+            with session.lock:
+                session.peer.dispatch(incoming)
+        if connection.pending_output:
+            with session.lock:
+                connection.flush()
+
+    def _run_default(self) -> None:
+        self._busy_since = _clock.now()
+        try:
+            self.session.run_default()
+        finally:
+            self._busy_since = 0.0
+
+    def _unpark(self) -> None:
+        """The control thread looks at the main thread again."""
+        self._parked = False
+        os.eventfd_write(self._wake_control, 1)
 
     def _lost(self, connection: Connection, error: BaseException) -> None:
         with self.session.lock:
@@ -151,13 +190,13 @@ class Worker:
         if connection is not None:
             connection.close(1.0)
         print(f"gpuremote worker: {error}", file=sys.stderr, flush=True)
-        self._ended.set()
+        self._over = True
 
     def _await_connection(self) -> bool:
         """Without a connection: run what can be run, and wait for the client to come back."""
         deadline = _clock.now() + self.options.grace
-        while not self._ended.is_set():
-            self.session.run_default()
+        while not self._over:
+            self._run_default()
             if self._attached.wait(min(0.05, max(0.0, deadline - _clock.now()))):
                 return True
             if _clock.now() >= deadline:
@@ -208,7 +247,11 @@ class Worker:
                     _drain(self._wake_control)
                 elif watched is not None and self._receiving.acquire(blocking=False):
                     try:
-                        self._receive(watched, 0.0)
+                        self._take_in(watched)
+                    except ConnectionLost as error:
+                        self._lost(watched, error)
+                    except GpuRemoteError as error:
+                        self._violated(error)
                     finally:
                         self._receiving.release()
 
@@ -227,7 +270,7 @@ class Worker:
                 with self.session.lock:
                     self.session.answers.notice("draining", seconds=request.get("seconds", 0))
             case "end":
-                self._ended.set()
+                self._over = True
                 os._exit(0)
 
     def _connection(self, sock: socket.socket, request: dict[str, Any]) -> None:

@@ -193,6 +193,12 @@ class Connection(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def buffered(self) -> bool:
+        """Whether bytes lie in this process that ``receive`` has not looked at: the descriptor
+        does not tell of them."""
+
+    @property
+    @abc.abstractmethod
     def closed(self) -> bool:
         """Whether ``close`` or ``abort`` was called."""
 

@@ -158,6 +158,10 @@ class EmulatedConnection(Connection):
         return bool(self._held) or self._inner.pending_output
 
     @property
+    def buffered(self) -> bool:
+        return self._inner.buffered
+
+    @property
     def closed(self) -> bool:
         return self._inner.closed
 

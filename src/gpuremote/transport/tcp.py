@@ -26,6 +26,7 @@ from gpuremote.transport._framing import (
     MAX_HEADER,
     MAX_REGIONS,
     MESSAGE,
+    OPEN,
     check_frame,
     decode_sizes,
 )
@@ -106,7 +107,7 @@ class TcpConnection(Connection):
         self._rx_busy = False
         self._rx_touching = 0  # the thread that is writing to lent memory
         self._rx_failure: ConnectionLost | ProtocolError | None = None
-        self._plain = blocking  # nothing is under way, and receive may wait in the system call
+        self._plain = True  # nothing is under way: the next bytes begin a frame
         self._poll: select.poll | None = None
         self._rx = memoryview(bytearray(BUFFER))
         self._rx_idle = self._rx[:IDLE]
@@ -130,6 +131,10 @@ class TcpConnection(Connection):
     @property
     def pending_output(self) -> bool:
         return self._outbox.pending
+
+    @property
+    def buffered(self) -> bool:
+        return self._start != self._end
 
     @property
     def closed(self) -> bool:
@@ -350,11 +355,11 @@ class TcpConnection(Connection):
         try:
             if self._closed:
                 raise self._gone()
-            if not self._plain or wait < 0.5:
+            if not self._plain or (wait and (wait < 0.5 or not self._blocking)):
                 return self._receive(wait)
-            # The common case, spelled out: wait for one small message.
+            # The common case, spelled out: one small message, waited for or there already.
             try:
-                end = self._sock.recv_into(self._rx_idle)
+                end = self._sock.recv_into(self._rx_idle, 0, 0 if wait else _NOW)
             except BlockingIOError:
                 return None
             stats = self.stats
@@ -388,12 +393,7 @@ class TcpConnection(Connection):
             found = self._parse()
         if found is None and self._start == start and self._end == end:
             found = self._parse() if self._read(wait) else None
-        self._plain = (
-            self._blocking
-            and self._start == self._end
-            and not self._channels
-            and self._large is None
-        )
+        self._plain = self._start == self._end and not self._channels and self._large is None
         if self._plain:
             self._start = self._end = 0
         return found
@@ -450,18 +450,13 @@ class TcpConnection(Connection):
         if self._large is not None:
             into = self._large[self._end :]
         elif self._start != self._end:
-            start, end = self._start, self._end
-            if start:
-                self._rx[: end - start] = self._rx[start:end]
-                self._start, self._end = 0, end - start
-            into = self._rx[self._end :]
+            into = self._rest_of_frame()
         else:
             self._start = self._end = 0
             into = self._rx_idle
             if self._channels:
-                # While payload is under way only the next frame's own bytes are asked for: more
-                # would bring payload along that then has to be copied. (Or the rest of a chunk
-                # is to be dropped.)
+                # Payload is under way: more than the next frame's own bytes would bring some
+                # along that then has to be copied. (Or the rest of a chunk is to be dropped.)
                 into = self._rx if self._chunk else self._rx_prefix
         stats = self.stats
         stats.receives += 1
@@ -474,6 +469,20 @@ class TcpConnection(Connection):
         self._end += count
         stats.bytes_received += count
         return True
+
+    def _rest_of_frame(self) -> memoryview:
+        """Where the rest of a frame goes whose beginning is in the buffer."""
+        rx, start, have = self._rx, self._start, self._end - self._start
+        if start:
+            rx[:have] = rx[start : self._end]
+            self._start, self._end = 0, have
+        room = rx.nbytes - have
+        if have < _PREFIX:
+            room = _PREFIX - have if self._channels else room
+        elif self._channels or rx[4] == OPEN:
+            # Without the payload behind it.
+            room = _unpack_from(rx)[0] + 2 * _PREFIX - have
+        return rx[have : have + room]
 
     def _read_payload(self, target: Payload) -> bool:
         """Receive right into the final place, and the next frame's first bytes behind it."""

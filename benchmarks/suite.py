@@ -1,0 +1,258 @@
+"""One run: the contenders' processes, and the rounds in which they take turns."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+from benchmarks import machine
+from benchmarks.contenders import CONTENDERS
+from benchmarks.workloads import MIB, UNITS, Layout, Workload
+
+__all__ = ["SCHEMA", "Driver", "DriverFailed", "run"]
+
+SCHEMA: Final = 1
+"""Version of the results' layout."""
+ANSWER_TIMEOUT: Final = 60.0
+"""Seconds for one workload with one contender."""
+TRIALS: Final = 5
+"""Puts and gets that decide which congestion control the sockets use."""
+_ROOT: Final = Path(__file__).parent.parent
+
+
+class DriverFailed(Exception):
+    """A contender's process ended, took too long, or reports an error."""
+
+
+@dataclass
+class Driver:
+    """The process of one contender, seen from the suite.
+
+    Attributes
+    ----------
+    kinds : frozenset of str
+        Workloads that it takes part in.
+    facts : dict
+        Choices of its own.
+    """
+
+    name: str
+    congestion: str = ""
+    kinds: frozenset[str] = frozenset()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "benchmarks.driver", self.name),
+                *("--congestion", self.congestion),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=_ROOT,
+        )
+
+    def open(self) -> None:
+        """Wait until both of its sides are ready."""
+        answer = self._ask({})
+        self.kinds = frozenset(answer["kinds"])
+        self.facts = answer["facts"]
+
+    def perform(self, workload: Workload, turn: int) -> dict[str, float]:
+        """The values of one round, by metric."""
+        values: dict[str, float] = self._ask({"workload": asdict(workload), "turn": turn})["values"]
+        return values
+
+    def close(self) -> None:
+        """End it, and with it its other side."""
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        try:
+            process.wait(15.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+            # One line at a time and never two: what is buffered can't hide an answer.
+            if not select.select([process.stdout], [], [], ANSWER_TIMEOUT)[0]:
+                process.kill()
+                raise DriverFailed(f"no answer within {ANSWER_TIMEOUT:.0f} s")
+            line = process.stdout.readline()
+        except OSError as error:
+            raise DriverFailed(f"its process can't be reached: {error}") from error
+        if not line:
+            raise DriverFailed(f"its process ended with status {process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise DriverFailed(answer["error"])
+        return answer
+
+
+def run(
+    workloads: Sequence[Workload],
+    rounds: int,
+    names: Sequence[str],
+    progress: Callable[[str, float], None],
+) -> dict[str, Any]:
+    """Run everything; the results as plain values.
+
+    Parameters
+    ----------
+    workloads : sequence of Workload
+    rounds : int
+        Values per workload and contender.
+    names : sequence of str
+        Contenders that take part.
+    progress : callable
+        Told what happens, and what share of the work is done.
+    """
+    began = time.monotonic()
+    facts = machine.facts()
+    left_out = {name: CONTENDERS[name].missing() for name in names}
+    names = [name for name in names if not left_out[name]]
+    layouts: set[Layout] = {"free", "one", "two"} if len(machine.CORES) > 1 else {"free", "one"}
+    workloads = [workload for workload in workloads if workload.layout in layouts]
+    progress("trying congestion controls", 0.0)
+    trial = _try_congestion(rounds) if "sockets" in names else {}
+    best = max(trial, key=lambda name: trial[name]) if trial else ""
+    facts["congestion"] |= {"sockets": best, "trial_gb_per_s": trial}
+    with _drivers(names, best, left_out, progress) as drivers:
+        values = _rounds(drivers, workloads, rounds, left_out, progress)
+        contenders = [
+            {
+                "name": name,
+                "title": entry.title,
+                "left_out": left_out.get(name, "not asked for"),
+                "facts": drivers[name].facts if name in drivers else {},
+            }
+            for name, entry in CONTENDERS.items()
+        ]
+    return {
+        "schema": SCHEMA,
+        "machine": facts,
+        "rounds": rounds,
+        "seconds": round(time.monotonic() - began, 1),
+        "contenders": contenders,
+        "workloads": [{"name": w.name, **asdict(w)} for w in workloads],
+        "measurements": [
+            _measurement(workload, contender, metric, found)
+            for (workload, contender, metric), found in values.items()
+        ],
+    }
+
+
+def _measurement(workload: str, contender: str, metric: str, values: list[float]) -> dict[str, Any]:
+    return {
+        "workload": workload,
+        "contender": contender,
+        "metric": metric,
+        "unit": UNITS[metric],
+        "median": _rounded(median(values)),
+        "low": _rounded(min(values)),
+        "high": _rounded(max(values)),
+        "values": [_rounded(value) for value in values],
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+@contextlib.contextmanager
+def _drivers(
+    names: Sequence[str],
+    congestion: str,
+    left_out: dict[str, str],
+    progress: Callable[[str, float], None],
+) -> Iterator[dict[str, Driver]]:
+    drivers = {name: Driver(name, congestion) for name in names}
+    try:
+        for name, driver in drivers.items():
+            progress(f"starting {CONTENDERS[name].title}", 0.0)
+            try:
+                driver.open()
+            except DriverFailed as error:
+                left_out[name] = str(error)
+        yield drivers
+    finally:
+        for driver in drivers.values():
+            driver.close()
+
+
+def _rounds(
+    drivers: dict[str, Driver],
+    workloads: Sequence[Workload],
+    rounds: int,
+    left_out: dict[str, str],
+    progress: Callable[[str, float], None],
+) -> dict[tuple[str, str, str], list[float]]:
+    """Round after round, workload after workload, one contender after the other.
+
+    Every round begins with another contender, so that none always runs after the same one.
+    """
+    steps = [
+        (turn, workload)
+        for turn in range(rounds)
+        for workload in workloads
+        if not workload.rounds or turn < workload.rounds
+    ]
+    values: dict[tuple[str, str, str], list[float]] = {}
+    for done, (turn, workload) in enumerate(steps):
+        progress(f"round {turn + 1} of {rounds}: {workload.name}", done / len(steps))
+        order = [name for name, driver in drivers.items() if workload.kind in driver.kinds]
+        shift = turn % len(order) if order else 0
+        for name in order[shift:] + order[:shift]:
+            if left_out[name]:
+                continue
+            try:
+                found = drivers[name].perform(workload, turn)
+            except DriverFailed as error:
+                left_out[name] = f"failed at {workload.name}: {error}"
+                continue
+            for metric, value in found.items():
+                values.setdefault((workload.name, name, metric), []).append(value)
+    progress("done", 1.0)
+    return values
+
+
+def _try_congestion(rounds: int) -> dict[str, float]:
+    """GB/s of blocking sockets by congestion control: put and get of 64 MiB, interleaved."""
+    trials = min(TRIALS, rounds)
+    workloads = [Workload("put", 64 * MIB), Workload("get", 64 * MIB)]
+    drivers: dict[str, Driver] = {}
+    speeds: dict[str, list[float]] = {}
+    try:
+        for name in machine.allowed_congestion():
+            drivers[name] = Driver("sockets", name)
+            drivers[name].open()
+        for turn in range(trials):
+            for name, driver in drivers.items():
+                for workload in workloads:
+                    found = driver.perform(workload, turn)
+                    speeds.setdefault(name, []).append(found["gb_per_s"])
+    except DriverFailed:
+        return {}
+    finally:
+        for driver in drivers.values():
+            driver.close()
+    return {name: _rounded(median(found)) for name, found in speeds.items()}
