@@ -24,7 +24,7 @@ SCHEMA: Final = 1
 """Version of the results' layout."""
 ANSWER_TIMEOUT: Final = 60.0
 """Seconds for one workload with one contender."""
-TRIALS: Final = 5
+TRIALS: Final = 9
 """Puts and gets that decide which congestion control the sockets use."""
 _ROOT: Final = Path(__file__).parent.parent
 
@@ -236,7 +236,10 @@ def _rounds(
 
 
 def _try_congestion(rounds: int) -> dict[str, float]:
-    """GB/s of blocking sockets by congestion control: put and get of 64 MiB, interleaved."""
+    """GB/s of blocking sockets by congestion control: put and get of 64 MiB, interleaved.
+
+    The best of each, as whatever else runs on the machine only makes them slower.
+    """
     trials = min(TRIALS, rounds)
     workloads = [Workload("put", 64 * MIB), Workload("get", 64 * MIB)]
     drivers: dict[str, Driver] = {}
@@ -255,4 +258,4 @@ def _try_congestion(rounds: int) -> dict[str, float]:
     finally:
         for driver in drivers.values():
             driver.close()
-    return {name: _rounded(median(found)) for name, found in speeds.items()}
+    return {name: _rounded(max(found)) for name, found in speeds.items()}

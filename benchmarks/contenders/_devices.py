@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from gpuremote.client.stats import SessionStats
 
-__all__ = ["ADDEND", "IDLE", "START", "STAMPED_URL", "URL", "burn", "facts", "reached", "traffic"]
+__all__ = ["ADDEND", "IDLE", "STAMPED_URL", "START", "URL", "burn", "facts", "reached", "traffic"]
 
 from benchmarks.contenders.base import now
 from benchmarks.stamps import Stamps

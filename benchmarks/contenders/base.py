@@ -103,6 +103,7 @@ class Contender(abc.ABC):
 
     def forget(self) -> None:
         """Drop what the last put brought."""
+        raise NotImplementedError
 
     def ops(self, size: int, count: int) -> Ops:
         """Issue ``count`` small ops (messages of ``size`` bytes to those who know no ops) one by

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from time import process_time_ns
 from typing import Any
 
-import gpuremote
 import numpy as np
-from gpuremote.client.aio import AsyncArray, AsyncSession
 
+import gpuremote
 from benchmarks.contenders import _devices as devices
 from benchmarks.contenders.base import ALL, Bytes, Contender, Ops, now
 from benchmarks.stamps import Stamps
+from gpuremote.client.aio import AsyncArray, AsyncSession
 
 __all__ = ["AsyncioDevices", "UvloopDevices"]
 

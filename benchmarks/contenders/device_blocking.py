@@ -6,13 +6,13 @@ import time
 from time import process_time_ns
 from typing import Any
 
-import gpuremote
 import numpy as np
-from gpuremote.client.blocking import BlockingArray, Session
 
+import gpuremote
 from benchmarks.contenders import _devices as devices
 from benchmarks.contenders.base import ALL, Bytes, Contender, Ops, now
 from benchmarks.stamps import Stamps
+from gpuremote.client.blocking import BlockingArray, Session
 
 __all__ = ["BlockingDevices"]
 

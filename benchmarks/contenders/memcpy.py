@@ -15,7 +15,7 @@ class Memcpy(Contender):
     """``numpy.copyto``."""
 
     def open(self) -> None:
-        self.forget()
+        self._kept: Bytes = np.empty(0, np.uint8)
 
     def close(self) -> None:
         self.forget()
@@ -52,7 +52,7 @@ class Memcpy(Contender):
         return times
 
     def forget(self) -> None:
-        self._kept: Bytes = np.empty(0, np.uint8)
+        self._kept = np.empty(0, np.uint8)
 
     def ops(self, size: int, count: int) -> Ops:
         here, there = np.zeros(size, np.uint8), np.zeros(size, np.uint8)

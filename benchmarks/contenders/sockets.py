@@ -53,7 +53,7 @@ class Sockets(Contender):
         return times
 
     def puts(self, source: Bytes, count: int) -> list[int]:
-        sock, view = self._sock, memoryview(source)
+        sock, view = self._sock, source.data
         answer = memoryview(bytearray(len(ACK)))
         times = []
         for _ in range(count):
@@ -65,7 +65,7 @@ class Sockets(Contender):
         return times
 
     def gets(self, out: Bytes, count: int) -> list[int]:
-        sock, view = self._sock, memoryview(out)
+        sock, view = self._sock, out.data
         times = []
         for _ in range(count):
             begin = now()
@@ -123,10 +123,10 @@ def _answer(sock: socket.socket) -> None:
             _echo(sock, count, size)
         elif what == PUT:
             kept = np.empty(size, np.uint8)
-            receive(sock, memoryview(kept))
+            receive(sock, kept.data)
             sock.sendall(ACK)
         elif what == GET:
-            sock.sendall(memoryview(kept))
+            sock.sendall(kept.data)
         elif what == MESSAGES:
             buffer = memoryview(bytearray(size))
             for _ in range(count):

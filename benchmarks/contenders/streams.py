@@ -69,7 +69,7 @@ class Streams(Contender):
         for _ in range(count):
             begin = now()
             self._writer.write(REQUEST.pack(PUT, 1, source.nbytes))
-            await send(self._writer, memoryview(source))
+            await send(self._writer, source.data)
             await self._reader.readexactly(len(ACK))
             times.append(now() - begin)
         return times
@@ -82,7 +82,7 @@ class Streams(Contender):
         for _ in range(count):
             begin = now()
             self._writer.write(REQUEST.pack(GET, 1, out.nbytes))
-            await receive(self._reader, memoryview(out))
+            await receive(self._reader, out.data)
             times.append(now() - begin)
         return times
 
@@ -139,10 +139,10 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
                 writer.write(await reader.readexactly(size))
         elif what == PUT:
             kept = np.empty(size, np.uint8)
-            await receive(reader, memoryview(kept))
+            await receive(reader, kept.data)
             writer.write(ACK)
         elif what == GET:
-            await send(writer, memoryview(kept))
+            await send(writer, kept.data)
         elif what == MESSAGES:
             for _ in range(count):
                 await reader.readexactly(size)

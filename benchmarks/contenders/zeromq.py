@@ -91,7 +91,7 @@ def _socket() -> tuple[Any, Any]:
     return context, sock
 
 
-def serve(congestion: str, ready: Callable[[int], None]) -> None:
+def serve(_congestion: str, ready: Callable[[int], None]) -> None:
     _, sock = _socket()
     ready(sock.bind_to_random_port("tcp://127.0.0.1"))
     kept: Any = b""

@@ -74,7 +74,6 @@ class TestEmulatedDistance(TransportConformance):
 
 class TestEmulatedNarrowLine(TransportConformance):
     limit = 40.0
-    bulk = 24 << 20
 
     def connection_pair(self) -> Pair:
         here, there = connected("127.0.0.1", blocking=False)

@@ -64,18 +64,19 @@ class AsyncArray(RemoteArray):
         SessionLost
         """
         host, view = self._host_target(out)
-        await self._session._driver.wait(self._ask_bytes(view), timeout)
+        core = self._core
+        await core.wait(core.ask_bytes(self._id, view, "get"), timeout)
         return host
 
     async def wait(self, timeout: float | None = None) -> Self:
         """Wait until the array exists on the device; raises if it never will."""
-        await self._session._driver.wait(self._ask_meta(), timeout)
+        await self._core.wait(self._ask_meta(), timeout)
         return self
 
     async def item(self, timeout: float | None = None) -> Any:
         """The only element as a Python scalar."""
         host, view = self._scalar_view()
-        await self._session._driver.wait(self._ask_bytes(view, "item"), timeout)
+        await self._core.wait(self._ask_bytes(view, "item"), timeout)
         return host.item()
 
     async def tolist(self) -> Any:
@@ -84,7 +85,7 @@ class AsyncArray(RemoteArray):
     async def compress(self, mask: RemoteArray) -> Self:
         """The elements where ``mask`` is true, in one dimension (a round trip for the shape)."""
         found: Self = self._masked(mask)
-        found._set_meta(await self._session._driver.wait(found._ask_meta()))
+        found._set_meta(await self._core.wait(found._ask_meta()))
         return found
 
     def __bool__(self) -> NoReturn:
@@ -187,7 +188,7 @@ class AsyncStream(Stream):
     async def synchronize(self, timeout: float | None = None) -> None:
         """Wait until everything issued in this stream has been executed."""
         wait = self._core.ask(Op.SYNC, self.ident, kind="synchronize")
-        await self._core.owner._driver.wait(wait, timeout)
+        await self._core.wait(wait, timeout)
         self._core.owner._raise_failures()
 
     def record(self) -> AsyncEvent:
@@ -200,15 +201,15 @@ class AsyncEvent(Event):
 
     async def synchronize(self, timeout: float | None = None) -> None:
         """Wait until the stream has come to this point."""
-        await self._core.owner._driver.wait(self._ask(Op.EVENT_SYNC, "event"), timeout)
+        await self._core.wait(self._ask(Op.EVENT_SYNC, "event"), timeout)
 
     async def query(self) -> bool:
         """Whether it has (a round trip)."""
-        return bool(await self._core.owner._driver.wait(self._ask(Op.EVENT_QUERY, "event")))
+        return bool(await self._core.wait(self._ask(Op.EVENT_QUERY, "event")))
 
     async def elapsed_time(self, end: Event) -> float:
         """Milliseconds from this event to ``end``; both must have been reached."""
-        return self._milliseconds(await self._core.owner._driver.wait(self._ask_elapsed(end)))
+        return self._milliseconds(await self._core.wait(self._ask_elapsed(end)))
 
 
 class AsyncSession(SessionBase[AsyncDevice]):

@@ -41,6 +41,7 @@ class AsyncDriver:
         self._timer: asyncio.TimerHandle | None = None
         self._resuming: asyncio.Task[None] | None = None
         self._closed = False
+        core.wait = self.wait
         core.on_stall = self._stalled
         core.on_output = self._output
         core.on_buffered = self._buffered
@@ -69,20 +70,18 @@ class AsyncDriver:
     async def _wait(self, wait: Wait) -> Any:
         if not wait.done:
             future = self._loop.create_future()
-
-            def notify() -> None:
-                if not future.done():
-                    future.set_result(None)
-
-            wait.notify = notify
+            wait.future = future
             try:
                 await future
             except BaseException:
                 self.core.cancel(wait)
                 raise
-        if not self.core.waiting:
-            self.core.caught_up()
-        return wait.result()
+        core = self.core
+        if not core._waits:
+            core.caught_up()
+        if wait.error is not None:
+            raise wait.error
+        return wait.value
 
     async def _wait_until(self, wait: Wait, timeout: float) -> Any:
         try:

@@ -365,10 +365,9 @@ class RemoteArray:
 
     def _host_target(self, out: Any) -> tuple[Any, memoryview]:
         """Where ``get`` writes: the object to return and its bytes."""
-        if out is None:
-            host = np.empty(self.shape, self.dtype)
-            return host, output_view(host)
-        return out, output_view(out, self.shape, self.dtype)
+        meta = self._meta
+        host = np.empty(meta.shape, meta.dtype) if out is None else out
+        return host, output_view(host, meta.shape, meta.dtype)
 
     def _ask_bytes(self, view: memoryview, kind: str = "get") -> Any:
         return self._core.ask_bytes(self._id, view, kind)

@@ -55,18 +55,19 @@ class BlockingArray(RemoteArray):
         SessionLost
         """
         host, view = self._host_target(out)
-        self._session._driver.wait(self._ask_bytes(view), timeout)
+        core = self._core
+        core.wait(core.ask_bytes(self._id, view, "get"), timeout)
         return host
 
     def wait(self, timeout: float | None = None) -> Self:
         """Wait until the array exists on the device; raises if it never will."""
-        self._session._driver.wait(self._ask_meta(), timeout)
+        self._core.wait(self._ask_meta(), timeout)
         return self
 
     def item(self, timeout: float | None = None) -> Any:
         """The only element as a Python scalar."""
         host, view = self._scalar_view()
-        self._session._driver.wait(self._ask_bytes(view, "item"), timeout)
+        self._core.wait(self._ask_bytes(view, "item"), timeout)
         return host.item()
 
     def tolist(self) -> Any:
@@ -97,7 +98,7 @@ class BlockingArray(RemoteArray):
         return session
 
     def _settle(self, found: Self) -> Self:
-        found._set_meta(self._session._driver.wait(found._ask_meta()))
+        found._set_meta(self._core.wait(found._ask_meta()))
         return found
 
     def _download(self) -> npt.NDArray[Any]:
@@ -167,7 +168,7 @@ class BlockingStream(Stream):
     def synchronize(self, timeout: float | None = None) -> None:
         """Wait until everything issued in this stream has been executed."""
         wait = self._core.ask(Op.SYNC, self.ident, kind="synchronize")
-        self._core.owner._driver.wait(wait, timeout)
+        self._core.wait(wait, timeout)
         self._core.owner._raise_failures()
 
     def record(self) -> BlockingEvent:
@@ -180,15 +181,15 @@ class BlockingEvent(Event):
 
     def synchronize(self, timeout: float | None = None) -> None:
         """Wait until the stream has come to this point."""
-        self._core.owner._driver.wait(self._ask(Op.EVENT_SYNC, "event"), timeout)
+        self._core.wait(self._ask(Op.EVENT_SYNC, "event"), timeout)
 
     def query(self) -> bool:
         """Whether it has (a round trip)."""
-        return bool(self._core.owner._driver.wait(self._ask(Op.EVENT_QUERY, "event")))
+        return bool(self._core.wait(self._ask(Op.EVENT_QUERY, "event")))
 
     def elapsed_time(self, end: Event) -> float:
         """Milliseconds from this event to ``end``; both must have been reached."""
-        return self._milliseconds(self._core.owner._driver.wait(self._ask_elapsed(end)))
+        return self._milliseconds(self._core.wait(self._ask_elapsed(end)))
 
 
 class Session(SessionBase[BlockingDevice]):

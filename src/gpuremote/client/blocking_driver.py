@@ -54,6 +54,7 @@ class BlockingDriver:
         self._leading = threading.Lock()
         self._receives = 0
         self._followers: set[threading.Event] = set()
+        core.wait = self.wait
         core.on_stall = self._stalled
         core.on_sync = self._synced
         core.poll = self._poll
@@ -69,23 +70,63 @@ class BlockingDriver:
         GpuRemoteError
             The answer is an error, or the session is lost.
         """
+        if timeout is None:
+            self._wait_simply(wait)
         if not wait.done:
-            deadline = None if timeout is None else _clock.now() + timeout
-            try:
-                self._until(wait, deadline)
-            except BaseException:
-                self._cancel(wait)
-                raise
-            if not wait.done:
-                self._cancel(wait)
-                raise DeadlineExceeded(
-                    f"no answer to {wait.kind} within {timeout} s; the session goes on",
-                    op=wait.kind,
-                    peer=self.core.peer_name,
-                )
-        if not self.core.waiting:
-            self.core.caught_up()
-        return wait.result()
+            self._wait_until(wait, timeout)
+        core = self.core
+        if not core._waits:
+            core.caught_up()
+        if wait.error is not None:
+            raise wait.error
+        return wait.value
+
+    def _wait_simply(self, wait: Wait) -> None:
+        """The common case: this thread alone, the connection as it should be, one answer."""
+        core, leading = self.core, self._leading
+        peer = core.peer
+        connection = peer.connection
+        if connection is None or connection.pending_output or not leading.acquire(blocking=False):
+            return
+        try:
+            while not wait.done:
+                incoming = connection.receive(SLICE)
+                if incoming is None:
+                    return
+                with core.lock:
+                    peer.dispatch(incoming)
+        except ConnectionLost as error:
+            self._lost(connection, error)
+        except ProtocolError as error:
+            self._violated(connection, error)
+        except BaseException:
+            core.cancel(wait)
+            raise
+        finally:
+            self._receives += 1
+            self._resign()
+
+    def _wait_until(self, wait: Wait, timeout: float | None) -> None:
+        deadline = None if timeout is None else _clock.now() + timeout
+        try:
+            self._until(wait, deadline)
+        except BaseException:
+            self._cancel(wait)
+            raise
+        if not wait.done:
+            self._cancel(wait)
+            raise DeadlineExceeded(
+                f"no answer to {wait.kind} within {timeout} s; the session goes on",
+                op=wait.kind,
+                peer=self.core.peer_name,
+            )
+
+    def _resign(self) -> None:
+        """This thread no longer receives; wake those that may take over."""
+        self._leading.release()
+        if self._followers:
+            for follower in list(self._followers):
+                follower.set()
 
     def _until(self, what: _Done, deadline: float | None) -> None:
         while _unfinished(what, deadline):
@@ -94,9 +135,7 @@ class BlockingDriver:
                     while _unfinished(what, deadline):
                         self._step(deadline)
                 finally:
-                    self._leading.release()
-                    for follower in list(self._followers):
-                        follower.set()
+                    self._resign()
             else:
                 self._follow(what, deadline)
 
@@ -128,8 +167,11 @@ class BlockingDriver:
         except ConnectionLost as error:
             self._lost(connection, error)
         except ProtocolError as error:
-            connection.abort()
-            core.die(error)
+            self._violated(connection, error)
+
+    def _violated(self, connection: Connection, error: ProtocolError) -> None:
+        connection.abort()
+        self.core.die(error)
 
     def _receive(self, connection: Connection, deadline: float | None) -> None:
         core = self.core
@@ -176,10 +218,9 @@ class BlockingDriver:
         except ConnectionLost as error:
             self._lost(connection, error)
         except ProtocolError as error:
-            connection.abort()
-            self.core.die(error)
+            self._violated(connection, error)
         finally:
-            self._leading.release()
+            self._resign()
 
     def room(self) -> None:
         """Wait until one more upload may be on its way (with many threads uploading)."""

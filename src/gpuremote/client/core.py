@@ -37,7 +37,9 @@ __all__ = ["Core"]
 _RESULT: Final = int(Kind.RESULT)
 _BYTES: Final = int(ResultForm.BYTES)
 _unpack_number = NUMBER.unpack_from
-_pack_get = struct.Struct("<IQ").pack
+_GET: Final = int(Op.GET)
+_pack_get = struct.Struct("<QIQ").pack
+"""A batch with one GET."""
 MAX_FAILURES: Final = 256
 """Failures kept for a ``synchronize``; of more only the number is kept."""
 MAX_LINKS: Final = 4096
@@ -77,6 +79,8 @@ class Core(Issuer):
         self.owner: Any = None
         self.download_policy = download_policy
         self.draining = False
+        self.wait: Callable[..., Any] = _nothing
+        """Set by the driver: wait (or what to await) for a ``Wait``, with an optional timeout."""
         self.on_check = self._check
         self.on_sync: Callable[[Wait], None] = _ignore
         self.on_deferred: Callable[[], None] = _nothing
@@ -130,10 +134,19 @@ class Core(Issuer):
                 self._prepare()
             number = self._next
             self._next = number + 1
-            self._buffer += _pack_get(Op.GET, handle)
             wait = self._waits[number] = Wait(number, kind, into)
             self.stats.round_trips[kind] += 1
-            self.flush()
+            if self._buffer or self.dropped:
+                self._buffer += _pack_get(number, _GET, handle)[8:]
+                self.flush()
+            else:
+                self._first = number + 1
+                self.stats.batches += 1
+                peer = self.peer
+                peer.post(Kind.BATCH, _pack_get(number, _GET, handle))
+                connection = peer.connection
+                if connection is None or connection.pending_output or peer.credit <= 0:
+                    self._posted()
         if self._stalled:
             self._relieve()
         return wait

@@ -34,7 +34,6 @@ FLUSH_NS_MAX: Final = 1_200_000
 """... and after twice as many each time, up to this, while the program issues without a pause:
 every send costs as much as several ops."""
 NEVER: Final = 1 << 63
-_EMPTY: Final = BATCH_PREFIX.size
 _pack_number = BATCH_PREFIX.pack
 _FREES: Final = 4096
 """Handles per FREE record."""
@@ -95,7 +94,9 @@ class Issuer:
         self._depth = depth
         self._next = 1
         self._next_plan = FIRST_PLAN
-        self._buffer = bytearray(_pack_number(1))
+        self._buffer = bytearray()
+        self._first = 1
+        """Number of the first record in the buffer."""
         self._flush_after = 0
         self._pause = FLUSH_NS
         self._told = False
@@ -240,9 +241,10 @@ class Issuer:
                 if self.dropped:
                     self._free_dropped()
                 buffer = self._buffer
-                if len(buffer) == _EMPTY:
+                if not buffer:
                     return
-                self._buffer = bytearray(_pack_number(self._next))
+                first, self._first = self._first, self._next
+                self._buffer = bytearray()
                 if self._origins:
                     self._kept.append((self._next - 1, self._origins))
                     self.stats.ops += len(self._origins) - self._named
@@ -252,7 +254,7 @@ class Issuer:
                 self._flush_after = now_ns() + pause
                 self.stats.batches += 1
                 peer = self.peer
-                peer.post(Kind.BATCH, buffer)
+                peer.post(Kind.BATCH, _pack_number(first) + buffer)
                 connection = peer.connection
                 if connection is None or connection.pending_output or peer.credit <= 0:
                     self._posted()

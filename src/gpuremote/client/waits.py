@@ -27,6 +27,8 @@ class Wait:
     error : BaseException or None
     notify : callable or None
         Called once it is done, with the core's lock held.
+    future : asyncio.Future or None
+        Resolved once it is done (with None: value and error are here).
     entry : Entry or None
         The message with the payload, where one is sent (a put).
     """
@@ -37,6 +39,7 @@ class Wait:
     value: Any = None
     error: BaseException | None = None
     notify: Callable[[], None] | None = None
+    future: Any = None
     entry: Any = None
 
     def __init__(self, number: int, kind: str, into: memoryview | None = None) -> None:
@@ -50,7 +53,11 @@ class Wait:
         self.value = value
         self.error = error
         self.done = True
-        if self.notify is not None:
+        future = self.future
+        if future is not None:
+            if not future.done():
+                future.set_result(None)
+        elif self.notify is not None:
             self.notify()
 
     def result(self) -> Any:

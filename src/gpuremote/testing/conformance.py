@@ -53,7 +53,7 @@ class TransportConformance:
     limit: ClassVar[float] = 20.0
     overtaking: ClassVar[int] = 4 * MIB
     max_header: ClassVar[int] = 4 * MIB
-    bulk: ClassVar[int] = 48 * MIB
+    bulk: ClassVar[int] = 24 * MIB
 
     def connection_pair(self) -> Pair:
         """Two connections that are connected to each other; a new pair at each call."""

@@ -12,7 +12,7 @@ from gpuremote import _clock
 from gpuremote.errors import ConnectionFailed, ConnectionLost
 from gpuremote.transport import congestion
 
-__all__ = ["addresses", "drain", "join_address", "open_tcp", "tune"]
+__all__ = ["addresses", "broken", "drain", "join_address", "open_tcp", "tune"]
 
 _OPTIONS: Final = [
     (socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -76,6 +76,12 @@ def tune(sock: socket.socket) -> str:
             sock.setsockopt(level, option, value)
     algorithm, why = congestion.choose(sock)
     return f"congestion control {algorithm or 'unknown'}: {why}"
+
+
+def broken(doing: str, error: OSError, peer: str) -> ConnectionLost:
+    """What to raise for an error of a system call on an open connection."""
+    text = error.strerror or error
+    return ConnectionLost(f"the connection broke while {doing} ({text})", peer=peer)
 
 
 def drain(sock: socket.socket, buffer: memoryview, deadline: float) -> None:

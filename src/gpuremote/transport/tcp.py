@@ -32,7 +32,7 @@ from gpuremote.transport._framing import (
 )
 from gpuremote.transport._incoming import Message, Payload
 from gpuremote.transport._outgoing import Outbox
-from gpuremote.transport._sockets import addresses, drain, join_address, open_tcp, tune
+from gpuremote.transport._sockets import addresses, broken, drain, join_address, open_tcp, tune
 from gpuremote.transport.base import Connection, Incoming, Region, TransportStats, flat_view
 
 __all__ = ["MAX_HEADER", "MAX_REGIONS", "TcpConnection", "join_address", "open_tcp", "pair", "tune"]
@@ -342,10 +342,7 @@ class TcpConnection(Connection):
         if self._closed:
             return self._gone()
         if self._tx_failure is None:
-            self._tx_failure = ConnectionLost(
-                f"the connection broke while sending ({error.strerror or error})",
-                peer=self.peer_address,
-            )
+            self._tx_failure = broken("sending", error, self.peer_address)
         return self._tx_failure
 
     # -- receiving -----------------------------------------------------------------------------
@@ -412,10 +409,7 @@ class TcpConnection(Connection):
         if self._closed:
             return self._gone()
         self._plain = False
-        self._rx_failure = ConnectionLost(
-            f"the connection broke while receiving ({error.strerror or error})",
-            peer=self.peer_address,
-        )
+        self._rx_failure = broken("receiving", error, self.peer_address)
         return self._rx_failure
 
     def _ended(self) -> ConnectionLost:
@@ -560,7 +554,10 @@ class TcpConnection(Connection):
             size = _PREFIX + length
             if have < size:
                 if size > rx.nbytes:
-                    self._grow(size)
+                    # A header larger than the buffer gets one of its own.
+                    self._large = memoryview(bytearray(size))
+                    self._large[:have] = rx[start : self._end]
+                    self._start, self._end = 0, have
                 return None
             if have == size:
                 self._start = self._end = 0
@@ -579,13 +576,6 @@ class TcpConnection(Connection):
         finally:
             self._rx_touching = 0
         self._account(target, count)
-
-    def _grow(self, size: int) -> None:
-        """A header larger than the buffer gets one of its own."""
-        start, end = self._start, self._end
-        self._large = memoryview(bytearray(size))
-        self._large[: end - start] = self._rx[start:end]
-        self._start, self._end = 0, end - start
 
     def _message(self, frame: tuple[int, int, int, int], body: memoryview) -> Incoming:
         _, kind, _, channel = frame

@@ -1,0 +1,33 @@
+"""A device server for the tests of one file, a proxy in front of it, and the two drivers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from gpuremote.testing.cutting import CuttingProxy
+from gpuremote.testing.servers import RunningServer, device_server
+from tests.faults.sides import AsyncSide, BlockingSide, Side
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    with device_server("--warm", "2") as running:
+        yield running
+
+
+@pytest.fixture(params=["asyncio", "blocking"])
+def side(
+    request: pytest.FixtureRequest, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> Iterator[Side]:
+    made: Side = AsyncSide(loop_factory) if request.param == "asyncio" else BlockingSide()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def proxy(server: RunningServer) -> Iterator[CuttingProxy]:
+    with CuttingProxy(server.host, server.port) as cutting:
+        yield cutting

@@ -1,0 +1,95 @@
+"""The two drivers behind one interface, so that a test of faults is written once for both."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import gpuremote
+
+__all__ = ["AsyncSide", "BlockingSide", "Side", "slow"]
+
+
+class Side:
+    """One of the drivers.
+
+    ``do(x.get())`` gives the answer on either: here the call itself has waited, there it made
+    something to await.
+    """
+
+    name = ""
+
+    def connect(self, url: str) -> Any:
+        raise NotImplementedError
+
+    def do(self, answer: Any) -> Any:
+        raise NotImplementedError
+
+    @contextmanager
+    def session(self, url: str) -> Iterator[Any]:
+        """A session that is closed in the end, whatever it went through."""
+        session = self.do(self.connect(url))
+        try:
+            yield session
+        finally:
+            self.do(session.close(raise_failures=False))
+
+    def close(self) -> None:
+        """Give back what the side itself needs."""
+
+
+class BlockingSide(Side):
+    """Waits in this thread."""
+
+    name = "blocking"
+
+    def connect(self, url: str) -> Any:
+        return gpuremote.connect_sync(url)
+
+    def do(self, answer: Any) -> Any:
+        return answer
+
+
+class AsyncSide(Side):
+    """Waits in an event loop, which turns only meanwhile."""
+
+    name = "asyncio"
+
+    def __init__(self, make_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+        self.loop = make_loop()
+
+    def connect(self, url: str) -> Any:
+        return gpuremote.connect(url)
+
+    def do(self, answer: Any) -> Any:
+        return self.loop.run_until_complete(_awaited(answer))
+
+    def close(self) -> None:
+        self.loop.run_until_complete(self.loop.shutdown_default_executor())
+        self.loop.close()
+
+
+async def _awaited(answer: Awaitable[Any]) -> Any:
+    return await answer
+
+
+def slow(device: Any, elements: int = 12_000_000) -> Any:
+    """An op that takes a second or more, in the current stream; its input exists when this
+    returns to a program that waits for it (``device.synchronize``)."""
+    return device.random_uniform(elements, 1)
+
+
+def counted(session: Any, side: Side) -> tuple[dict[str, Any], int]:
+    """What the server counted, and the records that this side had issued before it asked."""
+    answer = side.do(session.server_stats())
+    return answer, session.stats().records
+
+
+def pattern(count: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    """Bytes that are the same each time and nowhere periodic."""
+    return np.random.default_rng(seed).integers(0, 256, count, np.uint8)
