@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from gpuremote._types import Shape
 from gpuremote.backend.array_namespace import ArrayNamespaceBackend
 from gpuremote.backend.base import DeviceInfo
+from gpuremote.backend.blocks import BlockPool
 from gpuremote.errors import InvalidBuffer
 from gpuremote.ops.operands import DType
 
@@ -51,6 +53,7 @@ class NumpyBackend(ArrayNamespaceBackend):
 
     def __init__(self, devices: int = 0) -> None:
         super().__init__(np, devices or 1)
+        self._blocks = BlockPool()
         self._devices = [
             DeviceInfo(i, "cpu", platform.machine() or "cpu", _host_memory())
             for i in range(self._wanted)
@@ -64,7 +67,7 @@ class NumpyBackend(ArrayNamespaceBackend):
         return self._devices
 
     def empty(self, shape: Shape, dtype: DType, device: int) -> npt.NDArray[Any]:
-        return np.empty(shape, dtype)
+        return self._blocks.empty(shape, dtype, math.prod(shape) * dtype.itemsize)
 
     def copy_to_device(self, array: Any, device: int) -> Any:
         return array.copy()
