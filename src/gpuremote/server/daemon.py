@@ -28,7 +28,7 @@ from gpuremote.errors import (
 )
 from gpuremote.server.options import ServerOptions
 from gpuremote.server.stock import Stock, WorkerProcess
-from gpuremote.transport.select import choose
+from gpuremote.transport.select import choose, probe
 from gpuremote.wire.hello import Hello, HelloReader, Refusal, choose_version
 
 __all__ = ["DeviceServer"]
@@ -103,6 +103,8 @@ class DeviceServer:
         ConnectionFailed
             The address can't be listened on.
         """
+        # Looks at files and other packages: not in the loop, and before anybody waits for it.
+        await asyncio.to_thread(probe)
         self._listener = _listen(self.options.host, self.options.port)
         self.port = self._listener.getsockname()[1]
         self._stock.fill()

@@ -12,9 +12,10 @@ import socket
 import struct
 import sys
 import termios
+from pathlib import Path
 from typing import Final
 
-__all__ = ["choose", "current", "round_trip", "unacknowledged"]
+__all__ = ["available", "choose", "current", "round_trip", "unacknowledged"]
 
 SHORT_WAY: Final = 0.005
 """Seconds of round trip below which both ends are taken to be in one network."""
@@ -23,6 +24,14 @@ _TCP_CONGESTION: Final[int | None] = getattr(socket, "TCP_CONGESTION", None)
 _TCP_INFO: Final[int | None] = getattr(socket, "TCP_INFO", None)
 # Offset of tcpi_rtt (u32, microseconds) in Linux's struct tcp_info.
 _RTT: Final = struct.Struct("=68xI")
+
+
+def available() -> list[str]:
+    """Algorithms that this system has loaded; empty where it does not say."""
+    try:
+        return Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+    except OSError:
+        return []
 
 
 def round_trip(sock: socket.socket) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
@@ -36,8 +37,9 @@ class Candidate:
     reason: str
 
 
-def probe() -> list[Candidate]:
-    """Look at every transport on this side, best first. Never raises.
+@functools.cache
+def probe() -> tuple[Candidate, ...]:
+    """Look at every transport on this side, best first; once per process. Never raises.
 
     A transport is a class in the entry point group ``gpuremote.transports``; its static method
     ``probe()`` gives ``(available, reason)``.
@@ -57,7 +59,7 @@ def probe() -> list[Candidate]:
     for name in PREFERENCE:
         found.setdefault(name, Candidate(name, False, _MISSING.get(name, "not installed")))
     rank = {name: position for position, name in enumerate(PREFERENCE)}
-    return sorted(found.values(), key=lambda c: (rank.get(c.name, len(rank)), c.name))
+    return tuple(sorted(found.values(), key=lambda c: (rank.get(c.name, len(rank)), c.name)))
 
 
 def choose(offered: Mapping[str, str]) -> dict[str, Any]:

@@ -191,6 +191,9 @@ class TcpConnection(Connection):
             self._outbox = Outbox()
         for payload in list(self._channels.values()):
             payload.release()
+        if not self._rx_busy:
+            self._channels = {}
+            self._large = self._target = self._question = None
         if not self._tx_busy and not self._rx_busy:
             # Never under a thread that is about to enter a system call: by then the number
             # could stand for another file.
