@@ -65,7 +65,20 @@ class AsyncArray(RemoteArray):
         """
         host, view = self._host_target(out)
         core = self._core
-        await core.wait(core.ask_bytes(self._id, view, "get"), timeout)
+        wait = core.ask_bytes(self._id, view, "get")
+        if timeout is not None or wait.done:
+            await core.wait(wait, timeout)
+            return host
+        # As core.wait does, without a coroutine in between: this is what latency is made of.
+        wait.future = future = core.new_future()
+        try:
+            await future
+        except BaseException:
+            core.cancel(wait)
+            raise
+        core.settled()
+        if wait.error is not None:
+            raise wait.error
         return host
 
     async def wait(self, timeout: float | None = None) -> Self:

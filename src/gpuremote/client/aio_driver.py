@@ -34,6 +34,8 @@ class AsyncDriver:
         self.core = core
         self.link = link
         self._loop = asyncio.get_running_loop()
+        self._dispatch = core.peer.dispatch
+        core.new_future = self._loop.create_future
         self._watched: Connection | None = None
         self._fd = -1
         self._writing = False
@@ -76,9 +78,7 @@ class AsyncDriver:
             except BaseException:
                 self.core.cancel(wait)
                 raise
-        core = self.core
-        if not core._waits:
-            core.caught_up()
+        self.core.settled()
         if wait.error is not None:
             raise wait.error
         return wait.value
@@ -133,8 +133,10 @@ class AsyncDriver:
         try:
             incoming = connection.receive()
             if incoming is not None:
-                self.core.peer.dispatch(incoming)
-            if incoming is None or connection.buffered:
+                self._dispatch(incoming)
+                if connection.buffered:
+                    self._read_on(connection)
+            else:
                 self._read_on(connection)
         except ConnectionLost as error:
             self.core.peer.lost(error)

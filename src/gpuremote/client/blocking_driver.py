@@ -74,9 +74,7 @@ class BlockingDriver:
             self._wait_simply(wait)
         if not wait.done:
             self._wait_until(wait, timeout)
-        core = self.core
-        if not core._waits:
-            core.caught_up()
+        self.core.settled()
         if wait.error is not None:
             raise wait.error
         return wait.value

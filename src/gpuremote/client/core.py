@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from gpuremote.client.issuing import NEVER, Issuer
+from gpuremote.client.issuing import FLUSH_NS, NEVER, Issuer
 from gpuremote.client.origin import describe
 from gpuremote.client.stats import SessionStats
 from gpuremote.client.waits import Wait
@@ -81,6 +81,7 @@ class Core(Issuer):
         self.draining = False
         self.wait: Callable[..., Any] = _nothing
         """Set by the driver: wait (or what to await) for a ``Wait``, with an optional timeout."""
+        self.new_future: Callable[[], Any] = _nothing
         self.on_check = self._check
         self.on_sync: Callable[[Wait], None] = _ignore
         self.on_deferred: Callable[[], None] = _nothing
@@ -385,6 +386,12 @@ class Core(Issuer):
     def waiting(self) -> int:
         """Answers that are still to come."""
         return len(self._waits)
+
+    def settled(self) -> None:
+        """A wait has ended: without another, the next record goes out at once."""
+        if not self._waits:
+            self._flush_after = 0
+            self._pause = FLUSH_NS
 
     @property
     def full(self) -> bool:

@@ -227,11 +227,6 @@ class Issuer:
         self._pause = min(2 * pause, FLUSH_NS_MAX)
         self.flush(pause)
 
-    def caught_up(self) -> None:
-        """Nothing is on its way: the next record goes out at once."""
-        self._flush_after = 0
-        self._pause = FLUSH_NS
-
     def flush(self, pause: int = FLUSH_NS) -> None:
         """Send what lies in the buffer, and give back the handles that were dropped."""
         with self.lock:

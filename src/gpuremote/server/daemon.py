@@ -74,6 +74,7 @@ class DeviceServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._handshakes = asyncio.Semaphore(MAX_HANDSHAKES)
         self._draining = False
+        self._stopping = False
         self._empty = asyncio.Event()
         self._accepting: asyncio.Task[None] | None = None
 
@@ -129,7 +130,7 @@ class DeviceServer:
 
     async def stop(self) -> None:
         """End everything now: sessions that still live are lost to their clients."""
-        self._draining = True
+        self._draining = self._stopping = True
         if self._accepting is not None:
             self._accepting.cancel()
             await asyncio.gather(self._accepting, return_exceptions=True)
@@ -265,7 +266,7 @@ class DeviceServer:
         if session is None:
             return
         del self._sessions[session.ident]
-        if worker.process.returncode != 0:
+        if worker.process.returncode != 0 and not self._stopping:
             log.warning("worker %d %s", worker.pid, worker.describe_end())
             self._tombstones[session.ident] = (session.secret, self._died(worker).message)
             while len(self._tombstones) > MAX_TOMBSTONES:

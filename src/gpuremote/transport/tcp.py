@@ -74,11 +74,9 @@ class TcpConnection(Connection):
 
     Notes
     -----
-    Where an exception comes out of a step that is not one of the contract (KeyboardInterrupt
-    from a signal, say), nobody knows how many bytes went through: the connection is aborted.
-
-    ``abort`` and ``Incoming.discard``, called by any thread, return when no other thread is
-    reading or writing lent memory any more.
+    Where another exception than the contract's comes out of a step (KeyboardInterrupt from a
+    signal, say), nobody knows how many bytes went through: the connection is aborted. ``abort``
+    and ``Incoming.discard``, called by any thread, return when no thread uses lent memory.
     """
 
     name = "tcp"
@@ -184,8 +182,7 @@ class TcpConnection(Connection):
         self._release()
 
     def _release(self) -> None:
-        """Give everything back, except what a thread in a step still needs: it comes here
-        itself when it leaves the step."""
+        """Give back what no thread in a step needs; such a thread comes here when it leaves."""
         self._wait_untouched()
         if not self._tx_busy:
             self._outbox = Outbox()
@@ -195,8 +192,7 @@ class TcpConnection(Connection):
             self._channels = {}
             self._large = self._target = self._question = None
         if not self._tx_busy and not self._rx_busy:
-            # Never under a thread that is about to enter a system call: by then the number
-            # could stand for another file.
+            # Not under a thread about to enter a system call: the number could be reused.
             self._sock.close()
 
     def _wait_untouched(self) -> None:
@@ -437,7 +433,9 @@ class TcpConnection(Connection):
         target = self._target
         if target is not None and not target.dropped:
             # Never waits inside the receive call, which has the lent memory: see discard().
-            return (wait <= 0 or self._ready(wait)) and self._read_payload(target)
+            return self._read_payload(target) or (
+                wait > 0 and self._ready(wait) and self._read_payload(target)
+            )
         flags = _NOW
         if wait > 0:
             if wait >= 0.5 and self._blocking:
