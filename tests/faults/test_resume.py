@@ -115,6 +115,7 @@ def test_every_byte_of_an_op_batch(side: Side, proxy: CuttingProxy, direction: D
         counter = Counter(session, side)
         cuts = cut_everywhere(proxy, direction, counter.run)
         assert cuts >= (250 if direction == "up" else 60)
+        counter.check()
         assert session.stats().reconnects >= cuts
         assert_once(session, side, counter.expected + 1)
 

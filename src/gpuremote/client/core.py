@@ -42,6 +42,8 @@ _pack_get = struct.Struct("<QIQ").pack
 """A batch with one GET."""
 MAX_FAILURES: Final = 256
 """Failures kept for a ``synchronize``; of more only the number is kept."""
+GROUP: Final = 4096
+"""Arrays of one message."""
 MAX_LINKS: Final = 4096
 """Copies to other servers whose failure is still passed on to the receiving session."""
 
@@ -173,30 +175,43 @@ class Core(Issuer):
     def put_many(
         self, items: Sequence[tuple[tuple[int, ...], str, int, memoryview]]
     ) -> tuple[list[int], Wait]:
-        """Upload several arrays as the payload of one message."""
+        """Upload several arrays, up to ``GROUP`` of them as the payload of one message."""
+        wait = Wait(self._next, "put")
+        wait.entries = []
         with self.lock:
-            numbers = []
-            for shape, dtype, device, _ in items:
-                numbers.append(self._record(Op.PUT, (), "put", [list(shape), dtype, device]))
-            self.flush()
-            wait = Wait(numbers[0], "put")
-            for number in numbers:
-                self._waits[number] = wait
             self.stats.round_trips["put"] += 1
-            regions = [Region(view) for *_, view in items]
-            body = b"".join(NUMBER.pack(number) for number in numbers)
-            wait.entry = self.peer.post_payload(
-                Kind.PAYLOAD, body, regions, lambda: self._put_done(numbers, wait)
-            )
+            numbers = []
+            for start in range(0, len(items), GROUP):
+                numbers += self._put_group(items[start : start + GROUP], wait)
             self._posted()
         if self._stalled:
             self._relieve()
         return numbers, wait
 
+    def _put_group(
+        self, items: Sequence[tuple[tuple[int, ...], str, int, memoryview]], wait: Wait
+    ) -> list[int]:
+        numbers = []
+        for shape, dtype, device, _ in items:
+            number = self._record(Op.PUT, (), "put", [list(shape), dtype, device])
+            numbers.append(number)
+            self._waits[number] = wait
+        self.flush()
+        body = b"".join(NUMBER.pack(number) for number in numbers)
+        regions = [Region(view) for *_, view in items]
+        wait.left += 1
+        entry = self.peer.post_payload(
+            Kind.PAYLOAD, body, regions, lambda: self._put_done(numbers, wait)
+        )
+        wait.entries.append(entry)
+        return numbers
+
     def _put_done(self, numbers: list[int], wait: Wait) -> None:
         for number in numbers:
             self._waits.pop(number, None)
-        wait.finish()
+        wait.left -= 1
+        if not wait.left:
+            wait.finish(error=wait.refusal)
 
     def cancel(self, wait: Wait) -> None:
         """The program no longer waits. On return nothing touches its buffers any more."""
@@ -204,9 +219,10 @@ class Core(Issuer):
             if wait.done or wait.cancelled:
                 return
             wait.cancelled = True
-            if wait.entry is not None:
+            if wait.entries is not None:
                 numbers = [n for n, other in self._waits.items() if other is wait]
-                self.peer.cancel(wait.entry)
+                for entry in wait.entries:
+                    self.peer.cancel(entry)
                 for number in numbers:
                     self._waits.pop(number, None)
                     if self.dead is None:
@@ -282,7 +298,12 @@ class Core(Issuer):
                 raise ProtocolError("a malformed FAILURE")
         error = self._failures.get(root) or self._build(root, code, text, op)
         wait = self._waits.pop(number, None)
-        if wait is not None and not wait.cancelled:
+        if wait is not None and wait.entries is not None and not wait.cancelled:
+            # The memory is lent until the transport is through with it, so the caller learns
+            # of this then.
+            self._failures.pop(root, None)
+            wait.refusal = wait.refusal or error
+        elif wait is not None and not wait.cancelled:
             # Raised to the one that waits, so it need not be raised again.
             self._failures.pop(root, None)
             wait.finish(error=error)

@@ -29,8 +29,10 @@ class Wait:
         Called once it is done, with the core's lock held.
     future : asyncio.Future or None
         Resolved once it is done (with None: value and error are here).
-    entry : Entry or None
-        The message with the payload, where one is sent (a put).
+    entries : list of Entry or None
+        The messages with the payload, for an upload; ``left`` of them are still on their way.
+    refusal : BaseException or None
+        Why the server does not take (all of) it; raised once nothing is on its way.
     """
 
     # Defaults in the class: one of these is made for each wait.
@@ -40,7 +42,9 @@ class Wait:
     error: BaseException | None = None
     notify: Callable[[], None] | None = None
     future: Any = None
-    entry: Any = None
+    entries: list[Any] | None = None
+    left = 0
+    refusal: BaseException | None = None
 
     def __init__(self, number: int, kind: str, into: memoryview | None = None) -> None:
         self.number = number

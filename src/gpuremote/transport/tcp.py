@@ -450,8 +450,7 @@ class TcpConnection(Connection):
             self._start = self._end = 0
             into = self._rx_idle
             if self._channels:
-                # Payload is under way: more than the next frame's own bytes would bring some
-                # along that then has to be copied. (Or the rest of a chunk is to be dropped.)
+                # Payload is under way: what came along with the next frame would be copied.
                 into = self._rx if self._chunk else self._rx_prefix
         stats = self.stats
         stats.receives += 1
