@@ -49,14 +49,12 @@ def test_no_answer_in_time() -> None:
     """A queue of connections that is full answers nothing."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
         port = listener.getsockname()[1]
-        waiting = []
+        waiting = open_tcp("127.0.0.1", port, 0.2)
         begin = time.monotonic()
         with pytest.raises(ConnectionFailed, match="no answer within"):
-            for _ in range(5):
-                waiting.append(open_tcp("127.0.0.1", port, 0.2))
-        assert time.monotonic() - begin < 3
-        for sock in waiting:
-            sock.close()
+            open_tcp("127.0.0.1", port, 0.2)
+        assert 0.15 < time.monotonic() - begin < 2
+        waiting.close()
 
 
 def test_tune() -> None:
@@ -96,6 +94,7 @@ def test_congestion_control(monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm, why = congestion.choose(here)
     assert algorithm == congestion.current(here)
     assert "no-such-thing can't be set" in why
+    monkeypatch.undo()
     here.close()
     there.close()
     assert congestion.round_trip(here) is None
@@ -107,7 +106,7 @@ def test_addresses() -> None:
     assert join_address("::1", 7700) == "[::1]:7700"
     here, there = tcp_pair()
     connection = TcpConnection(here, blocking=True, reason="a test")
-    assert connection.peer_address == join_address(*there.getpeername()[:0], *there.getsockname())
+    assert connection.peer_address == join_address(*there.getsockname())
     assert connection.describe()["reason"] == "a test"
     connection.close()
     there.close()

@@ -26,7 +26,7 @@ from gpuremote.errors import (
     SessionLost,
     error_from_wire,
 )
-from gpuremote.rpc.peer import Connection, Region
+from gpuremote.rpc.peer import Connection, Entry, Region
 from gpuremote.wire import caps
 from gpuremote.wire.batch import ALL_STREAMS, Op
 from gpuremote.wire.frames import NUMBER, Kind, ResultForm, pack_info, unpack_info
@@ -177,19 +177,23 @@ class Core(Issuer):
     ) -> tuple[list[int], Wait]:
         """Upload several arrays, up to ``GROUP`` of them as the payload of one message."""
         wait = Wait(self._next, "put")
-        wait.entries = []
+        entries: list[Entry] = []
+        wait.entries = entries
         with self.lock:
             self.stats.round_trips["put"] += 1
             numbers = []
             for start in range(0, len(items), GROUP):
-                numbers += self._put_group(items[start : start + GROUP], wait)
+                numbers += self._put_group(items[start : start + GROUP], wait, entries)
             self._posted()
         if self._stalled:
             self._relieve()
         return numbers, wait
 
     def _put_group(
-        self, items: Sequence[tuple[tuple[int, ...], str, int, memoryview]], wait: Wait
+        self,
+        items: Sequence[tuple[tuple[int, ...], str, int, memoryview]],
+        wait: Wait,
+        entries: list[Entry],
     ) -> list[int]:
         numbers = []
         for shape, dtype, device, _ in items:
@@ -203,7 +207,7 @@ class Core(Issuer):
         entry = self.peer.post_payload(
             Kind.PAYLOAD, body, regions, lambda: self._put_done(numbers, wait)
         )
-        wait.entries.append(entry)
+        entries.append(entry)
         return numbers
 
     def _put_done(self, numbers: list[int], wait: Wait) -> None:

@@ -54,7 +54,7 @@ def unacknowledged(sock: socket.socket) -> int:
         return 0
     try:
         answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4)
-    except OSError:
+    except (OSError, ValueError):
         return 0
     return int.from_bytes(answer, sys.byteorder)
 
