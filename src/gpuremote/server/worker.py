@@ -9,6 +9,7 @@ go on.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import select
 import socket
@@ -67,7 +68,8 @@ class Worker:
         self.session.send_to = self.copies.send
         self._receiving = threading.Lock()
         self._busy_since = 0.0
-        self._parked = False
+        self._parked = True
+        """The main thread sleeps, so the control thread need not look after it."""
         self._last_idle = 0.0
         self._skip_looks = 0
         self._looks_pause = LOOKS
@@ -78,6 +80,8 @@ class Worker:
 
     def run(self) -> None:
         """Serve until the session is over."""
+        # What is loaded by now stays: not worth a collector's look.
+        gc.freeze()
         control.send(self.channel, {"event": "ready"})
         threading.Thread(target=self._control, name="gpuremote-control", daemon=True).start()
         self._attached.wait()
@@ -331,6 +335,7 @@ class Worker:
                 if self.state.value is State.NEW:
                     os._exit(1)
                 return
+            self._parked = False
             self._attached.set()
             self._wake()
 
