@@ -15,6 +15,9 @@ import gpuremote
 __all__ = ["AsyncSide", "BlockingSide", "Side", "slow"]
 
 
+LIMIT = 20.0
+
+
 class Side:
     """One of the drivers.
 
@@ -75,6 +78,14 @@ class AsyncSide(Side):
 
 
 async def _awaited(answer: Awaitable[Any]) -> Any:
+    # The timeout of pytest comes as a signal, which not every loop passes on.
+    task = asyncio.ensure_future(_await(answer))
+    await asyncio.wait([task], timeout=LIMIT)
+    assert task.done(), f"nothing came within {LIMIT:.0f} s"
+    return task.result()
+
+
+async def _await(answer: Awaitable[Any]) -> Any:
     return await answer
 
 

@@ -63,7 +63,7 @@ class End:
             connection.flush()
             incoming = connection.receive()
             if incoming is not None:
-                self.peer.dispatch(incoming)
+                self.peer.dispatch(incoming, connection)
                 return True
         except ConnectionLost as error:
             self.peer.lost(error)

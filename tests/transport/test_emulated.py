@@ -183,7 +183,7 @@ def test_cut(make: Make) -> None:
 def test_callbacks_may_wait_for_a_sender(make: Make) -> None:
     """A callback that needs a lock does not wait for a thread that sends under this lock."""
     here, there = make(delay=0.001)
-    lock = threading.Lock()
+    lock = threading.RLock()
     called: list[int] = []
 
     def done() -> None:

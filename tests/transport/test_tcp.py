@@ -423,7 +423,7 @@ def test_signal_in_the_middle_aborts() -> None:
     finally:
         signal.signal(signal.SIGALRM, before)
     assert here.closed
-    assert here.fileno() == -1
+    assert here._sock.fileno() == -1
     with pytest.raises(ConnectionLost):
         there.receive(1.0)
     there.close()
@@ -436,7 +436,7 @@ def test_abort_from_a_callback(ends: Pair) -> None:
     incoming.into([memoryview(bytearray(3))], lambda _: there.abort())
     with pytest.raises(ConnectionLost):
         receive_for_ever(there)
-    assert there.fileno() == -1
+    assert there._sock.fileno() == -1
 
 
 def test_abort_from_a_callback_of_the_sender(ends: Pair) -> None:
@@ -444,7 +444,7 @@ def test_abort_from_a_callback_of_the_sender(ends: Pair) -> None:
     here.send(b"x", (), here.abort)
     with pytest.raises(ConnectionLost):
         here.flush()
-    assert here.fileno() == -1
+    assert here._sock.fileno() == -1
 
 
 def test_failing_callback_aborts(ends: Pair) -> None:
@@ -502,7 +502,7 @@ def test_descriptor_is_closed_by_the_last_user() -> None:
         try:
             here.receive(1.0)
         except ConnectionLost:
-            seen.append(here.fileno())
+            seen.append(here._sock.fileno())
 
     waiting = threading.Thread(target=receive)
     waiting.start()

@@ -133,7 +133,7 @@ class AsyncDriver:
         try:
             incoming = connection.receive()
             if incoming is not None:
-                self._dispatch(incoming)
+                self._dispatch(incoming, connection)
                 if connection.buffered:
                     self._read_on(connection)
             else:
@@ -153,7 +153,7 @@ class AsyncDriver:
             before = stats.bytes_received
             incoming = connection.receive()
             if incoming is not None:
-                self.core.peer.dispatch(incoming)
+                self.core.peer.dispatch(incoming, connection)
                 if not connection.buffered:
                     return
             elif stats.bytes_received == before or stats.bytes_received > limit:

@@ -92,7 +92,7 @@ class BlockingDriver:
                 if incoming is None:
                     return
                 with core.lock:
-                    peer.dispatch(incoming)
+                    peer.dispatch(incoming, connection)
         except ConnectionLost as error:
             self._lost(connection, error)
         except ProtocolError as error:
@@ -183,7 +183,7 @@ class BlockingDriver:
         self._receives += 1
         if incoming is not None:
             with core.lock:
-                core.peer.dispatch(incoming)
+                core.peer.dispatch(incoming, connection)
         elif core.sources:
             self._tend()
 
@@ -212,7 +212,7 @@ class BlockingDriver:
         try:
             while (incoming := connection.receive(0.0)) is not None:
                 with self.core.lock:
-                    self.core.peer.dispatch(incoming)
+                    self.core.peer.dispatch(incoming, connection)
         except ConnectionLost as error:
             self._lost(connection, error)
         except ProtocolError as error:

@@ -285,14 +285,19 @@ class Peer:
 
     # -- receiving ------------------------------------------------------------------------------
 
-    def dispatch(self, incoming: Incoming) -> None:
-        """Take in a message that ``connection.receive`` returned.
+    def dispatch(self, incoming: Incoming, source: Connection) -> None:
+        """Take in a message that ``source.receive`` returned.
+
+        What comes from a connection that has been given up meanwhile is dropped: the receipt
+        for the next one may be on its way already, and the message will come again.
 
         Raises
         ------
         ProtocolError
             The message breaks the protocol; the owner ends the session.
         """
+        if source is not self.connection:
+            return
         header = incoming.header
         if len(header) < _PREFIX:
             raise ProtocolError(f"a message of {len(header)} bytes, shorter than its header")

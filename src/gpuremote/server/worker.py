@@ -9,6 +9,7 @@ go on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import os
 import select
@@ -66,6 +67,7 @@ class Worker:
         self.session = WorkerSession(self.backend, options.memory_limit, self._wake)
         self.copies = PeerCopies(self.session, self._wake)
         self.session.send_to = self.copies.send
+        self.session.peer.on_lost = self._gone
         self._receiving = threading.Lock()
         self._busy_since = 0.0
         self._parked = True
@@ -131,7 +133,7 @@ class Worker:
                 if incoming is None:
                     break
                 with lock:
-                    dispatch(incoming)
+                    dispatch(incoming, connection)
             if self._parked:
                 self._unpark()
             if queue:
@@ -185,7 +187,7 @@ class Worker:
             if incoming is None:
                 break
             with session.lock:
-                session.peer.dispatch(incoming)
+                session.peer.dispatch(incoming, connection)
         if connection.pending_output:
             with session.lock:
                 connection.flush()
@@ -206,11 +208,12 @@ class Worker:
         with self.session.lock:
             if self.session.peer.connection is connection:
                 self.session.peer.lost(error)
-                if self.state.value is State.OPEN:
-                    self.state.advance(Stimulus.CONNECTION_LOST)
-            self._attached.clear()
-            if self.session.peer.connection is not None:
-                self._attached.set()
+
+    def _gone(self, _: Connection) -> None:
+        """The peer has given up its connection, whichever thread noticed."""
+        self._attached.clear()
+        if self.state.value is State.OPEN:
+            self.state.advance(Stimulus.CONNECTION_LOST)
 
     def _violated(self, error: GpuRemoteError) -> None:
         """The client broke the protocol: say so, and end."""
@@ -266,10 +269,11 @@ class Worker:
                 poller.unregister(self._watched_fd)
                 watched = None
             if take_over is not None and not take_over.closed:
-                watched = take_over
-                self._watched_fd = take_over.fileno()
-                wanted = select.POLLIN | (select.POLLOUT if take_over.pending_output else 0)
-                poller.register(self._watched_fd, wanted)
+                with contextlib.suppress(ConnectionLost):
+                    self._watched_fd = take_over.fileno()
+                    wanted = select.POLLIN | (select.POLLOUT if take_over.pending_output else 0)
+                    poller.register(self._watched_fd, wanted)
+                    watched = take_over
             timeout = None if self._parked else 1000 * BUSY_AFTER
             for descriptor, _ in poller.poll(timeout):
                 if descriptor == self.channel.fileno():
@@ -315,8 +319,6 @@ class Worker:
             peer = self.session.peer
             if peer.connection is not None:
                 peer.lost(ConnectionLost("replaced: the client came back over another connection"))
-                if self.state.value is State.OPEN:
-                    self.state.advance(Stimulus.CONNECTION_LOST)
             resumed = self.state.value is not State.NEW
             if not resumed and hello.memory_limit:
                 self.session.quota.limit = min(self.session.quota.limit, hello.memory_limit)
@@ -336,7 +338,8 @@ class Worker:
                     os._exit(1)
                 return
             self._parked = False
-            self._attached.set()
+            if peer.connection is not None:  # it may have broken again at once
+                self._attached.set()
             self._wake()
 
     def _welcome(self, hello: Hello, request: dict[str, Any]) -> Welcome:

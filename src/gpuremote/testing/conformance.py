@@ -478,7 +478,7 @@ class TransportConformance:
         there.abort()
         for end in pair:
             assert end.closed
-            for step in (lambda e=end: e.send(b"x"), end.flush, end.receive):
+            for step in (lambda e=end: e.send(b"x"), end.flush, end.receive, end.fileno):
                 with pytest.raises(ConnectionLost):
                     step()
             end.close()

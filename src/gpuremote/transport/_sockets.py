@@ -6,13 +6,14 @@ import contextlib
 import os
 import select
 import socket
+from collections.abc import Callable
 from typing import Any, Final
 
 from gpuremote import _clock
 from gpuremote.errors import ConnectionFailed, ConnectionLost
 from gpuremote.transport import congestion
 
-__all__ = ["addresses", "broken", "drain", "join_address", "open_tcp", "tune"]
+__all__ = ["addresses", "broken", "drain", "flush_until", "join_address", "open_tcp", "tune"]
 
 _OPTIONS: Final = [
     (socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -82,6 +83,20 @@ def broken(doing: str, error: OSError, peer: str) -> ConnectionLost:
     """What to raise for an error of a system call on an open connection."""
     text = error.strerror or error
     return ConnectionLost(f"the connection broke while {doing} ({text})", peer=peer)
+
+
+def flush_until(flush: Callable[[], bool], sock: socket.socket, deadline: float) -> bool:
+    """Repeat ``flush`` as the socket takes more; whether everything went out."""
+    poll = select.poll()
+    try:
+        poll.register(sock, select.POLLOUT)
+        while not flush():
+            left = deadline - _clock.now()
+            if left <= 0 or not poll.poll(left * 1000):
+                return False
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def drain(sock: socket.socket, buffer: memoryview, deadline: float) -> None:

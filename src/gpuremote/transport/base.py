@@ -184,7 +184,13 @@ class Connection(abc.ABC):
 
     @abc.abstractmethod
     def fileno(self) -> int:
-        """The descriptor to watch: readable means ``receive``, writable means ``flush``."""
+        """The descriptor to watch: readable means ``receive``, writable means ``flush``.
+
+        Raises
+        ------
+        ConnectionLost
+            It was given back.
+        """
 
     @property
     @abc.abstractmethod

@@ -6,6 +6,7 @@ any connection and knows nothing of its bytes.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import sys
 import threading
@@ -22,45 +23,46 @@ from gpuremote.transport.base import Connection, Incoming, Region
 
 __all__ = ["EmulatedConnection"]
 
-if sys.platform == "linux":
 
-    class _Watch:
-        """A descriptor that is readable when a step can do something."""
+class _Watch:
+    """A descriptor that is readable when a step can do something.
 
-        def __init__(self, descriptor: int) -> None:
-            self._inner = descriptor
+    Where there is no epoll it is the inner one: a driver that watches it looks more often than
+    it has to.
+
+    Attributes
+    ----------
+    reading, writing : bool
+        What is watched.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.reading = True
+        self.writing = False
+        self._inner = descriptor
+        if sys.platform == "linux":
             self._epoll = select.epoll()
-            self._mask = select.EPOLLIN
-            self._epoll.register(descriptor, self._mask)
+            self._epoll.register(descriptor, select.EPOLLIN)
 
-        def fileno(self) -> int:
+    def fileno(self) -> int:
+        if sys.platform == "linux":
             return -1 if self._epoll.closed else self._epoll.fileno()
+        return self._inner
 
-        def update(self, reading: bool, writing: bool) -> None:
+    def update(self, reading: bool, writing: bool) -> None:
+        if (reading, writing) == (self.reading, self.writing):
+            return
+        self.reading, self.writing = reading, writing
+        if sys.platform == "linux" and not self._epoll.closed:
             mask = (select.EPOLLIN if reading else 0) | (select.EPOLLOUT if writing else 0)
-            if mask != self._mask and not self._epoll.closed:
-                self._mask = mask
+            # Another thread may be closing either of the two.
+            with contextlib.suppress(OSError, ValueError):
                 self._epoll.modify(self._inner, mask)
 
-        def close(self) -> None:
+    def close(self) -> None:
+        if sys.platform == "linux":
             self._epoll.close()
-
-else:
-
-    class _Watch:
-        """The inner descriptor; a driver that watches it may look more often than needed."""
-
-        def __init__(self, descriptor: int) -> None:
-            self._inner = descriptor
-
-        def fileno(self) -> int:
-            return self._inner
-
-        def update(self, reading: bool, writing: bool) -> None:
-            pass
-
-        def close(self) -> None:
-            self._inner = -1
+        self._inner = -1
 
 
 class _Held(NamedTuple):
@@ -151,7 +153,10 @@ class EmulatedConnection(Connection):
         return self._inner.register(buffer)
 
     def fileno(self) -> int:
-        return self._watch.fileno()
+        descriptor = self._watch.fileno()
+        if descriptor < 0:
+            raise ConnectionLost("the connection was closed on this side", peer=self.peer_address)
+        return descriptor
 
     @property
     def pending_output(self) -> bool:
@@ -268,9 +273,10 @@ class EmulatedConnection(Connection):
         times = []
         if self._held:
             times.append(max(self._held[0].due, self._out.free))
-        if self._inner.pending_output and self._out.free > now:
+        # (What is not watched at the moment has to be looked at, even if it is time already.)
+        if self._inner.pending_output and not self._watch.writing:
             times.append(self._out.free)
-        if self._in.free > now:
+        if not self._watch.reading and not self._closing:
             times.append(self._in.free)
         inner = self._inner.due()
         if inner is not None:

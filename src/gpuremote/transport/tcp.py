@@ -32,7 +32,15 @@ from gpuremote.transport._framing import (
 )
 from gpuremote.transport._incoming import Message, Payload
 from gpuremote.transport._outgoing import Outbox
-from gpuremote.transport._sockets import addresses, broken, drain, join_address, open_tcp, tune
+from gpuremote.transport._sockets import (
+    addresses,
+    broken,
+    drain,
+    flush_until,
+    join_address,
+    open_tcp,
+    tune,
+)
 from gpuremote.transport.base import Connection, Incoming, Region, TransportStats, flat_view
 
 __all__ = ["MAX_HEADER", "MAX_REGIONS", "TcpConnection", "join_address", "open_tcp", "pair", "tune"]
@@ -124,7 +132,10 @@ class TcpConnection(Connection):
         return True, "sockets always work"
 
     def fileno(self) -> int:
-        return self._sock.fileno()
+        descriptor = self._sock.fileno()
+        if descriptor < 0:
+            raise self._gone()
+        return descriptor
 
     @property
     def pending_output(self) -> bool:
@@ -147,7 +158,7 @@ class TcpConnection(Connection):
         if self._closed:
             return
         deadline = _clock.now() + timeout
-        if not self._flush_until(deadline):
+        if not flush_until(self.flush, self._sock, deadline):
             self.abort()
             return
         self._closed = True
@@ -157,18 +168,6 @@ class TcpConnection(Connection):
                 drain(self._sock, self._rx, deadline)
             self._sock.shutdown(socket.SHUT_RDWR)
         self._release()
-
-    def _flush_until(self, deadline: float) -> bool:
-        poll = select.poll()
-        try:
-            poll.register(self._sock, select.POLLOUT)
-            while not self.flush():
-                left = deadline - _clock.now()
-                if left <= 0 or not poll.poll(left * 1000):
-                    return False
-        except (OSError, ValueError):
-            return False
-        return True
 
     def abort(self) -> None:
         if not self._closed:
