@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from gpuremote.client.core import Core
+from gpuremote.client.hangup import Hangup
 from gpuremote.client.link import MAX_PAUSE, Link
 from gpuremote.client.waits import Wait
 from gpuremote.errors import ConnectionLost, DeadlineExceeded, GpuRemoteError, ProtocolError
@@ -43,6 +44,7 @@ class AsyncDriver:
         self._timer: asyncio.TimerHandle | None = None
         self._resuming: asyncio.Task[None] | None = None
         self._closed = False
+        self._hangup = Hangup(self._loop, self._readable)
         core.wait = self.wait
         core.on_stall = self._stalled
         core.on_output = self._output
@@ -107,6 +109,7 @@ class AsyncDriver:
         self._watched = connection
         self._fd = connection.fileno()
         self._loop.add_reader(self._fd, self._readable)
+        self._hangup.watch(self._fd)
         if connection.pending_output:
             self._output()
         self._arm(connection)
@@ -116,6 +119,7 @@ class AsyncDriver:
         if connection is not self._watched:
             return
         self._loop.remove_reader(self._fd)
+        self._hangup.unwatch()
         if self._writing:
             self._loop.remove_writer(self._fd)
             self._writing = False
