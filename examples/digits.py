@@ -83,7 +83,7 @@ def main(picture: Path) -> int:
 
     began = time.perf_counter()
     local_components, local_shares = pca(np.linalg, x[:, :64])
-    local_weights, local_losses = train(x[:TRAIN], y[:TRAIN], start, lambda _: None)
+    local_weights, _ = train(x[:TRAIN], y[:TRAIN], start, lambda _: None)
     local_predicted = np.argmax(x[TRAIN:] @ local_weights, axis=1)
     local_took = time.perf_counter() - began
 
@@ -159,7 +159,8 @@ def draw(
     axes.set_xlabel("step")
     axes.set_ylabel("cross entropy")
     axes.grid(alpha=0.3)
-    right.suptitle(f"logistic regression: {accuracy:.1%} right on held-out digits")
+    axes.set_title(f"{accuracy:.1%} right on held-out digits", fontsize="medium")
+    right.suptitle("logistic regression")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

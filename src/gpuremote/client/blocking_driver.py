@@ -145,8 +145,8 @@ class BlockingDriver:
             if isinstance(what, Wait):
                 with self.core.lock:
                     what.notify = woken.set
-            # The leader may have left before this thread was in its list.
-            if not self._leading.locked():
+            # The answer may have come, or the leader left, before it could tell this thread.
+            if what.done or not self._leading.locked():
                 return
             remaining = SLICE if deadline is None else max(0.0, deadline - _clock.now())
             woken.wait(min(remaining, SLICE if isinstance(what, Wait) else 0.01))
@@ -193,7 +193,10 @@ class BlockingDriver:
             seconds = min(seconds, due)
         poller = select.poll()
         wanted = select.POLLIN | (select.POLLOUT if connection.pending_output else 0)
-        poller.register(connection.fileno(), wanted)
+        fd = connection.fileno()
+        if fd < 0:
+            return  # another thread has given it up; the receive says so
+        poller.register(fd, wanted)
         poller.poll(max(0.0, 1000 * seconds))
         with self.core.lock:
             connection.flush()
@@ -249,7 +252,8 @@ class BlockingDriver:
         pause = 0.02
         while deadline is None or _clock.now() < deadline:
             try:
-                connection, welcome = link.attempt(core, blocking=True)
+                left = None if deadline is None else deadline - _clock.now()
+                connection, welcome = link.attempt(core, blocking=True, within=left)
             except GpuRemoteError as error:
                 if link.final(error):
                     link.give_up(core, error)

@@ -102,8 +102,11 @@ class Link:
             if core.state.value is State.CLOSED and core.dead is None:
                 core.die(SessionLost("the connection broke while the session was closing"))
 
-    def attempt(self, core: Core, *, blocking: bool) -> tuple[Connection, Welcome]:
-        """Try once to come back. Blocks; touches nothing of the core but its receipt.
+    def attempt(
+        self, core: Core, *, blocking: bool, within: float | None = None
+    ) -> tuple[Connection, Welcome]:
+        """Try once to come back, for not much longer than ``within`` seconds if that is given.
+        Blocks; touches nothing of the core but its receipt.
 
         Raises
         ------
@@ -121,6 +124,10 @@ class Link:
             session=self.welcome.session, secret=self.welcome.secret, receipt=receipt
         )
         timeout = max(0.1, min(self.connect_timeout, self.remaining()))
+        if within is not None:
+            # A handshake gets a second all the same, or a program that asks again and again
+            # with short timeouts would never come back.
+            timeout = min(timeout, max(1.0, within))
         return dial(self.host, self.port, hello, timeout=timeout, blocking=blocking)
 
     def resumed(self, core: Core, connection: Connection, welcome: Welcome) -> None:
