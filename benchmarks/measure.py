@@ -47,11 +47,10 @@ def _round_trip(contender: Contender, workload: Workload) -> dict[str, float]:
 def _transfer(contender: Contender, workload: Workload) -> dict[str, float]:
     memory = _pattern(workload.size)
     contender.puts(memory, 1)
+    call: Callable[[Bytes, int], list[int]] = contender.puts
     if workload.kind == "get":
         memory[:] = 0
         call = contender.gets
-    else:
-        call = contender.puts
     call(memory, 1)
     here, there, wire = time.process_time(), _peer_cpu(contender), machine.tcp_bytes()
     times = call(memory, workload.repeat)

@@ -76,7 +76,7 @@ class Workload:
     @property
     def name(self) -> str:
         """Names it in the results, such as ``round_trip/8B/one``."""
-        parts = [self.kind]
+        parts: list[str] = [self.kind]
         if self.size:
             parts.append(_size(self.size))
         if self.layout != "free":

@@ -14,8 +14,15 @@ from gpuremote.errors import GpuRemoteError
 from gpuremote.ops.catalogue import CATALOGUE
 from gpuremote.ops.meta import MetaTable
 from gpuremote.ops.plan import decode_definition, define, encode_definition
-from gpuremote.wire.batch import FIRST_PLAN, PREFIX, Op, blob_record, decode, fixed_record
-from gpuremote.wire.batch import free_record
+from gpuremote.wire.batch import (
+    FIRST_PLAN,
+    PREFIX,
+    Op,
+    blob_record,
+    decode,
+    fixed_record,
+    free_record,
+)
 from gpuremote.wire.caps import MAX_BATCH, MAX_HELLO
 from gpuremote.wire.frames import decode_ack, encode_ack, pack_info, unpack_info
 from gpuremote.wire.hello import Hello, HelloReader, Receipt, Refusal, Welcome

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpuremote.errors import (
+    ConnectionLost,
     LimitExceeded,
     NotAGpuRemoteServer,
     ProtocolError,
@@ -132,7 +133,7 @@ def test_end_of_stream() -> None:
         HelloReader("p").feed(b"")
     reader = HelloReader("p")
     reader.feed(Hello().encode()[:20])
-    with pytest.raises(ProtocolError, match="middle"):
+    with pytest.raises(ConnectionLost, match="middle"):
         reader.feed(b"")
 
 

@@ -242,7 +242,11 @@ class AsyncSession(SessionBase[AsyncDevice]):
         self._driver = AsyncDriver(core, link)
 
     async def _open(self) -> Self:
-        await self._driver.open()
+        try:
+            await self._driver.open()
+        except BaseException:
+            self._closed = True  # it never was open
+            raise
         self._set_devices(AsyncDevice, AsyncArray)
         return self
 

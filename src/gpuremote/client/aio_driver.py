@@ -233,7 +233,8 @@ class AsyncDriver:
         core, link = self.core, self.link
         pause = 0.02
         try:
-            while core.dead is None:
+            while core.dead is None and core.peer.connection is None:
+                before = core.stats.reconnects
                 attempt = self._loop.run_in_executor(
                     None, lambda: link.attempt(core, blocking=False)
                 )
@@ -251,6 +252,10 @@ class AsyncDriver:
                         return
                     await asyncio.sleep(min(pause, max(0.0, link.remaining())))
                     pause = min(2 * pause, MAX_PAUSE)
+                    continue
+                if core.stats.reconnects != before:
+                    # ``_pump`` was faster: what this attempt told the server is out of date.
+                    connection.abort()
                     continue
                 # Watched before it is used, so that a loss while catching up is noticed.
                 self._watch(connection)
@@ -276,6 +281,7 @@ class AsyncDriver:
 
     def _pump(self, done: Callable[[], bool]) -> None:
         core, link = self.core, self.link
+        pause = 0.02
         while not done() and core.dead is None:
             connection = self._watched
             if connection is None:
@@ -285,7 +291,10 @@ class AsyncDriver:
                 except GpuRemoteError as error:
                     if link.final(error) or link.remaining() <= 0:
                         link.give_up(core, error if link.final(error) else None)
+                    select.poll().poll(1000 * pause)
+                    pause = min(2 * pause, MAX_PAUSE)
                 else:
+                    pause = 0.02
                     self._watch(found)
                     link.resumed(core, found, welcome)
                 continue

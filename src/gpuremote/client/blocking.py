@@ -207,7 +207,11 @@ class Session(SessionBase[BlockingDevice]):
     def __init__(self, link: Link, core: Core, on_close: Callable[[], None] = lambda: None) -> None:
         super().__init__(link, core, on_close)
         self._driver = BlockingDriver(core, link)
-        link.open(core, blocking=True)
+        try:
+            link.open(core, blocking=True)
+        except BaseException:
+            self._closed = True  # it never was open
+            raise
         self._set_devices(BlockingDevice, BlockingArray)
 
     def __enter__(self) -> Self:

@@ -12,6 +12,7 @@ from gpuremote.client.core import Core
 from gpuremote.errors import (
     GpuRemoteError,
     NotAGpuRemoteServer,
+    ProtocolError,
     SessionLost,
     TransportError,
     TransportUnavailable,
@@ -90,7 +91,11 @@ class Link:
             core.advertised = welcome.advertise or self.name
             core.peer.grant(welcome.window)
             core.state.advance(Stimulus.WELCOME)
-            core.peer.attach(connection, welcome.receipt)
+            try:
+                core.peer.attach(connection, welcome.receipt)
+            except ProtocolError:
+                connection.abort()
+                raise
         return connection
 
     def lost(self, core: Core) -> None:
@@ -131,12 +136,18 @@ class Link:
         return dial(self.host, self.port, hello, timeout=timeout, blocking=blocking)
 
     def resumed(self, core: Core, connection: Connection, welcome: Welcome) -> None:
-        """Go on over a connection that :meth:`attempt` gave."""
+        """Go on over a connection that :meth:`attempt` gave. The session is dead afterwards if
+        the server's receipt makes no sense."""
         with core.lock:
             core.stats.reconnects += 1
             core.state.advance(Stimulus.RESUMED)
             self.explanation = Explanation.of(welcome.choice, connection)
-            core.peer.attach(connection, welcome.receipt)
+            try:
+                core.peer.attach(connection, welcome.receipt)
+            except ProtocolError as error:
+                core.peer.connection = connection
+                core.peer.lost(error)
+                core.die(error)
 
     def remaining(self) -> float:
         """Seconds that are left of the grace period."""

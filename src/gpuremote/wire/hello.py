@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from gpuremote.errors import (
+    ConnectionLost,
     GpuRemoteError,
     LimitExceeded,
     NotAGpuRemoteServer,
@@ -302,8 +303,10 @@ class HelloReader:
             The announced body is over ``MAX_HELLO``.
         UnsupportedVersion
             No common version (only when the other side speaks first, as a client does).
+        ConnectionLost
+            The stream ended in the middle.
         ProtocolError
-            Malformed, or the stream ended in the middle.
+            Malformed.
         """
         buffer = self._buffer
         if not data:
@@ -312,7 +315,7 @@ class HelloReader:
                     "the connection was closed without an answer; is this a gpuremote server?",
                     peer=self._peer,
                 )
-            raise ProtocolError(
+            raise ConnectionLost(
                 "the connection ended in the middle of the handshake", peer=self._peer
             )
         buffer += data
