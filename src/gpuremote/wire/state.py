@@ -1,7 +1,7 @@
 """The life of a session, as a table. Everything that affects it is here.
 
 Client and server run the same table: this file does not know which role it plays. The
-diagram in ``docs/protocol.md`` is drawn from it (``python -m gpuremote.wire.state``).
+diagram in ``docs/protocol.md`` is :func:`diagram`'s output, which a test checks.
 """
 
 from __future__ import annotations
@@ -117,7 +117,3 @@ def diagram() -> str:
     ]
     lines += [f"    {state.value} --> [*]" for state in (State.CLOSED, State.DEAD)]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(diagram())
