@@ -107,7 +107,8 @@ def _json(results: dict[str, Any]) -> str:
     """One line per measurement: small, and a change of one is a change of one line."""
     head = {key: value for key, value in results.items() if key != "measurements"}
     lines = ",\n".join(f"    {json.dumps(m, ensure_ascii=False)}" for m in results["measurements"])
-    return f'{json.dumps(head, indent=2, ensure_ascii=False)[:-2]},\n  "measurements": [\n{lines}\n  ]\n}}\n'
+    opening = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
+    return f'{opening},\n  "measurements": [\n{lines}\n  ]\n}}\n'
 
 
 @contextmanager

@@ -41,16 +41,16 @@ _PANELS: Final[tuple[tuple[str, str, _Series], ...]] = (
         "Throughput of large arrays",
         "GB/s, more is better",
         [
-            ("put of {size}", "put/{size}", "gb_per_s"),
-            ("get of {size}", "get/{size}", "gb_per_s"),
+            ("put of {text}", "put/{size}", "gb_per_s"),
+            ("get of {text}", "get/{size}", "gb_per_s"),
         ],
     ),
     (
         "CPU time per GB",
         "seconds on the side named, less is better",
         [
-            ("put of {size}, client", "put/{size}", "client_cpu_s_per_gb"),
-            ("put of {size}, peer", "put/{size}", "peer_cpu_s_per_gb"),
+            ("put of {text}, client", "put/{size}", "client_cpu_s_per_gb"),
+            ("put of {text}, peer", "put/{size}", "peer_cpu_s_per_gb"),
         ],
     ),
 )
@@ -65,17 +65,14 @@ def draw(results: Mapping[str, Any], paths: Sequence[Path]) -> None:
         "1MiB",
     )
     # The same results give the same bytes, so that a repository sees what changed.
-    settings: dict[str, Any] = {
-        "svg.hashsalt": "gpuremote",
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans"],
-    }
-    with mpl.rc_context(settings):
+    with mpl.rc_context({"svg.hashsalt": "gpuremote", "svg.fonttype": "none"}):
         canvas = Canvas(figsize=(12, 8.5), layout="constrained")
         FigureCanvasAgg(canvas)
         for axes, (title, unit, series) in zip(canvas.subplots(2, 2).flat, _PANELS, strict=True):
-            named = [tuple(text.replace("{size}", size) for text in one) for one in series]
+            named = [
+                tuple(part.format(size=size, text=size.replace("MiB", " MiB")) for part in one)
+                for one in series
+            ]
             _panel(axes, title, unit, named, titles, found)  # type: ignore[arg-type]
         canvas.suptitle(_caption(results), fontsize=9, color="#444444")
         for path in paths:
@@ -91,9 +88,9 @@ def _panel(
     titles: Mapping[str, str],
     found: Mapping[tuple[str, str, str], Figure],
 ) -> None:
-    names = [
+    names: list[str] = [
         name
-        for name in reversed(titles)
+        for name in reversed(list(titles))
         # A copy inside one process makes no round trip that the others could be held against.
         if any((workload, name, metric) in found for _, workload, metric in series)
         and not (name == "memcpy" and "us" in series[0][2])

@@ -13,7 +13,7 @@ from typing import Final
 
 from gpuremote._types import JSON
 from gpuremote._version import __version__
-from gpuremote.cli import devices, doctor, serve
+from gpuremote.cli import bench, devices, doctor, serve
 from gpuremote.errors import ConfigError, GpuRemoteError, ServerUnavailable, TransportError
 
 __all__ = ["main"]
@@ -23,7 +23,7 @@ USAGE: Final = 2
 UNREACHABLE: Final = 3
 INTERRUPTED: Final = 130
 
-COMMANDS: Final = (serve, devices, doctor)
+COMMANDS: Final = (serve, devices, doctor, bench)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -78,7 +78,7 @@ class AsyncArray(RemoteArray):
             raise
         core.settled()
         if wait.error is not None:
-            raise wait.error
+            raise wait.take_error()
         return host
 
     async def wait(self, timeout: float | None = None) -> Self:

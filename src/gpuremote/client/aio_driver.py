@@ -82,7 +82,7 @@ class AsyncDriver:
                 raise
         self.core.settled()
         if wait.error is not None:
-            raise wait.error
+            raise wait.take_error()
         return wait.value
 
     async def _wait_until(self, wait: Wait, timeout: float) -> Any:
@@ -212,7 +212,8 @@ class AsyncDriver:
             self.core.flush()
 
     def _deferred(self) -> None:
-        self._loop.call_soon_threadsafe(self.core.run_deferred)
+        if not self._closed and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.core.run_deferred)
 
     def _violated(self, error: ProtocolError) -> None:
         self._closed = True

@@ -76,7 +76,7 @@ class BlockingDriver:
             self._wait_until(wait, timeout)
         self.core.settled()
         if wait.error is not None:
-            raise wait.error
+            raise wait.take_error()
         return wait.value
 
     def _wait_simply(self, wait: Wait) -> None:
@@ -184,7 +184,7 @@ class BlockingDriver:
         if incoming is not None:
             with core.lock:
                 core.peer.dispatch(incoming, connection)
-        elif core.sources:
+        elif core.sources or core.deferred:
             self._tend()
 
     def _poll_once(self, connection: Connection, seconds: float) -> None:

@@ -392,11 +392,18 @@ class Core(Issuer):
     def die(self, error: GpuRemoteError) -> None:
         """Fail everything that waits, and everything that will be issued."""
         with self.lock:
-            self._stop(error)
+            # Copies: an error that was raised holds the frames it passed, and their buffers.
+            self._stop(copy.copy(error))
             waits, self._waits = self._waits, {}
+            linked, self._linked = self._linked, {}
+            self.peer.forget()
             self._farewell.finish()
             for wait in waits.values():
-                wait.finish(error=error)
+                wait.finish(error=copy.copy(error))
+        for other, number in linked.values():
+            # Where its bytes have come after all, the server takes no notice.
+            other.deferred.append(number)
+            other.on_deferred()
 
     def close(self) -> None:
         """After this nothing can be issued."""

@@ -3,6 +3,7 @@ answer, and everything here is on the hot path of every op."""
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections import deque
@@ -180,7 +181,7 @@ class Issuer:
         """Define a plan that was not seen before, and remember it by ``key``."""
         with self.lock:
             if self.dead is not None:
-                raise self.dead
+                raise copy.copy(self.dead)
             if len(self.plans) >= caps.MAX_PLANS - 1:
                 self.plans.clear()
                 self._record(Op.CLEAR_PLANS, ())
@@ -198,7 +199,7 @@ class Issuer:
 
     def _prepare(self) -> None:
         if self.dead is not None:
-            raise self.dead
+            raise copy.copy(self.dead)
         if self._streams:
             wanted = current_stream.get(_NO_STREAM).get(id(self), 0)
             if wanted != self._stream:

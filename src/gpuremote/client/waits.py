@@ -64,8 +64,15 @@ class Wait:
         elif self.notify is not None:
             self.notify()
 
+    def take_error(self) -> BaseException:
+        """The error, to be raised. Not kept here: with it, its traceback and the frame that
+        holds this wait, the program's buffers would stay alive in a circle."""
+        error, self.error = self.error, None
+        assert error is not None
+        return error
+
     def result(self) -> Any:
         """The answer, or its error raised."""
         if self.error is not None:
-            raise self.error
+            raise self.take_error()
         return self.value

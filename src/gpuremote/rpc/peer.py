@@ -481,6 +481,13 @@ class Peer:
             arriving.base = arriving.received
             arriving.incoming = None
 
+    def forget(self) -> None:
+        """Nothing will be sent or received any more: let go of all memory that was lent."""
+        if self.connection is not None and (self._bulk or self._arriving):
+            self.lost(ConnectionLost("aborted: the session is over"))
+        self._bulk.clear()
+        self._arriving.clear()
+
     def receipt(self) -> Receipt:
         """What this side has; for the handshake of the next connection."""
         partial = [(a.seq, a.received) for a in self._arriving.values()]

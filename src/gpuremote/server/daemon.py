@@ -225,6 +225,7 @@ class DeviceServer:
         try:
             session.worker.tell(request, sock)
         except OSError as error:
+            await session.worker.wait(1.0)  # its channel is gone; the process takes a moment
             raise self._died(session.worker) from error
 
     async def _open(self) -> _Session:

@@ -67,7 +67,8 @@ class PeerCopies:
         self._start(self._receive, sock, *claimed)
 
     def _start(self, function: Callable[..., None], *arguments: Any) -> None:
-        self.active += 1
+        with self._session.lock:
+            self.active += 1
         threading.Thread(
             target=self._run, args=(function, arguments), name="gpuremote-copy", daemon=True
         ).start()
@@ -77,7 +78,8 @@ class PeerCopies:
             with self._places:
                 function(*arguments)
         finally:
-            self.active -= 1
+            with self._session.lock:
+                self.active -= 1
             self._wake()
 
     def _send(self, number: int, slot: Slot, target: dict[str, Any]) -> None:
@@ -109,7 +111,6 @@ class PeerCopies:
             session.ordering.stir()
 
     def _receive(self, sock: socket.socket, number: int, view: memoryview) -> None:
-        failure: GpuRemoteError | None = None
         try:
             _say(sock, Welcome().encode())
             reason = tune(sock)
@@ -117,15 +118,19 @@ class PeerCopies:
             connection.reason = reason
             try:
                 _take(connection, view)
+                # Applied before it is confirmed: the sender's session may end with that.
+                self._session.peer_copy_done(number, None)
+                number = 0
                 connection.send(b"ok")
                 connection.close(5.0)
             finally:
                 connection.abort()
         except (GpuRemoteError, OSError) as error:
             sock.close()
-            failure = PeerCopyFailed(f"the copy from the other server broke off: {error}")
-            print(f"gpuremote worker: {failure}", file=sys.stderr, flush=True)
-        self._session.peer_copy_done(number, failure)
+            if number:
+                failure = PeerCopyFailed(f"the copy from the other server broke off: {error}")
+                print(f"gpuremote worker: {failure}", file=sys.stderr, flush=True)
+                self._session.peer_copy_done(number, failure)
 
 
 def _say(sock: socket.socket, data: bytes) -> None:

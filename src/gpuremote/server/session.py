@@ -98,6 +98,8 @@ class WorkerSession:
             Op.CLEAR_PLANS: self._clear_plans,
         }
         self.send_to: Callable[[int, Any, Meta, dict[str, Any]], None] | None = None
+        self.copying: Callable[[], int] = lambda: 0
+        self._claimed: set[int] = set()
 
     # -- the peer's sink ------------------------------------------------------------------------
 
@@ -317,7 +319,8 @@ class WorkerSession:
             error: GpuRemoteError = PeerCopyFailed("the other server could not bring the array")
         else:
             error = OpCancelled("the upload was cancelled by the program")
-        self._fail_arriving([handle], error)
+        if handle not in self._claimed:  # else its bytes are coming, or their loss will be told
+            self._fail_arriving([handle], error)
 
     def _copy(self, number: int, handle: int, device: int) -> None:
         if device >= self._devices:
@@ -378,11 +381,13 @@ class WorkerSession:
         found = self._expected.pop(ticket, None)
         if found is None or found[0] not in self._arriving:
             return None
+        self._claimed.add(found[0])
         return found[0], found[2]
 
     def peer_copy_done(self, number: int, error: GpuRemoteError | None) -> None:
         """The bytes of EXPECT ``number`` are in place, or will not come."""
         with self.lock:
+            self._claimed.discard(number)
             if error is None:
                 self.on_payload_done([number])
                 return
@@ -411,7 +416,8 @@ class WorkerSession:
             self.ordering.stir()
 
     def _say_goodbye(self, number: int) -> object:
-        if any(stream.queue for stream in self.streams.values()) or self._arriving:
+        busy = any(stream.queue for stream in self.streams.values())
+        if busy or self._arriving or self.copying():
             return STALLED
         with self.lock:
             self.goodbye = True

@@ -17,6 +17,8 @@ from gpuremote.server.options import ServerOptions
 
 __all__ = ["Stock", "WorkerProcess"]
 
+ATTEMPTS: Final = 3
+"""Workers tried for one session, as one may have been killed while it waited."""
 RESTOCK_AFTER: Final = 0.5
 """Seconds before a used worker is replaced: a new session should not compete with its start."""
 
@@ -167,13 +169,20 @@ class Stock:
         ServerBusy
             None could be started in time.
         """
-        worker = self._waiting.pop(0) if self._waiting else self._start()
-        self._schedule()
-        try:
-            await asyncio.wait_for(asyncio.shield(worker.ready), timeout)
-        except TimeoutError as error:
-            worker.kill()
-            raise ServerBusy(f"no worker process was ready within {timeout:.0f} s") from error
+        for attempt in range(1, ATTEMPTS + 1):
+            worker = self._waiting.pop(0) if self._waiting else self._start()
+            self._schedule()
+            try:
+                await asyncio.wait_for(asyncio.shield(worker.ready), timeout)
+            except TimeoutError as error:
+                worker.kill()
+                raise ServerBusy(f"no worker process was ready within {timeout:.0f} s") from error
+            except ServerBusy:
+                if attempt == ATTEMPTS:
+                    raise
+                continue
+            if worker.alive:
+                break
         self._failures = 0
         return worker
 

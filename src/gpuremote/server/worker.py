@@ -67,6 +67,7 @@ class Worker:
         self.session = WorkerSession(self.backend, options.memory_limit, self._wake)
         self.copies = PeerCopies(self.session, self._wake)
         self.session.send_to = self.copies.send
+        self.session.copying = lambda: self.copies.active
         self.session.peer.on_lost = self._gone
         self._receiving = threading.Lock()
         self._busy_since = 0.0
