@@ -53,8 +53,8 @@ class Workload:
     ----------
     kind : str
         ``round_trip``: the peer answers with ``size`` bytes. ``echo``: they travel there and
-        back. ``put``, ``get``: ``size`` bytes to new memory of the peer; from the peer into a
-        buffer that is kept. ``ops``: ``repeat`` small ops, then one ``get``. ``put_memory``,
+        back. ``put``, ``get``: ``size`` bytes to the peer; from the peer into a buffer that is
+        kept. ``ops``: ``repeat`` small ops, then one ``get``. ``put_memory``,
         ``get_memory``: how much memory a put or get takes on either side at its peak.
         ``first_op``: when an op is executed while its caller goes on without waiting.
         ``busy_thread``: a call while another thread of the process runs Python.

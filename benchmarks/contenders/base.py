@@ -53,9 +53,11 @@ class Contender(abc.ABC):
     """A way to move bytes between two processes. Lives in a process of its own.
 
     It takes its own times, in nanoseconds, so that nothing but the contender is in them. All
-    move the same kind of memory: a put goes from an array that the caller keeps to new memory
-    on the other side, a get from there into an array that the caller keeps, and either is over
-    when the caller knows that the bytes are in place.
+    move the same kind of memory: a put goes from an array that the caller keeps to memory on the
+    other side, a get from there into an array that the caller keeps, and either is over when the
+    caller knows that the bytes are in place. Pages that were never touched cost as much as the
+    transfer (and where a host has to find them, several times as much), so the other side may
+    receive into memory that it has had before; those without a protocol always do.
 
     Parameters
     ----------
@@ -94,7 +96,7 @@ class Contender(abc.ABC):
         return self.round_trips(size, count)
 
     def puts(self, source: Bytes, count: int) -> list[int]:
-        """Bring ``source`` to new memory of the other side, which keeps it."""
+        """Bring ``source`` to the other side, which keeps it."""
         raise NotImplementedError
 
     def gets(self, out: Bytes, count: int) -> list[int]:

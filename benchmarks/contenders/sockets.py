@@ -122,7 +122,8 @@ def _answer(sock: socket.socket) -> None:
         if what == ECHO:
             _echo(sock, count, size)
         elif what == PUT:
-            kept = np.empty(size, np.uint8)
+            if kept.nbytes != size:
+                kept = np.empty(size, np.uint8)
             receive(sock, kept.data)
             sock.sendall(ACK)
         elif what == GET:

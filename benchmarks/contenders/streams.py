@@ -138,7 +138,8 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
             for _ in range(count):
                 writer.write(await reader.readexactly(size))
         elif what == PUT:
-            kept = np.empty(size, np.uint8)
+            if kept.nbytes != size:
+                kept = np.empty(size, np.uint8)
             await receive(reader, kept.data)
             writer.write(ACK)
         elif what == GET:

@@ -181,6 +181,7 @@ def _small_ops(session: Session, rounds: int) -> dict[str, Any]:
     """10,000 additions, then one get: what issuing costs, and what travels."""
     start = session.devices[0].zeros(8)
     times = []
+    before = after = session.stats()
     for _ in range(rounds):
         value = start + 1.0
         value.get()

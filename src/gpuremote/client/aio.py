@@ -237,7 +237,7 @@ class AsyncSession(SessionBase[AsyncDevice]):
         ``transport.explain()`` says which transport is in use and why.
     """
 
-    def __init__(self, link: Link, core: Core, on_close: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, link: Link, core: Core, on_close: Callable[[], None] | None = None) -> None:
         super().__init__(link, core, on_close)
         self._driver = AsyncDriver(core, link)
 
@@ -343,6 +343,9 @@ class AsyncSession(SessionBase[AsyncDevice]):
         finally:
             await self._driver.close()
             self._finish_close()
+            if self._on_close is not None:
+                # Ends the local server, which takes a moment.
+                await asyncio.get_running_loop().run_in_executor(None, self._on_close)
         if raise_failures:
             self._raise_failures()
 

@@ -204,7 +204,7 @@ class Session(SessionBase[BlockingDevice]):
         ``transport.explain()`` says which transport is in use and why.
     """
 
-    def __init__(self, link: Link, core: Core, on_close: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, link: Link, core: Core, on_close: Callable[[], None] | None = None) -> None:
         super().__init__(link, core, on_close)
         self._driver = BlockingDriver(core, link)
         try:
@@ -298,5 +298,7 @@ class Session(SessionBase[BlockingDevice]):
                 self._driver.wait(self._core.say_goodbye(), timeout)
         finally:
             self._finish_close()
+            if self._on_close is not None:
+                self._on_close()
         if raise_failures:
             self._raise_failures()

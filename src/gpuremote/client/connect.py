@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable
 
 from gpuremote.client import local
@@ -42,12 +43,12 @@ def connect(url: str | None = None) -> Connecting:
     target = _target(url)
 
     async def opening() -> AsyncSession:
-        loop = asyncio.get_running_loop()
-        link, on_close = await loop.run_in_executor(None, lambda: _link(target))
+        link, on_close = await _link_async(target)
         try:
             return await AsyncSession(link, make_core(link), on_close)._open()
         except BaseException:
-            on_close()
+            if on_close is not None:
+                asyncio.get_running_loop().run_in_executor(None, on_close)
             raise
 
     return Connecting(opening)
@@ -59,7 +60,8 @@ def connect_sync(url: str | None = None) -> Session:
     try:
         return Session(link, make_core(link), on_close)
     except BaseException:
-        on_close()
+        if on_close is not None:
+            on_close()
         raise
 
 
@@ -73,15 +75,41 @@ def _target(url: str | None) -> Target:
     return target
 
 
-def _link(target: Target) -> tuple[Link, Callable[[], None]]:
-    """The link, and what to do when the session has ended."""
+def _link(target: Target) -> tuple[Link, Callable[[], None] | None]:
+    """The link, and what to do (it may take a while) when the session has ended."""
     if target.scheme == "gpu":
-        return make_link(target, target.host, target.port), _nothing
+        return make_link(target, target.host, target.port), None
     server = local.acquire(target)
     link = make_link(target, server.host, server.port)
     link.server_ended = server.ended
     return link, server.release
 
 
-def _nothing() -> None:
-    pass
+async def _link_async(target: Target) -> tuple[Link, Callable[[], None] | None]:
+    """As :func:`_link`, outside the loop's thread where it takes long."""
+    if target.scheme == "gpu":
+        return _link(target)
+    loop = asyncio.get_running_loop()
+    lock = threading.Lock()
+    abandoned = False
+    to_release: list[Callable[[], None]] = []
+
+    def start() -> tuple[Link, Callable[[], None] | None]:
+        link, on_close = _link(target)
+        assert on_close is not None
+        with lock:
+            if not abandoned:
+                to_release.append(on_close)
+                return link, on_close
+        on_close()
+        return link, None
+
+    try:
+        return await loop.run_in_executor(None, start)
+    except asyncio.CancelledError:
+        # The thread can't be stopped: whichever of the two comes second ends the server.
+        with lock:
+            abandoned = True
+        for on_close in to_release:
+            loop.run_in_executor(None, on_close)
+        raise

@@ -54,7 +54,7 @@ class SessionBase(Generic[D]):
 
     devices: tuple[D, ...]
 
-    def __init__(self, link: Link, core: Core, on_close: Callable[[], None]) -> None:
+    def __init__(self, link: Link, core: Core, on_close: Callable[[], None] | None) -> None:
         self._core = core
         self._link = link
         self._on_close = on_close
@@ -138,7 +138,6 @@ class SessionBase(Generic[D]):
     def _finish_close(self) -> None:
         self._closed = True
         self._core.close()
-        self._on_close()
 
 
 def make_core(link: Link) -> Core:

@@ -164,7 +164,8 @@ class Peer:
         # Receiving side.
         self._seen = 0
         self._complete = 0
-        self._arriving: dict[int, _Arriving] = {}
+        self.arriving: dict[int, _Arriving] = {}
+        """Messages whose payload is on its way to this side."""
         self._got = 0
         self._granted = WINDOW_BYTES
         self._unreported = 0
@@ -316,7 +317,7 @@ class Peer:
             self._seen = seq
             self._got += len(header)
             self._unreported += 1
-            self._complete = seq if not self._arriving else min(self._arriving) - 1
+            self._complete = seq if not self.arriving else min(self.arriving) - 1
             self._sink.on_message(kind, arg, body)
             if self._unreported >= ACK_MESSAGES or self._granted - self._got < _LOW_CREDIT:
                 self._report_if_due()
@@ -349,7 +350,7 @@ class Peer:
         self._got += len(header)
         self._unreported += 1
         if incoming.sizes:
-            if len(self._arriving) >= MAX_BULK:
+            if len(self.arriving) >= MAX_BULK:
                 raise LimitExceeded(f"more than {MAX_BULK} payloads on their way at a time")
             self._begin(kind, arg, seq, body, incoming)
         else:
@@ -371,7 +372,7 @@ class Peer:
         total = sum(incoming.sizes)
         taken = self._sink.on_payload(kind, arg, body, incoming.sizes)
         buffers, token = taken if taken is not None else (None, None)
-        arriving = self._arriving[seq] = _Arriving(seq, token, buffers, total)
+        arriving = self.arriving[seq] = _Arriving(seq, token, buffers, total)
         self._place(arriving, incoming, buffers)
 
     def _place(
@@ -388,7 +389,7 @@ class Peer:
         with self.lock:
             if arriving.incoming is not incoming:
                 return  # the connection was given up meanwhile; the next one goes on from a receipt
-            del self._arriving[arriving.seq]
+            del self.arriving[arriving.seq]
             self._finish(arriving.seq)
             if arriving.buffers is not None:
                 self._sink.on_payload_done(arriving.token)
@@ -397,17 +398,17 @@ class Peer:
 
     def _finish(self, seq: int) -> None:
         """``seq`` is here completely; move the cumulative number."""
-        if not self._arriving:
+        if not self.arriving:
             self._complete = self._seen
         else:
-            self._complete = min(self._arriving) - 1
+            self._complete = min(self.arriving) - 1
 
     def _continued(self, seq: int, flags: int, body: memoryview, incoming: Incoming) -> None:
-        arriving = self._arriving.get(seq)
+        arriving = self.arriving.get(seq)
         if arriving is None or arriving.incoming is not None:
             raise ProtocolError(f"message {seq} goes on and was not interrupted")
         if flags & CANCELLED:
-            del self._arriving[seq]
+            del self.arriving[seq]
             self._finish(seq)
             if arriving.buffers is not None:
                 self._sink.on_payload_cancelled(arriving.token)
@@ -424,7 +425,7 @@ class Peer:
 
     def drop_arriving(self, token: object) -> bool:
         """Stop writing into the buffers given for ``token``; what still comes is dropped."""
-        for arriving in self._arriving.values():
+        for arriving in self.arriving.values():
             if arriving.token is token and arriving.buffers is not None:
                 arriving.buffers = None
                 if arriving.incoming is not None:
@@ -477,20 +478,20 @@ class Peer:
         if connection is not None:
             self.on_lost(connection)
             connection.abort()
-        for arriving in self._arriving.values():
+        for arriving in self.arriving.values():
             arriving.base = arriving.received
             arriving.incoming = None
 
     def forget(self) -> None:
         """Nothing will be sent or received any more: let go of all memory that was lent."""
-        if self.connection is not None and (self._bulk or self._arriving):
+        if self.connection is not None and (self._bulk or self.arriving):
             self.lost(ConnectionLost("aborted: the session is over"))
         self._bulk.clear()
-        self._arriving.clear()
+        self.arriving.clear()
 
     def receipt(self) -> Receipt:
         """What this side has; for the handshake of the next connection."""
-        partial = [(a.seq, a.received) for a in self._arriving.values()]
+        partial = [(a.seq, a.received) for a in self.arriving.values()]
         return Receipt(self._seen, partial)
 
     def attach(self, connection: Connection, theirs: Receipt) -> None:

@@ -37,7 +37,9 @@ log = logging.getLogger("gpuremote.server")
 
 HANDSHAKE_TIMEOUT: Final = 10.0
 MAX_HANDSHAKES: Final = 128
-"""Connections that may be in the handshake at a time; further ones wait in the kernel's queue."""
+"""Connections that may be silent at a time."""
+PATIENCE: Final = 1.0
+"""Seconds of silence after which a connection is given up if another one needs its place."""
 MAX_TOMBSTONES: Final = 1024
 
 
@@ -72,8 +74,9 @@ class DeviceServer:
         self._stock = Stock(options, self._worker_ended)
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._handshakes = asyncio.Semaphore(MAX_HANDSHAKES)
+        self._silent: dict[asyncio.Task[None], float] = {}
         self._draining = False
+        self._opening = 0
         self._stopping = False
         self._empty = asyncio.Event()
         self._accepting: asyncio.Task[None] | None = None
@@ -158,25 +161,34 @@ class DeviceServer:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._handshakes.acquire()
+            await self._make_room()
             try:
                 sock, address = await loop.sock_accept(listener)
             except OSError as error:
                 # Out of descriptors, or the connection was gone before it was taken.
-                self._handshakes.release()
                 log.warning("accept: %s", error)
                 await asyncio.sleep(0.05)
                 continue
-            except BaseException:
-                self._handshakes.release()
-                raise
             task = asyncio.create_task(self._greet(sock, f"{address[0]}:{address[1]}"))
             self._tasks.add(task)
+            self._silent[task] = loop.time()
             task.add_done_callback(self._greeted)
+
+    async def _make_room(self) -> None:
+        """Wait until one more connection may be taken; others wait in the kernel's queue."""
+        loop = asyncio.get_running_loop()
+        while len(self._silent) >= MAX_HANDSHAKES:
+            oldest, since = next(iter(self._silent.items()))
+            left = since + PATIENCE - loop.time()
+            if left <= 0:
+                del self._silent[oldest]
+                oldest.cancel()
+            else:
+                await asyncio.sleep(min(left, 0.01))
 
     def _greeted(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._handshakes.release()
+        self._silent.pop(task, None)
         if not task.cancelled() and task.exception() is not None:
             log.error("a handshake failed", exc_info=task.exception())
 
@@ -187,6 +199,7 @@ class DeviceServer:
             try:
                 async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                     hello = await _read_hello(sock, peer)
+                self._silent.pop(_current_task(), None)
                 choose_version(*hello.versions)
                 await self._route(sock, hello)
             except TimeoutError:
@@ -206,7 +219,7 @@ class DeviceServer:
         else:
             if self._draining:
                 raise ServerDraining("the server is shutting down and takes no new session")
-            if len(self._sessions) >= self.options.max_sessions:
+            if len(self._sessions) + self._opening >= self.options.max_sessions:
                 raise ServerBusy(
                     f"all {self.options.max_sessions} sessions of this server are taken; "
                     "try again later or raise --max-sessions"
@@ -230,7 +243,11 @@ class DeviceServer:
 
     async def _open(self) -> _Session:
         ident = secrets.token_bytes(16)
-        worker = await self._stock.take(HANDSHAKE_TIMEOUT)
+        self._opening += 1
+        try:
+            worker = await self._stock.take(HANDSHAKE_TIMEOUT)
+        finally:
+            self._opening -= 1
         session = _Session(ident, secrets.token_bytes(32), worker)
         self._sessions[ident] = session
         self._by_worker[worker.pid] = session
@@ -274,6 +291,12 @@ class DeviceServer:
                 self._tombstones.popitem(last=False)
         if not self._sessions:
             self._empty.set()
+
+
+def _current_task() -> asyncio.Task[None]:
+    task: asyncio.Task[None] | None = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 async def _read_hello(sock: socket.socket, peer: str) -> Hello:

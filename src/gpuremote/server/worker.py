@@ -123,15 +123,17 @@ class Worker:
         """Take messages one by one, in one blocking receive each, while it stays that quiet."""
         session, receiving = self.session, self._receiving
         lock, dispatch, receive = session.lock, session.peer.dispatch, connection.receive
-        queue = session.default.queue
+        queue, arriving = session.default.queue, session.peer.arriving
         while not self._over:
             with receiving:
-                if self._skip_looks:
-                    self._skip_looks -= 1
+                if arriving or self._skip_looks:
+                    self._skip_looks -= bool(self._skip_looks)
                     incoming = receive(WAIT)
                 else:
                     incoming = self._look(receive) or receive(WAIT)
                 if incoming is None:
+                    if arriving:
+                        continue  # more of a payload is in place
                     break
                 with lock:
                     dispatch(incoming, connection)
