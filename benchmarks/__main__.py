@@ -24,8 +24,9 @@ WIDTH: Final = 160
 """Columns of the tables where nobody says otherwise (a pipe, the file)."""
 
 
-def main() -> int:
-    options = _options()
+def main(arguments: list[str] | None = None) -> int:
+    """Run what the command line says; the exit code."""
+    options = _options(arguments)
     stored: Path | None = options.stored
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     if stored is not None:
@@ -47,7 +48,7 @@ def main() -> int:
     return 1 if options.check and not kept else 0
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Every workload with every contender, interleaved. Figures of different runs "
@@ -73,7 +74,7 @@ def _options() -> argparse.Namespace:
         metavar="FILE",
         help="run nothing: show (and check) the results in this JSON file",
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.rounds is not None and options.rounds < 1:
         parser.error("--rounds must be at least 1")
     if options.quick and options.out == RESULTS:

@@ -15,7 +15,7 @@ import traceback
 from typing import Any
 
 from benchmarks.contenders import CONTENDERS
-from benchmarks.contenders.base import Contender
+from benchmarks.contenders.base import Contender, Setup
 from benchmarks.measure import perform
 from benchmarks.workloads import Workload
 
@@ -23,12 +23,12 @@ from benchmarks.workloads import Workload
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("contender", choices=CONTENDERS)
-    parser.add_argument("--congestion", default="")
+    parser.add_argument("--setup", type=json.loads, default={})
     options = parser.parse_args()
     # Nobody's output may get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    contender = CONTENDERS[options.contender].make(options.congestion)
+    contender = CONTENDERS[options.contender].make(Setup(**options.setup))
     opened = False
     try:
         for line in sys.stdin:

@@ -127,7 +127,10 @@ def _first_op(contender: Contender, workload: Workload) -> dict[str, float]:
 
 
 def _busy_thread(contender: Contender, workload: Workload) -> dict[str, float]:
-    """Calls beside a thread that never waits; ``switch_intervals`` is what it adds to a call."""
+    """Calls beside a thread that never waits; ``switch_intervals`` is what it adds to a call.
+
+    The caller rests in between, so that each call begins with the other thread running.
+    """
     quiet = median(contender.round_trips(workload.size, workload.repeat))
     stop = False
 
@@ -138,8 +141,10 @@ def _busy_thread(contender: Contender, workload: Workload) -> dict[str, float]:
     thread = threading.Thread(target=spin)
     thread.start()
     try:
-        time.sleep(4 * sys.getswitchinterval())  # until the two are in step
-        times = contender.round_trips(workload.size, workload.repeat)
+        times = []
+        for _ in range(workload.repeat):
+            time.sleep(0.001)
+            times += contender.round_trips(workload.size, 1)
     finally:
         stop = True
         thread.join()

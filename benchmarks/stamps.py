@@ -7,12 +7,12 @@ host share. Whoever is in time by this stamp has reached the server earlier stil
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, Final
@@ -21,7 +21,7 @@ from gpuremote.backend.base import Compiled
 from gpuremote.backend.numpy_backend import NumpyBackend
 from gpuremote.ops.plan import Plan
 
-__all__ = ["StampingBackend", "Stamps"]
+__all__ = ["StampingBackend", "Stamps", "stamping"]
 
 _VARIABLE: Final = "GPUREMOTE_BENCHMARKS_STAMPS"
 _STAMP: Final = struct.Struct("<QQ")
@@ -37,7 +37,6 @@ class StampingBackend(NumpyBackend):
         super().__init__(devices)
         with open(os.environ[_VARIABLE], "r+b") as file:
             self._shared = mmap.mmap(file.fileno(), _STAMP.size)
-        self._count = 0
 
     def compile(self, plan: Plan) -> Compiled:
         run = super().compile(plan)
@@ -46,23 +45,23 @@ class StampingBackend(NumpyBackend):
 
         def stamped(arguments: Sequence[Any]) -> Sequence[Any] | None:
             now = perf_counter_ns()
-            self._count += 1
-            _STAMP.pack_into(self._shared, 0, self._count, now)
+            # Every session's worker counts in the same place; they never work at the same time.
+            count, _ = _STAMP.unpack_from(self._shared)
+            _STAMP.pack_into(self._shared, 0, count + 1, now)
             return run(arguments)
 
         return stamped
 
 
-class Stamps:
-    """The last stamp, seen from the client; makes the backend known to servers started later.
+@contextlib.contextmanager
+def stamping() -> Iterator[Path]:
+    """Servers that are started within know the backend ``stamps``; gives the file of the stamps.
 
     Known by an entry point, as anybody's backend is: a folder with the metadata of a
-    distribution goes to the front of the children's path.
+    distribution goes to the front of their path.
     """
-
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="gpuremote-benchmarks-")
-        folder = Path(self._folder.name)
+    with tempfile.TemporaryDirectory(prefix="gpuremote-benchmarks-") as name:
+        folder = Path(name)
         facts = folder / "gpuremote_benchmarks-1.dist-info"
         facts.mkdir()
         (facts / "METADATA").write_text(
@@ -73,13 +72,29 @@ class Stamps:
         )
         shared = folder / "stamps"
         shared.write_bytes(bytes(_STAMP.size))
-        with shared.open("r+b") as file:
-            self._shared = mmap.mmap(file.fileno(), _STAMP.size)
-        inherited = filter(None, [os.environ.get("PYTHONPATH")])
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), str(_ROOT), *inherited])
+        inherited = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([name, str(_ROOT), *filter(None, [inherited])])
         os.environ[_VARIABLE] = str(shared)
-        # This process looks the name up as well, to check the URL.
-        sys.path.insert(0, str(folder))
+        try:
+            yield shared
+        finally:
+            del os.environ[_VARIABLE], os.environ["PYTHONPATH"]
+            if inherited is not None:
+                os.environ["PYTHONPATH"] = inherited
+
+
+class Stamps:
+    """The last stamp, seen from the client.
+
+    Parameters
+    ----------
+    path : str
+        The file of :func:`stamping`.
+    """
+
+    def __init__(self, path: str) -> None:
+        with open(path, "r+b") as file:
+            self._shared = mmap.mmap(file.fileno(), _STAMP.size)
 
     def last(self) -> tuple[int, int]:
         """How many there were, and the time of the last one."""
@@ -88,4 +103,3 @@ class Stamps:
 
     def close(self) -> None:
         self._shared.close()
-        self._folder.cleanup()

@@ -16,7 +16,10 @@ from typing import Any, Final
 
 from benchmarks import machine
 from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders.base import Setup
+from benchmarks.stamps import stamping
 from benchmarks.workloads import MIB, UNITS, Layout, Workload
+from gpuremote.testing.servers import device_server
 
 __all__ = ["SCHEMA", "Driver", "DriverFailed", "run"]
 
@@ -46,7 +49,7 @@ class Driver:
     """
 
     name: str
-    congestion: str = ""
+    setup: Setup
     kinds: frozenset[str] = frozenset()
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -54,16 +57,20 @@ class Driver:
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "benchmarks.driver", self.name),
-                *("--congestion", self.congestion),
+                *("--setup", json.dumps(asdict(self.setup))),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=_ROOT,
         )
 
+    def begin(self) -> None:
+        """Let it open; does not wait."""
+        self._tell({})
+
     def open(self) -> None:
         """Wait until both of its sides are ready."""
-        answer = self._ask({})
+        answer = self._told()
         self.kinds = frozenset(answer["kinds"])
         self.facts = answer["facts"]
 
@@ -87,12 +94,22 @@ class Driver:
         process.stdout.close()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._tell(request)
+        return self._told()
+
+    def _tell(self, request: dict[str, Any]) -> None:
         process = self._process
         assert process.stdin is not None
-        assert process.stdout is not None
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
+        except OSError as error:
+            raise DriverFailed(f"its process can't be reached: {error}") from error
+
+    def _told(self) -> dict[str, Any]:
+        process = self._process
+        assert process.stdout is not None
+        try:
             # One line at a time and never two: what is buffered can't hide an answer.
             if not select.select([process.stdout], [], [], ANSWER_TIMEOUT)[0]:
                 process.kill()
@@ -133,10 +150,11 @@ def run(
     layouts: set[Layout] = {"free", "one", "two"} if len(machine.CORES) > 1 else {"free", "one"}
     workloads = [workload for workload in workloads if workload.layout in layouts]
     progress("trying congestion controls", 0.0)
-    trial = _try_congestion(rounds) if "sockets" in names else {}
+    largest = max((w.size for w in workloads if w.kind == "put"), default=0)
+    trial = _try_congestion(rounds, min(largest, 64 * MIB)) if "sockets" in names else {}
     best = max(trial, key=lambda name: trial[name]) if trial else ""
     facts["congestion"] |= {"sockets": best, "trial_gb_per_s": trial}
-    with _drivers(names, best, left_out, progress) as drivers:
+    with _servers(names, best) as setup, _drivers(names, setup, left_out, progress) as drivers:
         values = _rounds(drivers, workloads, rounds, left_out, progress)
         contenders = [
             {
@@ -179,20 +197,39 @@ def _rounded(value: float) -> float:
 
 
 @contextlib.contextmanager
+def _servers(names: Sequence[str], congestion: str) -> Iterator[Setup]:
+    """The device servers, where somebody needs them; every session gets a worker of its own."""
+    if not any(CONTENDERS[name].server for name in names):
+        yield Setup(congestion)
+        return
+    with (
+        stamping() as stamps,
+        # No workers ahead of need: they would be made while something is measured.
+        device_server("--warm", "0") as plain,
+        device_server("--warm", "0", "--backend", "stamps") as stamped,
+    ):
+        tcp = "?transport=tcp"
+        yield Setup(congestion, plain.url + tcp, stamped.url + tcp, str(stamps))
+
+
+@contextlib.contextmanager
 def _drivers(
     names: Sequence[str],
-    congestion: str,
+    setup: Setup,
     left_out: dict[str, str],
     progress: Callable[[str, float], None],
 ) -> Iterator[dict[str, Driver]]:
-    drivers = {name: Driver(name, congestion) for name in names}
+    drivers = {name: Driver(name, setup) for name in names}
     try:
-        for name, driver in drivers.items():
-            progress(f"starting {CONTENDERS[name].title}", 0.0)
-            try:
-                driver.open()
-            except DriverFailed as error:
-                left_out[name] = str(error)
+        # All at once, as most of it is waiting for others.
+        for step in (Driver.begin, Driver.open):
+            for name, driver in drivers.items():
+                progress(f"starting {CONTENDERS[name].title}", 0.0)
+                try:
+                    if not left_out[name]:
+                        step(driver)
+                except DriverFailed as error:
+                    left_out[name] = str(error)
         yield drivers
     finally:
         for driver in drivers.values():
@@ -235,19 +272,21 @@ def _rounds(
     return values
 
 
-def _try_congestion(rounds: int) -> dict[str, float]:
-    """GB/s of blocking sockets by congestion control: put and get of 64 MiB, interleaved.
+def _try_congestion(rounds: int, size: int) -> dict[str, float]:
+    """GB/s of blocking sockets by congestion control: puts and gets, interleaved.
 
     The best of each, as whatever else runs on the machine only makes them slower.
     """
     trials = min(TRIALS, rounds)
-    workloads = [Workload("put", 64 * MIB), Workload("get", 64 * MIB)]
+    workloads = [Workload("put", size), Workload("get", size)] if size else []
     drivers: dict[str, Driver] = {}
     speeds: dict[str, list[float]] = {}
     try:
         for name in machine.allowed_congestion():
-            drivers[name] = Driver("sockets", name)
-            drivers[name].open()
+            drivers[name] = Driver("sockets", Setup(name))
+            drivers[name].begin()
+        for driver in drivers.values():
+            driver.open()
         for turn in range(trials):
             for name, driver in drivers.items():
                 for workload in workloads:

@@ -6,7 +6,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Final
 
-from benchmarks.contenders.base import Contender
+from benchmarks.contenders.base import Contender, Setup
 
 __all__ = ["CONTENDERS", "Entry"]
 
@@ -33,6 +33,11 @@ class Entry:
     type_name: str
     needs: str = ""
 
+    @property
+    def server(self) -> bool:
+        """Whether it needs device servers."""
+        return self.module.startswith("device_")
+
     def missing(self) -> str:
         """Why it can't take part; "" if it can."""
         if self.needs:
@@ -42,11 +47,11 @@ class Entry:
                 return f"{self.needs} can't be imported ({error})"
         return ""
 
-    def make(self, congestion: str) -> Contender:
+    def make(self, setup: Setup) -> Contender:
         """The contender, not opened yet."""
         module = importlib.import_module(f"benchmarks.contenders.{self.module}")
         found: type[Contender] = getattr(module, self.type_name)
-        return found(congestion)
+        return found(setup)
 
 
 CONTENDERS: Final = {

@@ -9,13 +9,10 @@ import numpy.typing as npt
 
 from gpuremote.client.stats import SessionStats
 
-__all__ = ["ADDEND", "IDLE", "STAMPED_URL", "START", "URL", "burn", "facts", "reached", "traffic"]
+__all__ = ["ADDEND", "IDLE", "START", "burn", "facts", "reached", "traffic"]
 
 from benchmarks.contenders.base import now
 from benchmarks.stamps import Stamps
-
-URL: Final = "local://?transport=tcp"
-STAMPED_URL: Final = f"{URL}&backend=stamps"
 
 START: Final[npt.NDArray[Any]] = np.ones(8)
 ADDEND: Final[npt.NDArray[Any]] = np.full(8, 0.5)

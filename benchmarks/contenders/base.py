@@ -17,13 +17,43 @@ import numpy.typing as npt
 
 from benchmarks.workloads import Kind
 
-__all__ = ["ALL", "TRANSFERS", "Bytes", "Contender", "Ops", "Peer", "end_with_parent", "now"]
+__all__ = [
+    "ALL",
+    "TRANSFERS",
+    "Bytes",
+    "Contender",
+    "Ops",
+    "Peer",
+    "Setup",
+    "end_with_parent",
+    "now",
+]
 
 Bytes = npt.NDArray[np.uint8]
 
 TRANSFERS: Final[frozenset[Kind]] = frozenset({"put", "get", "put_memory", "get_memory"})
 ALL: Final[frozenset[Kind]] = TRANSFERS | {"round_trip", "ops"}
 """What a contender does that can move bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a contender is told.
+
+    Attributes
+    ----------
+    congestion : str
+        TCP congestion control for those who can choose; "" keeps the system's.
+    url, stamping_url : str
+        Device servers for those who need one; the second with the backend that stamps.
+    stamps : str
+        Path of its stamps.
+    """
+
+    congestion: str = ""
+    url: str = ""
+    stamping_url: str = ""
+    stamps: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +91,13 @@ class Contender(abc.ABC):
 
     Parameters
     ----------
-    congestion : str
-        TCP congestion control for those who can choose; "" keeps the system's.
+    setup : Setup
     """
 
     kinds: ClassVar[frozenset[Kind]] = ALL
 
-    def __init__(self, congestion: str) -> None:
-        self.congestion = congestion
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
 
     @abc.abstractmethod
     def open(self) -> None:

@@ -26,7 +26,7 @@ class AsyncioDevices(Contender):
 
     def open(self) -> None:
         self._runner = asyncio.Runner(loop_factory=self.loop_factory())
-        self._session = self._runner.run(_connect(devices.URL))
+        self._session = self._runner.run(_connect(self.setup.url))
         self._device = self._session.devices[0]
         self._kept: AsyncArray | None = None
         self._stamps: Stamps | None = None
@@ -132,8 +132,8 @@ class AsyncioDevices(Contender):
 
     async def _first_ops(self, count: int, burn: int) -> list[int]:
         if self._stamps is None or self._stamped is None:
-            self._stamps = Stamps()
-            self._stamped = await _connect(devices.STAMPED_URL)
+            self._stamps = Stamps(self.setup.stamps)
+            self._stamped = await _connect(self.setup.stamping_url)
         stamps, session = self._stamps, self._stamped
         start, addend = await session.devices[0].put_many([devices.START, devices.ADDEND])
         await (start + addend).get()  # brings the plan over

@@ -23,7 +23,7 @@ class BlockingDevices(Contender):
     kinds = ALL | {"echo", "first_op", "busy_thread"}
 
     def open(self) -> None:
-        self._session = gpuremote.connect_sync(devices.URL)
+        self._session = gpuremote.connect_sync(self.setup.url)
         self._device = self._session.devices[0]
         self._kept: BlockingArray | None = None
         self._stamps: Stamps | None = None
@@ -107,8 +107,8 @@ class BlockingDevices(Contender):
 
     def first_ops(self, count: int, burn: int) -> list[int]:
         if self._stamps is None or self._stamped is None:
-            self._stamps = Stamps()
-            self._stamped = gpuremote.connect_sync(devices.STAMPED_URL)
+            self._stamps = Stamps(self.setup.stamps)
+            self._stamped = gpuremote.connect_sync(self.setup.stamping_url)
         stamps, session = self._stamps, self._stamped
         start, addend = session.devices[0].put_many([devices.START, devices.ADDEND])
         (start + addend).get()  # brings the plan over

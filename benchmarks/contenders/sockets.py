@@ -26,8 +26,8 @@ class Sockets(Contender):
     kinds = ALL | {"busy_thread"}
 
     def open(self) -> None:
-        self._peer = Peer("sockets", self.congestion)
-        self._sock = tcp_socket(self.congestion)
+        self._peer = Peer("sockets", self.setup.congestion)
+        self._sock = tcp_socket(self.setup.congestion)
         self._sock.connect(("127.0.0.1", self._peer.port))
 
     def close(self) -> None:

@@ -25,12 +25,12 @@ class Streams(Contender):
     """``open_connection``, ``write``, ``drain`` and ``read``."""
 
     def open(self) -> None:
-        self._peer = Peer("streams", self.congestion)
+        self._peer = Peer("streams", self.setup.congestion)
         self._runner = asyncio.Runner()
         self._runner.run(self._connect())
 
     async def _connect(self) -> None:
-        sock = tcp_socket(self.congestion)
+        sock = tcp_socket(self.setup.congestion)
         sock.connect(("127.0.0.1", self._peer.port))
         self._reader, self._writer = await asyncio.open_connection(sock=sock, limit=LIMIT)
 

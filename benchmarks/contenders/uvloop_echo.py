@@ -38,12 +38,12 @@ class Awaited(Contender):
     kinds = frozenset({"round_trip"})
 
     def open(self) -> None:
-        self._peer = Peer("uvloop_echo", self.congestion)
+        self._peer = Peer("uvloop_echo", self.setup.congestion)
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self._client = self._runner.run(self._connect())
 
     async def _connect(self) -> _Client:
-        sock = tcp_socket(self.congestion)
+        sock = tcp_socket(self.setup.congestion)
         sock.connect(("127.0.0.1", self._peer.port))
         sock.setblocking(False)
         loop = asyncio.get_running_loop()

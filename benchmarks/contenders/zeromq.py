@@ -22,7 +22,7 @@ class ZeroMQ(Contender):
     """``send(copy=False)`` and ``recv(copy=False)``."""
 
     def open(self) -> None:
-        self._peer = Peer("zeromq", self.congestion)
+        self._peer = Peer("zeromq", self.setup.congestion)
         self._context, self._socket = _socket()
         self._socket.connect(f"tcp://127.0.0.1:{self._peer.port}")
 

@@ -82,7 +82,10 @@ async def _awaited(answer: Awaitable[Any]) -> Any:
     task = asyncio.ensure_future(_await(answer))
     await asyncio.wait([task], timeout=LIMIT)
     assert task.done(), f"nothing came within {LIMIT:.0f} s"
-    return task.result()
+    try:
+        return task.result()
+    finally:
+        del task  # it has the error, the error this frame: a circle that would hold buffers
 
 
 async def _await(answer: Awaitable[Any]) -> Any:

@@ -21,6 +21,8 @@ __all__ = ["BlockingDriver"]
 
 SLICE: Final = 1.0
 """Seconds of one blocking receive; deadlines are looked at in between."""
+SHORT: Final = 0.01
+"""Seconds for going back to a server on behalf of another session, apart from one attempt."""
 
 
 class _Done(Protocol):
@@ -208,17 +210,22 @@ class BlockingDriver:
         self.core.run_deferred()
 
     def _poll(self) -> None:
-        """Take in what has arrived, without waiting."""
-        connection = self.core.peer.connection
-        if connection is None or not self._leading.acquire(blocking=False):
+        """Take in what has arrived, without waiting; come back where the connection broke."""
+        if self.core.dead is not None or not self._leading.acquire(blocking=False):
             return
+        connection = self.core.peer.connection
         try:
+            if connection is None:
+                self._resume(_clock.now() + SHORT)
+                return
             while (incoming := connection.receive(0.0)) is not None:
                 with self.core.lock:
                     self.core.peer.dispatch(incoming, connection)
         except ConnectionLost as error:
+            assert connection is not None
             self._lost(connection, error)
         except ProtocolError as error:
+            assert connection is not None
             self._violated(connection, error)
         finally:
             self._resign()

@@ -11,6 +11,7 @@ then :meth:`Peer.dispatch` with what came.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -474,7 +475,7 @@ class Peer:
     def lost(self, error: BaseException) -> None:
         """The connection is gone; everything unacknowledged is kept for the next one."""
         connection, self.connection = self.connection, None
-        self.failure = error
+        self.failure = copy.copy(error)  # without the frames that it passed, and their buffers
         if connection is not None:
             self.on_lost(connection)
             connection.abort()
@@ -486,7 +487,10 @@ class Peer:
         """Nothing will be sent or received any more: let go of all memory that was lent."""
         if self.connection is not None and (self._bulk or self.arriving):
             self.lost(ConnectionLost("aborted: the session is over"))
+        for entry in self._bulk.values():
+            entry.regions = ()
         self._bulk.clear()
+        self._plain.clear()
         self.arriving.clear()
 
     def receipt(self) -> Receipt:

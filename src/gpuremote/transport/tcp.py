@@ -183,6 +183,8 @@ class TcpConnection(Connection):
     def _release(self) -> None:
         """Give back what no thread in a step needs; such a thread comes here when it leaves."""
         self._wait_untouched()
+        # They hold the frames they passed, and those this connection and the program's buffers.
+        self._rx_failure = self._tx_failure = None
         if not self._tx_busy:
             self._outbox = Outbox()
         for payload in list(self._channels.values()):

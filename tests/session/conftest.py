@@ -1,0 +1,49 @@
+"""One device server for the tests of a file, and one session of each kind for those that share it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from gpuremote.testing.servers import RunningServer, device_server
+from tests.faults.sides import AsyncSide, BlockingSide, Side
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    with device_server("--warm", "2", "--devices", "2") as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=["asyncio", "blocking"])
+def side(
+    request: pytest.FixtureRequest, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> Iterator[Side]:
+    made: Side = AsyncSide(loop_factory) if request.param == "asyncio" else BlockingSide()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def session(side: Side, server: RunningServer) -> Iterator[Any]:
+    """Shared by the tests of a file, so each of them takes the failures that it causes."""
+    opened = side.do(side.connect(server.url))
+    try:
+        yield opened
+    finally:
+        side.do(opened.close())
+
+
+@pytest.fixture
+def device(session: Any) -> Any:
+    return session.devices[0]
+
+
+@pytest.fixture
+def fresh(side: Side, server: RunningServer) -> Iterator[Any]:
+    """A session of one test's own; what fails in it need not be taken."""
+    with side.session(server.url) as opened:
+        yield opened
