@@ -11,6 +11,9 @@ TORCH ?= torch==2.13.0
 # For instance: make test PYTEST_ARGS="-n 2 -k transport"
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# Tests without an event loop of their own: once is enough.
+LOOPLESS := $(addprefix --ignore=tests/,ops backend wire cli test_docs.py test_examples.py \
+	test_structure.py test_config.py test_benchmarks.py)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -34,8 +37,8 @@ demo: $(VENV)/.stamp-demo ## handwritten digits on a device server, compared wit
 	@$(BIN)/python examples/digits.py
 
 test: lint ## every check: lint, types, then the test suite on asyncio and on uvloop
-	@echo "== test: the suite on plain asyncio"
-	@GPUREMOTE_TEST_LOOP=asyncio $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@echo "== test: the suite on plain asyncio (less what no event loop comes into)"
+	@GPUREMOTE_TEST_LOOP=asyncio $(BIN)/python -m pytest $(LOOPLESS) $(PYTEST_ARGS)
 	@echo "== test: the suite on uvloop"
 	@GPUREMOTE_TEST_LOOP=uvloop $(BIN)/python -m pytest $(PYTEST_ARGS)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 from tests.faults.sides import Side
 
-__all__ = ["DTYPES", "Pair", "attempt", "numbers", "same"]
+__all__ = ["DTYPES", "Pair", "attempt", "case", "numbers", "same"]
 
 DTYPES: Final = (
     "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 "
@@ -28,7 +29,7 @@ def numbers(shape: int | tuple[int, ...], dtype: npt.DTypeLike, seed: int = 0) -
     wanted = np.dtype(dtype)
     if wanted.kind == "b":
         return np.asarray(chance.integers(0, 2, shape), bool)
-    made = np.asarray(chance.integers(1, 9, shape))
+    made: Array = np.asarray(chance.integers(1, 9, shape))
     if wanted.kind in "ifc":
         made = made * chance.choice([-1, 1], shape)
     if wanted.kind in "fc":
@@ -63,6 +64,19 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
             return function(), None
         except (TypeError, ValueError, OverflowError, IndexError) as error:
             return None, error
+
+
+@contextmanager
+def case(*names: object) -> Iterator[None]:
+    """One of many cases of a test: says in a failure which one it was.
+
+    Every test looks through ``/proc`` for what it left behind, so a thousand small ones are slow.
+    """
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"in the case {', '.join(map(str, names))}")
+        raise
 
 
 class Pair:

@@ -15,10 +15,22 @@ from gpuremote.client import issue
 from gpuremote.client.core import Core
 from gpuremote.client.operators import binary, inplace, reflected, unary
 from gpuremote.client.waits import Wait
-from gpuremote.errors import DTypeError, ImplicitTransfer, IndexOutOfBounds, ShapeError
+from gpuremote.errors import (
+    DTypeError,
+    ImplicitTransfer,
+    IndexOutOfBounds,
+    OpError,
+    ShapeError,
+)
 from gpuremote.memory.host import output_view
 from gpuremote.ops.catalogue import find
-from gpuremote.ops.indexing import GETITEM, advanced_shape, basic_shape, parse_index
+from gpuremote.ops.indexing import (
+    GETITEM,
+    ParsedIndex,
+    check_value_shape,
+    parse_index,
+    setitem_shape,
+)
 from gpuremote.ops.meta import Meta, check_dtype
 from gpuremote.wire.batch import Op
 
@@ -172,9 +184,12 @@ class RemoteArray:
         return self._apply("reshape", shape=_flat(shape))
 
     def ravel(self) -> Self:
+        """One axis over the same values; a view where the layout allows it."""
         return self._apply("reshape", shape=(-1,))
 
-    flatten = ravel
+    def flatten(self) -> Self:
+        """A copy with one axis."""
+        return self.copy().ravel()
 
     def squeeze(self, axis: Axis = None) -> Self:
         """Without axes of length 1; a view."""
@@ -250,17 +265,13 @@ class RemoteArray:
         """
         parsed = parse_index(self._meta, index)
         arrays = [self._index_array(a) for a in parsed.arrays]
-        spec = find(GETITEM[parsed.kind])
+        op = GETITEM[parsed.kind]
+        shape = self._indexed_shape(parsed, arrays, op) if parsed.ints else None
         found: Self
-        (found,) = issue.apply(spec, (self, *parsed.ints, *arrays), {"index": parsed.template})
+        (found,) = issue.apply(find(op), (self, *parsed.ints, *arrays), {"index": parsed.template})
         if parsed.kind == "mask":
             return self._settle(found)
-        if parsed.ints:
-            shape = (
-                advanced_shape(self.shape, parsed.template, parsed.ints, [a.shape for a in arrays])
-                if arrays
-                else basic_shape(self.shape, parsed.template, parsed.ints)
-            )
+        if shape is not None:
             found._meta = self._core.metas.get(shape, self.dtype, self._meta.device)
         return found
 
@@ -273,6 +284,10 @@ class RemoteArray:
                 op="setitem",
             )
         arrays = [self._index_array(a) for a in parsed.arrays]
+        if parsed.ints:
+            shape = self._indexed_shape(parsed, arrays, "setitem")
+            if parsed.kind != "mask":
+                check_value_shape(shape, getattr(value, "shape", ()))
         issue.apply(_SETITEM, (self, value, *parsed.ints, *arrays), {"index": parsed.template})
 
     def __iter__(self) -> NoReturn:
@@ -283,6 +298,16 @@ class RemoteArray:
 
     def __contains__(self, value: object) -> NoReturn:
         raise ImplicitTransfer("'in' would fetch the array; compare, reduce with any(), and get()")
+
+    def _indexed_shape(self, parsed: ParsedIndex, arrays: Sequence[RemoteArray], op: str) -> Shape:
+        """Shape of what an index names, before anything is issued: the rule of the op, which a
+        plan keeps, does not know the integers."""
+        shapes = [array.shape for array in arrays]
+        try:
+            return setitem_shape(self.shape, parsed.template, parsed.ints, shapes)
+        except OpError as error:
+            error.op = op
+            raise
 
     def _index_array(self, index: Any) -> RemoteArray:
         """An index array on this array's device; host ones are small and go with the batch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
@@ -184,7 +185,9 @@ class Device(Generic[A]):
 
 
 def _shape(shape: int | Shape) -> Shape:
-    return (shape,) if isinstance(shape, int) else tuple(int(length) for length in shape)
+    if isinstance(shape, (tuple, list)):
+        return tuple(int(length) for length in shape)
+    return (operator.index(shape),)
 
 
 def _wire(dtype: npt.DTypeLike) -> str:

@@ -12,8 +12,9 @@ import numpy as np
 
 from gpuremote.client import functions, issue
 from gpuremote.client.array import RemoteArray
-from gpuremote.errors import ImplicitTransfer, UnsupportedOp
+from gpuremote.errors import DTypeError, ImplicitTransfer, UnsupportedOp
 from gpuremote.ops.catalogue import find
+from gpuremote.ops.meta import check_dtype
 from gpuremote.ops.ufuncs import BINARY, UNARY
 
 __all__ = ["array_function", "array_ufunc"]
@@ -47,11 +48,27 @@ def array_ufunc(
             "array to use it here",
             op=ufunc.__name__,
         )
+    dtype = kwargs.get("dtype")
+    if dtype is not None or ufunc is np.rint:  # round keeps integers, rint makes floats of them
+        inputs = _cast(inputs, ufunc, dtype)
     if out is not None:
         return _into(name, inputs, out, ufunc)
-    result = issue.apply(find(name), inputs)[0]
-    dtype = kwargs.get("dtype")
-    return result if dtype is None else result.astype(dtype, copy=False)
+    return issue.apply(find(name), inputs)[0]
+
+
+def _cast(inputs: Sequence[Any], ufunc: np.ufunc, dtype: Any) -> list[Any]:
+    """The operands in the dtypes that the ufunc computes in for a result of ``dtype``."""
+    weak = (int, float, complex)
+    given = [type(x) if type(x) in weak else getattr(x, "dtype", np.dtype(bool)) for x in inputs]
+    wanted = None if dtype is None else check_dtype(dtype)
+    try:
+        loop = ufunc.resolve_dtypes((*given, None), signature=(*[None] * ufunc.nin, wanted))
+    except TypeError as error:
+        raise DTypeError(str(error), op=ufunc.__name__) from error
+    return [
+        x.astype(cast, copy=False) if isinstance(x, RemoteArray) else cast.type(x)
+        for x, cast in zip(inputs, loop, strict=False)
+    ]
 
 
 def _into(name: str, inputs: Sequence[Any], out: Any, ufunc: np.ufunc) -> Any:
@@ -63,7 +80,13 @@ def _into(name: str, inputs: Sequence[Any], out: Any, ufunc: np.ufunc) -> Any:
         )
     if len(inputs) == 2 and target is inputs[0] and name in BINARY:
         return issue.inplace(find(name + "_"), target, inputs[1])
-    target[...] = issue.apply(find(name), inputs)[0]
+    result = issue.apply(find(name), inputs)[0]
+    if not np.can_cast(result.dtype, target.dtype, "same_kind"):
+        raise DTypeError(
+            f"a result of {result.dtype} does not go into an array of {target.dtype}",
+            op=ufunc.__name__,
+        )
+    target[...] = result
     return target
 
 

@@ -84,7 +84,7 @@ def _as_numpy(value: Any) -> npt.NDArray[Any]:
 
 def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
     if not array.nbytes:
-        return memoryview(b"")
+        return memoryview(bytearray())  # one that can be written to, like any other
     return array.reshape(-1).view(np.uint8).data
 
 

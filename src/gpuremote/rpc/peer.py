@@ -20,7 +20,13 @@ from typing import Final, Protocol
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost, LimitExceeded, ProtocolError
 from gpuremote.transport.base import Connection, Incoming, Region
-from gpuremote.wire.caps import ACK_BYTES, ACK_MESSAGES, MAX_BULK, WINDOW_BYTES
+from gpuremote.wire.caps import (
+    ACK_BYTES,
+    ACK_MESSAGES,
+    MAX_BULK,
+    OVERRUN_BYTES,
+    WINDOW_BYTES,
+)
 from gpuremote.wire.frames import (
     CANCELLED,
     CONTINUED,
@@ -364,6 +370,8 @@ class Peer:
         self._report_if_due()
 
     def _report_if_due(self) -> None:
+        if self._got - self._granted > OVERRUN_BYTES:
+            raise LimitExceeded(f"{self._got} message bytes came, {self._granted} were granted")
         if self._unreported >= ACK_MESSAGES or (
             not self.held and self._granted - self._got < _LOW_CREDIT
         ):
@@ -446,7 +454,9 @@ class Peer:
                 self._settle(seq)
             self._sink.on_executed(report.executed)
         elif kind == Kind.PING:
-            self.control(Kind.PONG, arg=arg)
+            # One that does not read gets none, rather than a queue of them.
+            if self.connection is not None and not self.connection.pending_output:
+                self.control(Kind.PONG, arg=arg)
         elif kind == Kind.PONG:
             self._last_pong = arg
         elif not flags & IGNORABLE:

@@ -194,7 +194,7 @@ class WorkerSession:
         if self.streams:
             self.ordering.wake_threads()
             self._regulate()
-        elif len(self.default.queue) > caps.MAX_BACKLOG:
+        elif len(self.default.queue) > caps.MAX_BACKLOG or self.peer.credit <= 0:
             self._regulate()
 
     def _call(
@@ -399,8 +399,11 @@ class WorkerSession:
     # -- flow -----------------------------------------------------------------------------------
 
     def _regulate(self) -> None:
-        """Grant credit only while the backlog is small."""
-        held = self.ordering.backlog > caps.MAX_BACKLOG
+        """Grant credit only while the backlog is small and the client reads its answers."""
+        credit = self.peer.credit
+        if credit < -caps.MAX_UNREAD:
+            raise LimitExceeded(f"{-credit} bytes of answers were asked for and not read")
+        held = credit <= 0 or self.ordering.backlog > caps.MAX_BACKLOG
         if held != self.peer.held:
             self.peer.held = held
             if not held:
@@ -413,7 +416,7 @@ class WorkerSession:
             with self.lock:
                 self._regulate()
         if self.streams:
-            self.ordering.stir()
+            self.ordering.wake_threads()
 
     def _say_goodbye(self, number: int) -> object:
         busy = any(stream.queue for stream in self.streams.values())

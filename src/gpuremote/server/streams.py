@@ -127,9 +127,10 @@ class StreamThread(Stream):
             while True:
                 self._wake.wait()
                 self._wake.clear()
-                before = len(self.queue)
+                head = self.queue[0] if self.queue else None
                 empty = self.run_ready()
-                if before:
+                # Not if it stalled at once: others would wake this thread, and so on for ever.
+                if head is not None and not (self.queue and self.queue[0] is head):
                     self._idle()
                 if empty and self._closing and not self.queue:
                     return

@@ -65,6 +65,7 @@ class Worker:
         self._wake_main = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake_control = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.session = WorkerSession(self.backend, options.memory_limit, self._wake)
+        self.session.peer.on_lost = self._detached
         self.copies = PeerCopies(self.session, self._wake)
         self.session.send_to = self.copies.send
         self.session.copying = lambda: self.copies.active
@@ -115,6 +116,7 @@ class Worker:
             connection.pending_output
             or session.default.queue
             or session.streams
+            or session.peer.held
             or self.copies.active
             or session.goodbye
         )
@@ -206,6 +208,10 @@ class Worker:
         """The control thread looks at the main thread again."""
         self._parked = False
         os.eventfd_write(self._wake_control, 1)
+
+    def _detached(self, connection: Connection) -> None:
+        """The peer gave the connection up, maybe while sending: wait for another one."""
+        self._attached.clear()
 
     def _lost(self, connection: Connection, error: BaseException) -> None:
         with self.session.lock:

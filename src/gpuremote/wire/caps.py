@@ -28,6 +28,13 @@ MAX_RESULT_INFO: Final = 24 * KiB
 WINDOW_BYTES: Final = 1 * MiB
 """Message bytes (not payload) that may be on their way before the receiver grants more."""
 
+OVERRUN_BYTES: Final = 4 * WINDOW_BYTES
+"""Message bytes beyond what was granted after which a sender breaks the protocol. Several threads
+of a program that heeds its credit may each be a batch over it."""
+
+MAX_UNREAD: Final = 64 * MiB
+"""Bytes of answers that a client may have asked for and not read; array bytes wait apart."""
+
 ACK_BYTES: Final = WINDOW_BYTES // 4
 """Message bytes after which a receiver acknowledges without having anything else to say."""
 
