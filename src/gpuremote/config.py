@@ -143,7 +143,7 @@ class Settings:
     url: str = "local://"
     download: Download = "error"
     debug: Debug = ""
-    stack: int = 3
+    stack: int = 2
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:

@@ -92,7 +92,7 @@ async def _await(answer: Awaitable[Any]) -> Any:
     return await answer
 
 
-def slow(device: Any, elements: int = 12_000_000) -> Any:
+def slow(device: Any, elements: int = 8_000_000) -> Any:
     """An op that takes a second or more, in the current stream; its input exists when this
     returns to a program that waits for it (``device.synchronize``)."""
     return device.random_uniform(elements, 1)

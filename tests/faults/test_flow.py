@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 import gpuremote
+from gpuremote.errors import OutOfDeviceMemory
 from gpuremote.testing.servers import RunningServer
 from gpuremote.wire.batch import Op, fixed_record
+from gpuremote.wire.frames import Kind
 from tests.faults.processes import cpu_seconds, gone, resident
-from tests.faults.raw import RawClient
+from tests.faults.raw import RawClient, message
 from tests.faults.sides import Side
 
 pytestmark = pytest.mark.timeout(60)
@@ -59,7 +61,7 @@ def stuffed(client: RawClient, messages: Iterable[bytes], seconds: float) -> int
     return sent
 
 
-@pytest.mark.parametrize("kind", ["arrays", "facts", "failures", "events"])
+@pytest.mark.parametrize("kind", ["arrays", "facts", "failures", "events", "pings"])
 def test_a_client_that_never_reads(server: RunningServer, kind: str) -> None:
     """It heeds no credit either. Its worker stays small or ends; nobody else notices."""
     with (
@@ -75,6 +77,7 @@ def test_a_client_that_never_reads(server: RunningServer, kind: str) -> None:
             "facts": fixed_record(Op.STATS),
             "failures": fixed_record(Op.META, 999),
             "events": fixed_record(Op.EVENT_QUERY, 1),
+            "pings": b"",
         }[kind]
         peak = 0
         done = threading.Event()
@@ -86,13 +89,24 @@ def test_a_client_that_never_reads(server: RunningServer, kind: str) -> None:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        sent=stuffed(client, (client.batch(*[record] * 2000) for _ in range(100_000)), 2.5)
+        stuffed(client, (message(Kind.PING, 0) * 2000 if kind == "pings" else client.batch(*[record] * 2000) for _ in range(100_000)), 1.5)
         done.set()
         watcher.join()
-        print(kind,peak/MiB,sent)
         assert peak < 160 * MiB
         x = other.devices[0].ones(2)
         assert x.get().tolist() == [1, 1]
+
+
+def test_failures_that_nobody_reads(side: Side, server: RunningServer) -> None:
+    """A program that heeds its credit may have as many failures as it likes."""
+    with side.session(server.url) as session:
+        device = session.devices[0]
+        for _ in range(30_000):
+            device.empty(1 << 50, np.uint8)
+        with pytest.raises(OutOfDeviceMemory) as caught:
+            side.do(session.synchronize())
+        assert "more ops failed" in caught.value.__notes__[0]
+        assert side.do(device.ones(2).get()).tolist() == [1, 1]
 
 
 # -- the client sends, the server does not read ---------------------------------------------------
@@ -100,7 +114,7 @@ def test_a_client_that_never_reads(server: RunningServer, kind: str) -> None:
 
 def test_a_server_that_stands_still_bounds_the_client(side: Side, server: RunningServer) -> None:
     """The program goes on issuing ops; it is held up, and goes on when the server does."""
-    ops = 100_000
+    ops = 65_000
     with side.session(server.url) as session:
         x = session.devices[0].zeros(2, np.int64)
         x += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -19,6 +20,14 @@ DTYPES: Final = (
 ).split()
 
 _TOLERANCE: Final = {"f2": 2e-3, "f4": 1e-5, "f8": 1e-11, "c8": 1e-5, "c16": 1e-11}
+
+_REFUSALS: Final = (
+    TypeError,
+    ValueError,
+    OverflowError,
+    IndexError,
+    np.exceptions.ComplexWarning,
+)
 
 Array = npt.NDArray[Any]
 
@@ -59,10 +68,12 @@ def close(got: Array, wanted: Array) -> None:
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
     """What it gives, or what it raises."""
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing
+        warnings.simplefilter("error", np.exceptions.ComplexWarning)
         try:
             return function(), None
-        except (TypeError, ValueError, OverflowError, IndexError) as error:
+        except _REFUSALS as error:
             return None, error
 
 

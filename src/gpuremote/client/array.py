@@ -285,9 +285,7 @@ class RemoteArray:
             )
         arrays = [self._index_array(a) for a in parsed.arrays]
         if parsed.ints:
-            shape = self._indexed_shape(parsed, arrays, "setitem")
-            if parsed.kind != "mask":
-                check_value_shape(shape, getattr(value, "shape", ()))
+            self._indexed_shape(parsed, arrays, "setitem", getattr(value, "shape", ()))
         issue.apply(_SETITEM, (self, value, *parsed.ints, *arrays), {"index": parsed.template})
 
     def __iter__(self) -> NoReturn:
@@ -299,12 +297,17 @@ class RemoteArray:
     def __contains__(self, value: object) -> NoReturn:
         raise ImplicitTransfer("'in' would fetch the array; compare, reduce with any(), and get()")
 
-    def _indexed_shape(self, parsed: ParsedIndex, arrays: Sequence[RemoteArray], op: str) -> Shape:
-        """Shape of what an index names, before anything is issued: the rule of the op, which a
-        plan keeps, does not know the integers."""
+    def _indexed_shape(
+        self, parsed: ParsedIndex, arrays: Sequence[RemoteArray], op: str, value: Shape = ()
+    ) -> Shape:
+        """Shape of what an index names, and whether ``value`` fits in there. Before anything is
+        issued: the rule of the op, which a plan keeps, does not know the integers."""
         shapes = [array.shape for array in arrays]
         try:
-            return setitem_shape(self.shape, parsed.template, parsed.ints, shapes)
+            shape = setitem_shape(self.shape, parsed.template, parsed.ints, shapes)
+            if value and parsed.kind != "mask":
+                check_value_shape(shape, value)
+            return shape
         except OpError as error:
             error.op = op
             raise

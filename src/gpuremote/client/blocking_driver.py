@@ -21,6 +21,8 @@ __all__ = ["BlockingDriver"]
 
 SLICE: Final = 1.0
 """Seconds of one blocking receive; deadlines are looked at in between."""
+PUSH: Final = 0.005
+"""Seconds that a thread waits to send on before it looks for its answer."""
 SHORT: Final = 0.01
 """Seconds for going back to a server on behalf of another session, apart from one attempt."""
 
@@ -150,10 +152,28 @@ class BlockingDriver:
             # The answer may have come, or the leader left, before it could tell this thread.
             if what.done or not self._leading.locked():
                 return
+            connection = self.core.peer.connection
+            if connection is not None and connection.pending_output:
+                self._push(connection)
+                return
             remaining = SLICE if deadline is None else max(0.0, deadline - _clock.now())
             woken.wait(min(remaining, SLICE if isinstance(what, Wait) else 0.01))
         finally:
             self._followers.discard(woken)
+
+    def _push(self, connection: Connection) -> None:
+        """Send on: the thread that receives may sleep in that, and not see to it for a while."""
+        fd = connection.fileno()
+        if fd >= 0:
+            poller = select.poll()
+            poller.register(fd, select.POLLOUT)
+            poller.poll(1000 * PUSH)
+        try:
+            with self.core.lock:
+                if self.core.peer.connection is connection:
+                    connection.flush()
+        except ConnectionLost as error:
+            self._lost(connection, error)
 
     def _step(self, deadline: float | None) -> None:
         """Make some progress, or wait a while for it."""

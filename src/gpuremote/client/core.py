@@ -67,7 +67,7 @@ class Core(Issuer):
         self,
         peer_name: str,
         *,
-        stack_depth: int = 3,
+        stack_depth: int = 2,
         sync: bool = False,
         download_policy: str = "error",
     ) -> None:
@@ -235,7 +235,8 @@ class Core(Issuer):
                     self.on_output()
             elif wait.into is not None:
                 # The answer may come at any time, or be coming: it is dropped from now on.
-                self.peer.drop_arriving(wait)
+                if self.peer.drop_arriving(wait):
+                    del self._waits[wait.number]
                 wait.into = None
 
     # -- the peer's sink ------------------------------------------------------------------------
@@ -424,6 +425,11 @@ class Core(Issuer):
         if not self._waits:
             self._flush_after = 0
             self._pause = FLUSH_NS
+
+    @property
+    def parted(self) -> bool:
+        """Whether the server has said goodbye."""
+        return self._farewell.done
 
     @property
     def full(self) -> bool:

@@ -26,6 +26,7 @@ __all__ = [
     "norm",
     "outer",
     "qr",
+    "reshape",
     "roll",
     "round_",
     "solve",
@@ -34,6 +35,7 @@ __all__ = [
     "svd",
     "svdvals",
     "take",
+    "transpose",
     "tril",
     "triu",
     "where",
@@ -82,6 +84,14 @@ def clip(x: Any, a_min: Any = None, a_max: Any = None, **kwargs: Any) -> Any:
         bound, side = (high, "max") if low is None else (low, "min")
         return _one("clip", (x, bound), bounds=side)
     return _one("clip", (x, low, high))
+
+
+def reshape(x: Any, shape: Any) -> Any:
+    return x.reshape(shape)
+
+
+def transpose(x: Any, axes: Any = None) -> Any:
+    return x.transpose() if axes is None else x.transpose(axes)
 
 
 def round_(x: Any, decimals: int = 0) -> Any:

@@ -13,6 +13,7 @@ from gpuremote.errors import (
     GpuRemoteError,
     NotAGpuRemoteServer,
     ProtocolError,
+    SessionClosed,
     SessionLost,
     TransportError,
     TransportUnavailable,
@@ -105,7 +106,11 @@ class Link:
                 self._lost_at = _clock.now()
                 core.state.advance(Stimulus.CONNECTION_LOST)
             if core.state.value is State.CLOSED and core.dead is None:
-                core.die(SessionLost("the connection broke while the session was closing"))
+                core.die(
+                    SessionClosed("the session was closed by another thread", peer=self.name)
+                    if core.parted
+                    else SessionLost("the connection broke while the session was closing")
+                )
 
     def attempt(
         self, core: Core, *, blocking: bool, within: float | None = None

@@ -26,16 +26,13 @@ def caller(frame: FrameType) -> FrameType:
 
 def take(number: int, op: object, frame: FrameType, depth: int) -> Origin:
     """Note ``depth`` frames; frame objects themselves would keep the program's arrays alive."""
-    if not depth:
-        return (number, op)
-    back = frame.f_back
-    if depth == 1 or back is None:
-        return (number, op, frame.f_code, frame.f_lasti)
-    if depth == 2:
-        return (number, op, frame.f_code, frame.f_lasti, back.f_code, back.f_lasti)
-    found: list[Any] = [number, op, frame.f_code, frame.f_lasti]
-    next_: FrameType | None = back
-    while next_ is not None and depth > 1:
+    if depth == 2:  # the default, spelled out: this is done for every op
+        back = frame.f_back
+        if back is not None:
+            return (number, op, frame.f_code, frame.f_lasti, back.f_code, back.f_lasti)
+    found: list[Any] = [number, op]
+    next_: FrameType | None = frame
+    while next_ is not None and depth > 0:
         found += (next_.f_code, next_.f_lasti)
         next_ = next_.f_back
         depth -= 1

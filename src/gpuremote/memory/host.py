@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from gpuremote._dtypes import check_dtype
 from gpuremote._types import Shape
-from gpuremote.errors import DTypeError, InvalidBuffer
+from gpuremote.errors import DTypeError, GpuRemoteError, InvalidBuffer
 
 __all__ = ["HostArray", "host_array", "output_view"]
 
@@ -58,8 +58,10 @@ def host_array(value: Any, dtype: npt.DTypeLike | None = None) -> HostArray:
 
 
 def _as_numpy(value: Any) -> npt.NDArray[Any]:
+    if isinstance(value, np.ma.MaskedArray):
+        raise DTypeError("a mask can't live on a device: give value.filled(...) or value.data")
     if isinstance(value, np.ndarray):
-        return value
+        return np.asarray(value)  # of a subclass its memory only: a matrix reshapes differently
     if hasattr(value, "__cuda_array_interface__") and hasattr(value, "get"):
         staged: npt.NDArray[Any] = value.get()
         return staged
@@ -73,11 +75,17 @@ def _as_numpy(value: Any) -> npt.NDArray[Any]:
             raise InvalidBuffer(
                 f"{type(value).__name__} does not give its memory through DLPack: {error}"
             ) from error
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        if isinstance(error, GpuRemoteError):
+            raise
+        raise DTypeError(
+            f"this {type(value).__name__} makes no array (is the nested list ragged?): {error}"
+        ) from error
     if array.dtype == object:
         raise DTypeError(
-            f"a {type(value).__name__} of objects can't live on a device; give numbers of one "
-            "dtype (is the nested list ragged?)"
+            f"a {type(value).__name__} of objects can't live on a device; give numbers of one dtype"
         )
     return array
 
