@@ -22,6 +22,8 @@ WARM: Final = 3
 """Puts before those that count."""
 CYCLES: Final = 3
 """Transfers that may have to share the memory of one."""
+RESTS: Final = 6
+"""Switch intervals before a call beside a busy thread."""
 BURN: Final = 5_000_000
 """Nanoseconds that the caller of a first op goes on."""
 
@@ -129,7 +131,9 @@ def _first_op(contender: Contender, workload: Workload) -> dict[str, float]:
 def _busy_thread(contender: Contender, workload: Workload) -> dict[str, float]:
     """Calls beside a thread that never waits; ``switch_intervals`` is what it adds to a call.
 
-    The caller rests in between, so that each call begins with the other thread running.
+    The caller rests before each call for as long as the other thread needs to get going, and
+    every time that the call gives the interpreter up, the other thread is there to take it.
+    Without the rest it is a matter of luck how often that happens.
     """
     quiet = median(contender.round_trips(workload.size, workload.repeat))
     stop = False
@@ -141,10 +145,8 @@ def _busy_thread(contender: Contender, workload: Workload) -> dict[str, float]:
     thread = threading.Thread(target=spin)
     thread.start()
     try:
-        times = []
-        for _ in range(workload.repeat):
-            time.sleep(0.001)
-            times += contender.round_trips(workload.size, 1)
+        rest = RESTS * sys.getswitchinterval()
+        times = contender.rested_round_trips(workload.size, workload.repeat, rest)
     finally:
         stop = True
         thread.join()

@@ -27,6 +27,10 @@ SCHEMA: Final = 1
 """Version of the results' layout."""
 ANSWER_TIMEOUT: Final = 60.0
 """Seconds for one workload with one contender."""
+ENOUGH: Final = 5
+"""Rounds that are run however long they take."""
+BUDGET: Final = 240.0
+"""Seconds that no further round may exceed."""
 TRIALS: Final = 9
 """Puts and gets that decide which congestion control the sockets use."""
 _ROOT: Final = Path(__file__).parent.parent
@@ -137,7 +141,7 @@ def run(
     ----------
     workloads : sequence of Workload
     rounds : int
-        Values per workload and contender.
+        Values per workload and contender, if there is time for so many.
     names : sequence of str
         Contenders that take part.
     progress : callable
@@ -155,7 +159,7 @@ def run(
     best = max(trial, key=lambda name: trial[name]) if trial else ""
     facts["congestion"] |= {"sockets": best, "trial_gb_per_s": trial}
     with _servers(names, best) as setup, _drivers(names, setup, left_out, progress) as drivers:
-        values = _rounds(drivers, workloads, rounds, left_out, progress)
+        rounds, values = _rounds(drivers, workloads, rounds, left_out, progress)
         contenders = [
             {
                 "name": name,
@@ -242,34 +246,37 @@ def _rounds(
     rounds: int,
     left_out: dict[str, str],
     progress: Callable[[str, float], None],
-) -> dict[tuple[str, str, str], list[float]]:
+) -> tuple[int, dict[tuple[str, str, str], list[float]]]:
     """Round after round, workload after workload, one contender after the other.
 
-    Every round begins with another contender, so that none always runs after the same one.
+    Every round begins with another contender, so that none always runs after the same one. On a
+    machine that is busy with other things there are fewer rounds; gives how many.
     """
-    steps = [
-        (turn, workload)
-        for turn in range(rounds)
-        for workload in workloads
-        if not workload.rounds or turn < workload.rounds
-    ]
     values: dict[tuple[str, str, str], list[float]] = {}
-    for done, (turn, workload) in enumerate(steps):
-        progress(f"round {turn + 1} of {rounds}: {workload.name}", done / len(steps))
-        order = [name for name, driver in drivers.items() if workload.kind in driver.kinds]
-        shift = turn % len(order) if order else 0
-        for name in order[shift:] + order[:shift]:
-            if left_out[name]:
-                continue
-            try:
-                found = drivers[name].perform(workload, turn)
-            except DriverFailed as error:
-                left_out[name] = f"failed at {workload.name}: {error}"
-                continue
-            for metric, value in found.items():
-                values.setdefault((workload.name, name, metric), []).append(value)
+    began = time.monotonic()
+    for turn in range(rounds):
+        spent = time.monotonic() - began
+        if turn >= ENOUGH and spent * (turn + 1) / turn > BUDGET:
+            rounds = turn
+            break
+        due = [w for w in workloads if not w.rounds or turn < w.rounds]
+        for done, workload in enumerate(due):
+            share = (turn + done / len(due)) / rounds
+            progress(f"round {turn + 1} of {rounds}: {workload.name}", share)
+            order = [name for name, driver in drivers.items() if workload.kind in driver.kinds]
+            shift = turn % len(order) if order else 0
+            for name in order[shift:] + order[:shift]:
+                if left_out[name]:
+                    continue
+                try:
+                    found = drivers[name].perform(workload, turn)
+                except DriverFailed as error:
+                    left_out[name] = f"failed at {workload.name}: {error}"
+                    continue
+                for metric, value in found.items():
+                    values.setdefault((workload.name, name, metric), []).append(value)
     progress("done", 1.0)
-    return values
+    return rounds, values
 
 
 def _try_congestion(rounds: int, size: int) -> dict[str, float]:

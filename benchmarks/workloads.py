@@ -114,5 +114,5 @@ def _workloads(
     ]
 
 
-FULL: Final = _workloads((MIB, 64 * MIB, 256 * MIB), 1000, 10_000, 10, 20)
+FULL: Final = _workloads((MIB, 64 * MIB, 256 * MIB), 1000, 10_000, 10, 10)
 QUICK: Final = _workloads((MIB, 8 * MIB), 50, 10_000, 3, 3)

@@ -1,129 +1,178 @@
 """Handwritten digits on a remote device: PCA and a logistic regression, checked against NumPy.
 
-Runs on ``local://`` (a device server on this machine, started as a child) or on the device that
-``GPUREMOTE_URL`` names. Everything is computed remotely; the same steps then run locally, and
-results and predictions have to agree.
+Runs on ``local://`` (a device server on this machine, started as a child) or on the server that
+``GPUREMOTE_URL`` names. Everything is computed there; then the same functions run on local NumPy
+arrays, and components, weights and predictions have to agree.
 
     python examples/digits.py [PICTURE.png]
+
+Prints, among other things::
+
+    components, weights and predictions equal local NumPy's
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from sklearn.datasets import load_digits
 
 import gpuremote
 
 STEPS = 400
 RATE = 0.5
-TRAIN = 1347
+TRAIN = 1347  # the first three quarters; the others are held out
+SHOW = 50  # steps from one look at the loss to the next
 
 Array = npt.NDArray[Any]
+console = Console(highlight=False)
 
 
-def pca(xp: Any, x: Any) -> tuple[Any, Any]:
-    """Two principal components of the rows of ``x``, and the share of variance of each."""
+# -- the computation: the same code for remote and for local arrays --------------------------------
+
+
+def principal_components(x: Any) -> tuple[Any, Any]:
+    """The rows of ``x`` along their two main directions, and each one's share of the variance."""
     centred = x - x.mean(axis=0)
-    values, vectors = xp.eigh(centred.T @ centred)
-    # eigh sorts upwards: the last columns are the main directions.
-    return centred @ vectors[:, -2:], values[-2:] / values.sum()
+    values, vectors = np.linalg.eigh(centred.T @ centred)
+    # eigh sorts upwards: the main directions come last.
+    return centred @ vectors[:, :-3:-1], values[:-3:-1] / values.sum()
 
 
-def train(x: Any, y: Any, weights: Any, each: Any) -> tuple[Any, list[Any]]:
-    """Multinomial logistic regression by gradient descent; ``y`` is one-hot."""
-    losses = []
-    for step in range(STEPS):
+def descend(x: Any, y: Any, weights: Any) -> Iterator[tuple[Any, Any]]:
+    """Multinomial logistic regression by gradient descent: weights and loss, step by step.
+
+    ``y`` is one-hot.
+    """
+    for _ in range(STEPS):
         scores = x @ weights
-        scores -= scores.max(axis=1, keepdims=True)
+        scores = scores - scores.max(axis=1, keepdims=True)
         odds = np.exp(scores)
-        chances = odds / odds.sum(axis=1, keepdims=True)
-        weights = weights - (x.T @ (chances - y)) * (RATE / len(x))
-        if step % 20 == 0 or step == STEPS - 1:
-            losses.append(-(np.log(chances) * y).sum() / len(x))
-        each(step)
-    return weights, losses
+        total = odds.sum(axis=1, keepdims=True)
+        loss = ((np.log(total) - scores) * y).sum() / len(x)
+        weights = weights - (x.T @ (odds / total - y)) * (RATE / len(x))
+        yield weights, loss
+
+
+def predict(x: Any, weights: Any) -> Any:
+    return np.argmax(x @ weights, axis=1)
+
+
+# -- there and here --------------------------------------------------------------------------------
+
+
+def compute_remotely(session: gpuremote.Session, x: Array, y: Array, start: Array) -> list[Array]:
+    """Components, shares, weights, predictions and losses, computed on the remote device."""
+    device = session.devices[0]
+    remote = device.put(x)
+    components, shares = principal_components(remote[:, :-1])
+    weights: Any = device.put(start)
+    losses = []
+    with Progress(
+        TextColumn("  training    "),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as progress:
+        bar = progress.add_task("", total=STEPS, loss="")
+        for weights, loss in descend(remote[:TRAIN], device.put(y[:TRAIN]), weights):
+            losses.append(loss)
+            step = len(losses)
+            if step % SHOW == 0:
+                # The only wait of this loop: it needs a value. Ops are issued without one.
+                value = float(loss)
+                progress.update(bar, completed=step, loss=f"{value:.3f}")
+                if not console.is_terminal and step % 100 == 0:
+                    say("training", f"step {step} of {STEPS}, loss {value:.3f}")
+    results = [components, shares, weights, predict(remote, weights), np.stack(losses)]
+    return session.get_many(results)
+
+
+def compute_locally(x: Array, y: Array, start: Array) -> list[Array]:
+    """The same on local arrays."""
+    components, shares = principal_components(x[:, :-1])
+    weights, losses = start, []
+    for weights, loss in descend(x[:TRAIN], y[:TRAIN], start):
+        losses.append(loss)
+    return [components, shares, weights, predict(x, weights), np.stack(losses)]
+
+
+def compare(remote: list[Array], local: list[Array]) -> None:
+    """Raise AssertionError where the two differ by more than rounding."""
+    # The sign of an eigenvector is free.
+    np.testing.assert_allclose(np.abs(remote[0]), np.abs(local[0]), atol=1e-8)
+    np.testing.assert_allclose(remote[1], local[1], rtol=1e-8)
+    np.testing.assert_allclose(remote[2], local[2], rtol=1e-6, atol=1e-9)
+    np.testing.assert_array_equal(remote[3], local[3])
+    np.testing.assert_allclose(remote[4], local[4], rtol=1e-8)
 
 
 def main(picture: Path) -> int:
-    console = Console()
     digits = load_digits()
     x = np.hstack([digits.data / 16.0, np.ones((len(digits.data), 1))])
     y = np.eye(10)[digits.target]
     start = np.zeros((x.shape[1], 10))
-    console.print(f"[bold]handwritten digits[/]: {len(x)} images of 8 x 8, {TRAIN} to train with")
 
+    console.print("[bold]Handwritten digits on a remote device[/]")
+    say("images", f"{len(x):,} of 8 × 8 pixels; {TRAIN:,} to train with, {len(x) - TRAIN} held out")
     with gpuremote.connect_sync() as session:
-        device = session.devices[0]
-        console.print(f"device: [bold]{device}[/], {session.backend} backend")
+        say("device", f"{session.devices[0]}, {session.backend} backend")
         began = time.perf_counter()
-        remote = device.put(x)
-        components, shares = pca(np.linalg, remote[:, :64])
-        with Progress(console=console, transient=True) as progress:
-            bar = progress.add_task("training remotely", total=STEPS)
-            weights, losses = train(
-                remote[:TRAIN],
-                device.put(y[:TRAIN]),
-                device.put(start),
-                lambda _: progress.advance(bar),
-            )
-            session.synchronize()
-        predicted = np.argmax(remote[TRAIN:] @ weights, axis=1)
-        got = session.get_many([components, shares, weights, predicted, *losses])
+        remote = compute_remotely(session, x, y, start)
         took = time.perf_counter() - began
         explanation, stats = session.transport.explain(), session.stats()
 
     began = time.perf_counter()
-    local_components, local_shares = pca(np.linalg, x[:, :64])
-    local_weights, _ = train(x[:TRAIN], y[:TRAIN], start, lambda _: None)
-    local_predicted = np.argmax(x[TRAIN:] @ local_weights, axis=1)
+    local = compute_locally(x, y, start)
     local_took = time.perf_counter() - began
+    compare(remote, local)
 
-    components, shares, weights, predicted = got[:4]
-    # The sign of an eigenvector is free.
-    np.testing.assert_allclose(np.abs(components), np.abs(local_components), atol=1e-8)
-    np.testing.assert_allclose(shares, local_shares, rtol=1e-8)
-    np.testing.assert_allclose(weights, local_weights, rtol=1e-6, atol=1e-9)
-    np.testing.assert_array_equal(predicted, local_predicted)
-    accuracy = float((predicted == digits.target[TRAIN:]).mean())
-    draw(picture, digits, components, shares, [float(loss) for loss in got[4:]], accuracy)
+    components, shares, _, predicted, losses = remote
+    right = predicted == digits.target
+    draw(picture, digits, components, shares, losses, predicted)
 
-    report(console, explanation, stats, took, local_took)
-    console.print(
-        f"two components hold [bold]{shares.sum():.1%}[/] of the variance; held-out accuracy "
-        f"[bold]{accuracy:.1%}[/]; components, weights and predictions equal local NumPy's"
-    )
-    console.print(f"picture: {picture}")
+    console.print("\n[bold]Results[/]")
+    say("variance", f"two components hold {shares.sum():.1%}")
+    say("accuracy", f"{right[TRAIN:].mean():.1%} of the held-out digits")
+    say("check", "components, weights and predictions equal local NumPy's")
+    say("picture", os.path.relpath(picture))
+
+    console.print("\n[bold]How it ran[/]")
+    say("transport", f"{explanation.chosen}: {explanation.reason}")
+    for candidate in explanation.candidates:
+        if candidate["name"] != explanation.chosen:
+            say("", f"not {candidate['name']}: {candidate['reason']}")
+    say("bytes", f"{stats.bytes_sent:,} sent, {stats.bytes_received:,} received")
+    say("messages", f"{stats.messages_sent} sent, {stats.messages_received} received")
+    say("ops", f"{stats.ops:,} in {stats.batches} batches")
+    trips = ", ".join(f"{count} {kind}" for kind, count in stats.round_trips.items())
+    say("round trips", f"{stats.round_trips.total()}: {trips}")
+    say("time", f"{took:.2f} s remote, {local_took:.2f} s local NumPy")
     return 0
 
 
-def report(
-    console: Console,
-    explanation: gpuremote.Explanation,
-    stats: gpuremote.SessionStats,
-    took: float,
-    local_took: float,
-) -> None:
-    table = Table(show_header=False, box=None)
-    trips = ", ".join(f"{count} {kind}" for kind, count in stats.round_trips.items())
-    for name, value in (
-        ("transport", f"{explanation.chosen}: {explanation.reason}"),
-        ("bytes", f"{stats.bytes_sent:,} sent, {stats.bytes_received:,} received"),
-        ("messages", f"{stats.messages_sent} sent, {stats.messages_received} received"),
-        ("ops", f"{stats.ops:,}, in {stats.batches} batches"),
-        ("round trips", trips),
-        ("time", f"{took:.2f} s remote, {local_took:.2f} s local NumPy"),
-    ):
-        table.add_row(f"[bold]{name}[/]", value)
-    console.print(table)
+def say(name: str, text: str) -> None:
+    """A line of the report: what, and on the right of it the facts, wrapped."""
+    width = max(40, min(console.width, 100) - 16)
+    for number, line in enumerate(textwrap.wrap(text, width)):
+        label = name if number == 0 else ""
+        console.print(f"  [cyan]{label:<12}[/]  {line}", soft_wrap=True, markup=True)
+
+
+# -- the picture -----------------------------------------------------------------------------------
 
 
 def draw(
@@ -131,36 +180,54 @@ def draw(
     digits: Any,
     components: Array,
     shares: Array,
-    losses: list[float],
-    accuracy: float,
+    losses: Array,
+    predicted: Array,
 ) -> None:
-    """Some digits, the two components, the loss."""
+    """Held-out digits with what they were taken for, the two components, the loss."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.patheffects import withStroke
 
-    figure = plt.figure(figsize=(13, 4.2), layout="constrained")
-    left, middle, right = figure.subfigures(1, 3, width_ratios=[1, 1.4, 1])
-    for index, axes in enumerate(left.subplots(4, 4).flat):
-        axes.imshow(digits.images[index], cmap="gray_r")
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    figure = plt.figure(figsize=(14, 5), layout="constrained")
+    left, middle, right = figure.subfigures(1, 3, width_ratios=[1.05, 1.35, 1.0], wspace=0.03)
+
+    right_ones = predicted == digits.target
+    left.suptitle("Held-out digits, and what they were taken for")
+    for number, axes in enumerate(left.subplots(4, 5).flat, TRAIN):
+        axes.imshow(digits.images[number], cmap="gray_r", interpolation="nearest")
         axes.set_axis_off()
-    left.suptitle("handwritten digits")
+        colour = "#2a7f3f" if right_ones[number] else "#c62828"
+        axes.set_title(f"{predicted[number]}", color=colour, fontsize=11, fontweight="bold", pad=2)
+
+    middle.suptitle("Two principal components")
     axes = middle.subplots()
-    points = axes.scatter(
-        components[:, 1], components[:, 0], c=digits.target, cmap="tab10", s=8, alpha=0.8
-    )
-    middle.colorbar(points, ax=axes, ticks=range(10), label="digit")
-    axes.set_xlabel(f"component 1 ({shares[1]:.0%} of the variance)")
-    axes.set_ylabel(f"component 2 ({shares[0]:.0%})")
-    middle.suptitle("PCA on the remote device")
+    colours = plt.get_cmap("tab10").colors
+    for digit in range(10):
+        points = components[digits.target == digit]
+        axes.scatter(points[:, 0], points[:, 1], s=9, alpha=0.55, color=colours[digit], lw=0)
+    for digit in range(10):
+        x, y = np.median(components[digits.target == digit], axis=0)
+        outline = [withStroke(linewidth=3, foreground="white")]
+        style = {"ha": "center", "va": "center", "fontsize": 17, "fontweight": "bold"}
+        axes.text(x, y, f"{digit}", color=colours[digit], path_effects=outline, **style)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_xlabel(f"first component ({shares[0]:.1%} of the variance)")
+    axes.set_ylabel(f"second component ({shares[1]:.1%})")
+
+    right.suptitle("Logistic regression")
     axes = right.subplots()
-    axes.plot(np.linspace(0, STEPS, len(losses)), losses)
-    axes.set_xlabel("step")
-    axes.set_ylabel("cross entropy")
-    axes.grid(alpha=0.3)
-    axes.set_title(f"{accuracy:.1%} right on held-out digits", fontsize="medium")
-    right.suptitle("logistic regression")
+    axes.plot(np.arange(1, STEPS + 1), losses, color=colours[0], lw=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(0, STEPS)
+    axes.set_xlabel("step of the gradient descent")
+    axes.set_ylabel("cross entropy of the training digits")
+    axes.grid(alpha=0.25)
+    text = f"{right_ones[TRAIN:].mean():.1%} of {len(predicted) - TRAIN} held-out digits right"
+    axes.text(0.97, 0.95, text, transform=axes.transAxes, ha="right", va="top")
+
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -120,6 +120,10 @@ class Contender(abc.ABC):
     def round_trips(self, size: int, count: int) -> list[int]:
         """Ask for ``size`` bytes and get them, again and again."""
 
+    def rested_round_trips(self, size: int, count: int, rest: float) -> list[int]:
+        """The same, after ``rest`` seconds of sleep each."""
+        raise NotImplementedError
+
     def echoes(self, size: int, count: int) -> list[int]:
         """Bring ``size`` bytes there and back, where that is not what a round trip does."""
         return self.round_trips(size, count)

@@ -45,11 +45,16 @@ class BlockingDevices(Contender):
         return devices.facts(self._session)
 
     def round_trips(self, size: int, count: int) -> list[int]:
+        return self.rested_round_trips(size, count, 0.0)
+
+    def rested_round_trips(self, size: int, count: int, rest: float) -> list[int]:
         host = np.arange(size, dtype=np.uint8)
         out = np.empty_like(host)
         array = self._device.put(host)
         times = []
         for _ in range(count):
+            if rest:
+                time.sleep(rest)
             begin = now()
             array.get(out=out)
             times.append(now() - begin)

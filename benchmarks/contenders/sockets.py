@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 from time import process_time_ns
 from typing import Final
@@ -39,11 +40,16 @@ class Sockets(Contender):
         return self._peer.pid
 
     def round_trips(self, size: int, count: int) -> list[int]:
+        return self.rested_round_trips(size, count, 0.0)
+
+    def rested_round_trips(self, size: int, count: int, rest: float) -> list[int]:
         sock, data = self._sock, bytes(size)
         buffer = memoryview(bytearray(size))
         sock.sendall(REQUEST.pack(ECHO, count, size))
         times = []
         for _ in range(count):
+            if rest:
+                time.sleep(rest)
             begin = now()
             sock.sendall(data)
             got = sock.recv_into(buffer)

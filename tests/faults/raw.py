@@ -8,8 +8,8 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 
-from gpuremote.rpc.dial import read_hello
 from gpuremote._clock import now
+from gpuremote.rpc.dial import read_hello
 from gpuremote.transport._framing import FRAME, MESSAGE
 from gpuremote.wire.batch import PREFIX, Op, blob_record, fixed_record
 from gpuremote.wire.frames import HEADER, Kind, pack_info

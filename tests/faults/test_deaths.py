@@ -70,7 +70,11 @@ def test_a_worker_killed_while_the_program_waits(side: Side, server: RunningServ
         side.do(session.synchronize())
         ordered = np.sort(numbers)
         killer = subprocess.Popen(
-            [sys.executable, "-c", f"import os, time; time.sleep(0.3); os.kill({session.worker_pid}, 9)"]
+            [
+                sys.executable,
+                "-c",
+                f"import os, time; time.sleep(0.3); os.kill({session.worker_pid}, 9)",
+            ]
         )
         with pytest.raises(WorkerDied):
             side.do(session.get_many([ordered, numbers, ordered]))
@@ -101,7 +105,11 @@ def test_a_worker_killed_in_the_middle_of_a_payload(
         side.do(array.wait())
         os.kill(session.worker_pid, signal.SIGSTOP)
         killer = subprocess.Popen(
-            [sys.executable, "-c", f"import os, time; time.sleep(0.3); os.kill({session.worker_pid}, 9)"]
+            [
+                sys.executable,
+                "-c",
+                f"import os, time; time.sleep(0.3); os.kill({session.worker_pid}, 9)",
+            ]
         )
         try:
             side.do(device.put(memory) if way == "put" else array.get(out=memory))

@@ -89,7 +89,14 @@ def test_a_client_that_never_reads(server: RunningServer, kind: str) -> None:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        stuffed(client, (message(Kind.PING, 0) * 2000 if kind == "pings" else client.batch(*[record] * 2000) for _ in range(100_000)), 1.5)
+        stuffed(
+            client,
+            (
+                message(Kind.PING, 0) * 2000 if kind == "pings" else client.batch(*[record] * 2000)
+                for _ in range(100_000)
+            ),
+            1.5,
+        )
         done.set()
         watcher.join()
         assert peak < 160 * MiB

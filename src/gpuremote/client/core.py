@@ -181,6 +181,8 @@ class Core(Issuer):
         wait.entries = entries
         with self.lock:
             self.stats.round_trips["put"] += 1
+            while self.dropped:  # the server makes room for a PUT when it comes, not in its turn
+                self._free_dropped()
             numbers = []
             for start in range(0, len(items), GROUP):
                 numbers += self._put_group(items[start : start + GROUP], wait, entries)
@@ -393,6 +395,7 @@ class Core(Issuer):
     def die(self, error: GpuRemoteError) -> None:
         """Fail everything that waits, and everything that will be issued."""
         with self.lock:
+            error.peer = error.peer or self.peer_name
             # Copies: an error that was raised holds the frames it passed, and their buffers.
             self._stop(copy.copy(error))
             waits, self._waits = self._waits, {}
@@ -425,11 +428,6 @@ class Core(Issuer):
         if not self._waits:
             self._flush_after = 0
             self._pause = FLUSH_NS
-
-    @property
-    def parted(self) -> bool:
-        """Whether the server has said goodbye."""
-        return self._farewell.done
 
     @property
     def full(self) -> bool:

@@ -94,8 +94,9 @@ class Link:
             core.state.advance(Stimulus.WELCOME)
             try:
                 core.peer.attach(connection, welcome.receipt)
-            except ProtocolError:
+            except ProtocolError as error:
                 connection.abort()
+                error.peer = self.name
                 raise
         return connection
 
@@ -106,11 +107,8 @@ class Link:
                 self._lost_at = _clock.now()
                 core.state.advance(Stimulus.CONNECTION_LOST)
             if core.state.value is State.CLOSED and core.dead is None:
-                core.die(
-                    SessionClosed("the session was closed by another thread", peer=self.name)
-                    if core.parted
-                    else SessionLost("the connection broke while the session was closing")
-                )
+                # Either side closes it after the goodbyes; another thread may have seen that first.
+                core.die(SessionClosed("the session was closed meanwhile", peer=self.name))
 
     def attempt(
         self, core: Core, *, blocking: bool, within: float | None = None

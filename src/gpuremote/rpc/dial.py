@@ -74,6 +74,10 @@ def dial(
         connection = TcpConnection(sock, blocking=blocking)
         connection.reason = reason
         return connection, answer
+    except GpuRemoteError as error:
+        sock.close()
+        error.peer = error.peer or peer
+        raise
     except BaseException:
         sock.close()
         raise

@@ -98,16 +98,11 @@ class Answers:
                 # Counted late, as only the backend knows whether it had to copy.
                 session.quota.reserve(view.nbytes)
         except Exception as error:
-            failure = session.failed(number, "get", error)
-            with session.lock:
-                self.report(failure, number)
+            session.failed(number, "get", error)  # has the number of the GET, so it answers it
             return None
         storage = slot.storage
         assert storage is not None
         nbytes = view.nbytes
-        if not private:
-            # Ops that would write to this memory wait until the client has it all.
-            storage.outgoing += 1
 
         def release() -> None:
             if private:
@@ -117,5 +112,8 @@ class Answers:
             session.ordering.stir()
 
         with session.lock:
+            if not private:
+                # Ops that would write to this memory wait until the client has it all.
+                storage.outgoing += 1
             peer.post_payload(Kind.RESULT, head, [Region(view)], release, ResultForm.PAYLOAD)
         return None

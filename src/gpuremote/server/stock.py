@@ -169,7 +169,8 @@ class Stock:
         ServerBusy
             None could be started in time.
         """
-        for attempt in range(1, ATTEMPTS + 1):
+        failure = ServerBusy("worker processes ended as soon as they were ready")
+        for _ in range(ATTEMPTS):
             worker = self._waiting.pop(0) if self._waiting else self._start()
             self._schedule()
             try:
@@ -177,14 +178,13 @@ class Stock:
             except TimeoutError as error:
                 worker.kill()
                 raise ServerBusy(f"no worker process was ready within {timeout:.0f} s") from error
-            except ServerBusy:
-                if attempt == ATTEMPTS:
-                    raise
+            except ServerBusy as error:
+                failure = error
                 continue
             if worker.alive:
-                break
-        self._failures = 0
-        return worker
+                self._failures = 0
+                return worker
+        raise failure
 
     async def close(self) -> None:
         """End every worker, with or without a session."""
