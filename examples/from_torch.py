@@ -1,4 +1,9 @@
-"""PyTorch tensors in and out, through DLPack: no copy on this side."""
+"""PyTorch tensors in and out, through DLPack: the memory is shared, not converted.
+
+Prints, among other things::
+
+    equal: True
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""A first session with asyncio: ops return at once, only values are awaited."""
+"""A first session with asyncio: ops return at once, only values are awaited.
+
+Prints, among other things::
+
+    (2, 2) float64, known before anything was computed
+    [[ 6. 15.]
+     [15. 51.]]
+"""
 
 from __future__ import annotations
 

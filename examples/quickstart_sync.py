@@ -1,4 +1,10 @@
-"""A first session for code that blocks."""
+"""A first session for code that blocks.
+
+Prints, among other things::
+
+    [10.  4.]
+    LinearAlgebraError: Singular matrix
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Streams and events: work that is not ordered, and how to order it."""
+"""Streams and events: work that is not ordered, and how to order it.
+
+Prints, among other things::
+
+    meanwhile: 10
+    after the event: (600, 600) True
+"""
 
 from __future__ import annotations
 

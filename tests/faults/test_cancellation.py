@@ -23,17 +23,17 @@ from gpuremote.client.core import Core
 from gpuremote.errors import DeadlineExceeded, OpCancelled, OutOfDeviceMemory
 from gpuremote.testing.cutting import CuttingProxy
 from gpuremote.testing.servers import RunningServer
-from tests.faults.sides import Side, pattern, slow
+from tests.faults.sides import Side, in_order, pattern, slow
 
 pytestmark = pytest.mark.timeout(60)
 
-NBYTES = 6 << 20
-SEEDS = range(25)
+NBYTES = 4 << 20
+SEEDS = range(14)
 
 
 @pytest.fixture
 def slow_way(server: RunningServer) -> Iterator[CuttingProxy]:
-    """60 MB/s: a payload of 6 MiB is under way for 0.1 s."""
+    """60 MB/s: a payload of 4 MiB is under way for 0.07 s."""
     with CuttingProxy(server.host, server.port, bandwidth=60e6) as proxy:
         yield proxy
 
@@ -84,7 +84,7 @@ async def test_gets_that_are_cancelled(slow_way: CuttingProxy) -> None:
             memory = bytearray(NBYTES)
             task = asyncio.ensure_future(array.get(out=memory))
             if seed:
-                await asyncio.sleep(random.Random(seed).random() * 0.14)
+                await asyncio.sleep(random.Random(seed).random() * 0.09)
             task.cancel()
             came = await settled(task)
             del task
@@ -116,7 +116,7 @@ async def test_puts_that_are_cancelled(slow_way: CuttingProxy) -> None:
             counter += 1
             task = asyncio.ensure_future(device.put(memory))
             if seed:
-                await asyncio.sleep(random.Random(seed).random() * 0.14)
+                await asyncio.sleep(random.Random(seed).random() * 0.09)
             task.cancel()
             if await settled(task):
                 got = await task.result().get()
@@ -168,7 +168,7 @@ async def test_a_wait_for_a_long_op_is_cancelled(server: RunningServer) -> None:
     async with gpuremote.connect(server.url) as session:
         numbers = slow(session.devices[0], 8_000_000)
         await session.synchronize()
-        ordered = np.sort(numbers)
+        ordered = in_order(numbers)
         out = np.zeros(4)
         for wait in (ordered[:4].get(out=out), session.synchronize(), ordered.wait()):
             task = asyncio.ensure_future(wait)
@@ -186,7 +186,7 @@ async def test_iterating_over_results_is_left(server: RunningServer) -> None:
     async with gpuremote.connect(server.url) as session:
         device = session.devices[0]
         seen = 0
-        results = session.results(device.full(50_000, k) for k in range(20))
+        results: Any = session.results(device.full(50_000, k) for k in range(20))
         async for values in results:
             assert values[0] == seen
             seen += 1
@@ -209,7 +209,7 @@ def test_gets_that_come_too_late(side: Side, slow_way: CuttingProxy) -> None:
         late = 0
         for seed in SEEDS:
             memory = bytearray(NBYTES)
-            timeout = random.Random(seed).random() * 0.12
+            timeout = random.Random(seed).random() * 0.08
             began = time.monotonic()
             came = in_time(lambda: side.do(array.get(out=memory, timeout=timeout)))  # noqa: B023
             if not came:
@@ -237,7 +237,7 @@ def test_puts_that_take_too_long(side: Side, slow_way: CuttingProxy) -> None:
         for seed in SEEDS:
             memory = bytearray(pattern(NBYTES, seed).tobytes())
             counter += 1
-            timeout = random.Random(seed).random() * 0.12
+            timeout = random.Random(seed).random() * 0.08
             put: list[Any] = []
             if in_time(lambda: put.append(side.do(device.put(memory, timeout=timeout)))):  # noqa: B023
                 assert np.array_equal(side.do(put.pop().get()), pattern(NBYTES, seed))
@@ -263,7 +263,7 @@ def test_every_call_with_a_timeout_keeps_it(side: Side, server: RunningServer) -
         side.do(session.synchronize())
         os.kill(session.worker_pid, signal.SIGSTOP)
         try:
-            for call in (
+            calls: list[Callable[[], Any]] = [
                 lambda: x.get(timeout=0.1),
                 lambda: x[:3].get(timeout=0.1),
                 lambda: x[0].item(timeout=0.1),
@@ -274,7 +274,8 @@ def test_every_call_with_a_timeout_keeps_it(side: Side, server: RunningServer) -
                 lambda: session.get_many([x, x], timeout=0.1),
                 lambda: device.put(pattern(100_000), timeout=0.1),
                 lambda: device.put_many([pattern(100_000)] * 3, timeout=0.1),
-            ):
+            ]
+            for call in calls:
                 began = time.monotonic()
                 with pytest.raises(DeadlineExceeded, match="within"):
                     side.do(call())
@@ -292,7 +293,12 @@ def test_what_was_to_use_a_cancelled_upload_fails(side: Side, server: RunningSer
         os.kill(session.worker_pid, signal.SIGSTOP)
         uploads: list[Any] = []
         original = device._array
-        device._array = lambda *a: uploads.append(original(*a)) or uploads[-1]
+
+        def remember(*arguments: Any) -> Any:
+            uploads.append(original(*arguments))
+            return uploads[-1]
+
+        device._array = remember
         try:
             with pytest.raises(DeadlineExceeded):
                 side.do(device.put(pattern(20 << 20), timeout=0.2))
@@ -444,9 +450,8 @@ def test_a_timeout_in_one_thread_leaves_the_others_alone(slow_way: CuttingProxy)
                         wrong.append("written to")
 
         def patient() -> None:
-            for _ in range(3):
-                if not np.array_equal(array.get(), data):
-                    wrong.append("other values")
+            got = [array.get() for _ in range(3)]
+            wrong.extend("other values" for values in got if not np.array_equal(values, data))
 
         threads = [threading.Thread(target=f) for f in (impatient, patient, impatient, patient)]
         for thread in threads:

@@ -9,6 +9,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,13 +90,11 @@ def test_a_client_that_never_reads(server: RunningServer, kind: str) -> None:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
+        pings = message(Kind.PING, 0) * 2000
         stuffed(
             client,
-            (
-                message(Kind.PING, 0) * 2000 if kind == "pings" else client.batch(*[record] * 2000)
-                for _ in range(100_000)
-            ),
-            1.5,
+            (pings if kind == "pings" else client.batch(*[record] * 2000) for _ in range(100_000)),
+            1.2,
         )
         done.set()
         watcher.join()
@@ -108,7 +107,7 @@ def test_failures_that_nobody_reads(side: Side, server: RunningServer) -> None:
     """A program that heeds its credit may have as many failures as it likes."""
     with side.session(server.url) as session:
         device = session.devices[0]
-        for _ in range(30_000):
+        for _ in range(8_000):
             device.empty(1 << 50, np.uint8)
         with pytest.raises(OutOfDeviceMemory) as caught:
             side.do(session.synchronize())
@@ -167,7 +166,7 @@ def test_uploads_to_a_server_that_stands_still(server: RunningServer) -> None:
         tracemalloc.start()
         try:
             before = tracemalloc.get_traced_memory()[0]
-            arrays: list[gpuremote.RemoteArray] = []
+            arrays: list[Any] = []
             threads = [
                 threading.Thread(target=lambda: arrays.append(device.put(data))) for _ in range(4)
             ]
@@ -182,7 +181,7 @@ def test_uploads_to_a_server_that_stands_still(server: RunningServer) -> None:
         for thread in threads:
             thread.join(20)
         assert len(arrays) == 4
-        assert int(arrays[3].sum()) == int(data.sum())
+        assert int(arrays[3].sum().get()) == int(data.sum())
 
 
 # -- nobody sends ---------------------------------------------------------------------------------

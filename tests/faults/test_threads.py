@@ -19,7 +19,7 @@ from gpuremote.testing.cutting import CuttingProxy
 from gpuremote.testing.servers import RunningServer
 from gpuremote.wire.frames import Kind
 from tests.faults.raw import RawClient, message
-from tests.faults.sides import Side, pattern, slow
+from tests.faults.sides import Side, in_order, pattern, slow
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -90,7 +90,7 @@ def test_a_thread_that_waits_long_does_not_hold_up_the_others(server: RunningSer
         numbers = slow(device)
         other = device.stream()
         session.synchronize()
-        ordered = np.sort(numbers)
+        ordered = in_order(numbers)
         ends: dict[str, float] = {}
 
         def long() -> None:
@@ -142,7 +142,7 @@ def busy(session: Any, side: Side) -> Iterator[Any]:
     """The default stream is in an op of a second or more; gives its result."""
     numbers = slow(session.devices[0])
     side.do(session.synchronize())
-    ordered = np.sort(numbers)
+    ordered = in_order(numbers)
     session.flush()
     time.sleep(0.05)
     yield ordered

@@ -280,8 +280,7 @@ def test_what_breaks_the_protocol(header: bytes) -> None:
     b.peer.attach(second, Receipt())
     first.send(header)
     with pytest.raises(ProtocolError):
-        for _ in range(100):
-            b.step()
+        settle(b, idle=100)
     first.abort()
     close(b)
 

@@ -14,10 +14,7 @@ from tests.faults.sides import Side
 
 __all__ = ["DTYPES", "Pair", "attempt", "case", "numbers", "same"]
 
-DTYPES: Final = (
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 "
-    "float16 float32 float64 complex64 complex128"
-).split()
+DTYPES: Final = [np.dtype(name).name for name in "?bhilBHILefdFD"]
 
 _TOLERANCE: Final = {"f2": 2e-3, "f4": 1e-5, "f8": 1e-11, "c8": 1e-5, "c16": 1e-11}
 

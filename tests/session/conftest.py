@@ -1,4 +1,4 @@
-"""One device server for the tests of a file, and one session of each kind for those that share it."""
+"""One device server for the tests of a file, and a session of each kind for those that share it."""
 
 from __future__ import annotations
 

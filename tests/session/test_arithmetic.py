@@ -316,7 +316,7 @@ def test_host_arrays_are_not_uploaded_unasked(side: Side, device: Any) -> None:
     with pytest.raises(ImplicitTransfer):
         host += x
     with pytest.raises(TypeError):
-        x + [1, 2, 3, 4]
+        operator.add(x, [1, 2, 3, 4])
     assert host.tolist() == [0, 1, 2, 3]
 
 

@@ -45,7 +45,16 @@ def _unary(function: Callable[[Any], Any]) -> Step:
 
 def _part(arrays: list[Any], a: int, b: int) -> None:
     x = _pick(arrays, a)
-    indices = [..., slice(None, None, -1), slice(1, None), None, -1, [0, -1], (..., 0), slice(0, 9, 2)]
+    indices = [
+        ...,
+        slice(None, None, -1),
+        slice(1, None),
+        None,
+        -1,
+        [0, -1],
+        (..., 0),
+        slice(0, 9, 2),
+    ]
     arrays.append(x[indices[b % len(indices)]])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_basic(side: Side, device: Any) -> None:
     pair = Pair(side, device, cube())
     for index in BASIC:
         with case(index):
-            pair.check(lambda x, i=index: x[i])
+            pair.check(itemgetter(index))
     Pair(side, device, 7).check(lambda x: x[()])
     Pair(side, device, 7).check(lambda x: x[..., None])
 
@@ -83,7 +84,7 @@ def test_arrays_of_integers(side: Side, device: Any) -> None:
     pair = Pair(side, device, cube())
     for index in ADVANCED:
         with case(index):
-            pair.check(lambda x, i=index: x[i])
+            pair.check(itemgetter(index))
             assert pair.remote[index] is not pair.remote
 
 
@@ -338,7 +339,7 @@ def test_a_view_outlives_its_base(side: Side, session: Any, device: Any) -> None
 
 def test_a_view_that_cannot_be_written_to(side: Side, fresh: Any) -> None:
     x = fresh.devices[0].arange(3)
-    wide = np.broadcast_to(x, (4, 3))
+    wide: Any = np.broadcast_to(x, (4, 3))
     wide[0] = 1
     with pytest.raises(OpFailed, match="read-only"):
         side.do(wide.get())

@@ -26,7 +26,9 @@ pytestmark = pytest.mark.timeout(180)
 
 def sparse(nbytes: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Zeros that take no memory, except in some places; and those places."""
-    places = np.unique(np.r_[0, 1, nbytes - 2, nbytes - 1, np.linspace(0, nbytes - 1, 50, dtype=int)])
+    places = np.unique(
+        np.r_[0, 1, nbytes - 2, nbytes - 1, np.linspace(0, nbytes - 1, 50, dtype=int)]
+    )
     places = np.unique(np.r_[places, 2**31 - 1, 2**31, 2**32 - 1, 2**32])
     places = places[places < nbytes]
     host = np.zeros(nbytes, np.uint8)

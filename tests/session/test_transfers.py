@@ -110,7 +110,7 @@ def test_cast_on_the_way(side: Side, session: Any) -> None:
 
 def test_buffers_and_python_values(side: Side, session: Any, device: Any) -> None:
     data = bytes(range(200))
-    grid = memoryview(np.arange(12, dtype=np.int16).reshape(3, 4))
+    grid = np.arange(12, dtype=np.int16).reshape(3, 4).data
     structure = (ctypes.c_double * 3)(1, 2, 3)
     cases: list[tuple[Any, Any]] = [
         (data, np.frombuffer(data, np.uint8)),
@@ -290,7 +290,8 @@ def test_many_arrays_of_all_sizes(side: Side, session: Any, device: Any) -> None
         assert np.array_equal(back, host)
     small = [np.full(3, k) for k in range(5000)]
     remotes = side.do(device.put_many(small))
-    assert np.array_equal(side.do(np.concatenate(remotes[:300]).get()), np.concatenate(small[:300]))
+    joined: Any = np.concatenate(remotes[:300])
+    assert np.array_equal(side.do(joined.get()), np.concatenate(small[:300]))
     assert [a[0] for a in side.do(session.get_many(remotes))] == list(range(5000))
     assert side.do(device.put_many([])) == []
     assert side.do(session.get_many([])) == []

@@ -13,7 +13,7 @@ import pytest
 from gpuremote.errors import GpuRemoteError
 from gpuremote.ops.catalogue import CATALOGUE
 from gpuremote.ops.meta import MetaTable
-from gpuremote.ops.plan import decode_definition, define, encode_definition
+from gpuremote.ops.plan import Plan, decode_definition, define, encode_definition
 from gpuremote.wire.batch import (
     FIRST_PLAN,
     PREFIX,
@@ -80,7 +80,7 @@ def batches() -> list[bytes]:
 def decode_batch(data: bytes) -> None:
     """As the server does: definitions are entered as they come by."""
     metas = MetaTable()
-    plans = {}
+    plans: dict[int, Plan] = {}
     for _, op, values in decode(data, plans):
         if op == Op.DEFINE:
             plan = decode_definition(values[0], metas)

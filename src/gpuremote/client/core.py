@@ -256,8 +256,13 @@ class Core(Issuer):
                 self.stats.payload_copied += len(body) - 8
                 wait.finish()
             elif arg == ResultForm.INFO and into is None:
-                wait.finish(unpack_info(body[8:]))
+                try:
+                    wait.finish(unpack_info(body[8:]))
+                except ProtocolError:
+                    self._waits[wait.number] = wait
+                    raise
             else:
+                self._waits[wait.number] = wait  # it ends with the session
                 raise ProtocolError(f"a RESULT of form {arg} with {len(body) - 8} bytes")
         elif kind == Kind.FAILURE:
             self._failure(unpack_info(body))
