@@ -19,7 +19,7 @@ from benchmarks.workloads import MIB, Kind, Workload
 __all__ = ["perform"]
 
 WARM: Final = 3
-"""Puts before those that count."""
+"""Puts before those that count: one more array than a peer may hold at a time."""
 CYCLES: Final = 3
 """Transfers that may have to share the memory of one."""
 RESTS: Final = 6
@@ -52,12 +52,13 @@ def _round_trip(contender: Contender, workload: Workload) -> dict[str, float]:
 
 def _transfer(contender: Contender, workload: Workload) -> dict[str, float]:
     memory = _pattern(workload.size)
-    contender.puts(memory, WARM)  # until either side uses memory that it has touched before
     call: Callable[[Bytes, int], list[int]] = contender.puts
     if workload.kind == "get":
+        contender.puts(memory, 1)
         memory[:] = 0
         call = contender.gets
-    call(memory, 1)
+    # Until either side uses memory that it has touched before.
+    call(memory, WARM if workload.kind == "put" else 1)
     here, there, wire = time.process_time(), _peer_cpu(contender), machine.tcp_bytes()
     times = call(memory, workload.repeat)
     here, there = time.process_time() - here, _peer_cpu(contender) - there

@@ -113,7 +113,7 @@ def _panel(
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlim(0, _reach(names, series, found))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.985))
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.11))
 
 
 def _reach(

@@ -231,7 +231,7 @@ def test_bad_size(text: str, message: str) -> None:
 
 
 def test_settings_of_an_empty_environment() -> None:
-    assert Settings.from_env({}) == Settings("local://", "error", "", 3)
+    assert Settings.from_env({}) == Settings("local://", "error", "", 2)
     empty = dict.fromkeys(
         ("GPUREMOTE_URL", "GPUREMOTE_DOWNLOAD", "GPUREMOTE_DEBUG", "GPUREMOTE_STACK"), ""
     )

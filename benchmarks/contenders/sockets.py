@@ -6,19 +6,14 @@ import socket
 import time
 from collections.abc import Callable
 from time import process_time_ns
-from typing import Final
 
 import numpy as np
 
 from benchmarks.contenders._requests import ACK, ECHO, FORGET, GET, MESSAGES, PUT, REQUEST
 from benchmarks.contenders.base import ALL, Bytes, Contender, Ops, Peer, now
 from benchmarks.machine import tcp_socket
-from benchmarks.workloads import MIB
 
 __all__ = ["Sockets", "serve"]
-
-STEP: Final = MIB
-"""Bytes of one receive call; 256 KiB to 1 MiB were the fastest."""
 
 
 class Sockets(Contender):
@@ -97,10 +92,10 @@ class Sockets(Contender):
 
 
 def receive(sock: socket.socket, view: memoryview) -> None:
-    """Fill ``view``."""
+    """Fill ``view``; every call asks for all that is missing, steps of 1 MiB may cost more."""
     got, size = 0, view.nbytes
     while got < size:
-        count = sock.recv_into(view[got : got + STEP])
+        count = sock.recv_into(view[got:])
         if not count:
             raise EOFError("the other side has gone")
         got += count

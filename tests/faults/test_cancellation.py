@@ -166,7 +166,7 @@ async def test_one_of_several_transfers_is_cancelled(slow_way: CuttingProxy) -> 
 
 async def test_a_wait_for_a_long_op_is_cancelled(server: RunningServer) -> None:
     async with gpuremote.connect(server.url) as session:
-        numbers = slow(session.devices[0], 8_000_000)
+        numbers = slow(session.devices[0], 4_000_000)
         await session.synchronize()
         ordered = in_order(numbers)
         out = np.zeros(4)
@@ -387,9 +387,9 @@ def test_ctrl_c_in_a_blocking_call(server: RunningServer, what: str) -> None:
         device = session.devices[0]
         counter = device.zeros(4)
         counter += 1
-        numbers = device.random_uniform(8_000_000, 1)
-        out = np.zeros(8_000_000)
-        host = np.arange(8_000_000)
+        numbers = device.random_uniform(4_000_000, 1)
+        out = np.zeros(4_000_000)
+        host = np.arange(4_000_000)
         session.synchronize()
         for _ in range(3):
             print("ready", flush=True)

@@ -53,19 +53,19 @@ def numbered(error: OutOfDeviceMemory, wanted: int, held: int) -> None:
     assert error.retryable
 
 
-MAKERS: list[tuple[str, Callable[[Any, Any], Any], int]] = [
-    ("zeros", lambda device, x: device.zeros(40 * MiB, "u1"), 40 * MiB),
-    ("full", lambda device, x: device.full(5 * MiB, 1.5), 40 * MiB),
-    ("arange", lambda device, x: device.arange(5 * MiB), 40 * MiB),
-    ("empty", lambda device, x: device.empty(1 << 50, "u1"), 1 << 50),
-    ("add", lambda device, x: x + 1, 40 * MiB),
-    ("sqrt", lambda device, x: np.sqrt(x), 40 * MiB),
-    ("astype", lambda device, x: x.astype("c8"), 40 * MiB),
-    ("matmul", lambda device, x: x.reshape(-1, 1) @ x.reshape(1, -1), (5 * MiB) ** 2 * 8),
-    ("concat", lambda device, x: np.concatenate([x, x[:1]]), 40 * MiB + 8),
-    ("copy", lambda device, x: x.copy(), 40 * MiB),
-    ("sort", lambda device, x: np.sort(x), 40 * MiB),
-    ("copy_to", lambda device, x: x.copy_to(device._core.devices[1]), 40 * MiB),
+MAKERS: list[tuple[str, Callable[[Any], Any], int]] = [
+    ("zeros", lambda x: x.device.zeros(40 * MiB, "u1"), 40 * MiB),
+    ("full", lambda x: x.device.full(5 * MiB, 1.5), 40 * MiB),
+    ("arange", lambda x: x.device.arange(5 * MiB), 40 * MiB),
+    ("empty", lambda x: x.device.empty(1 << 50, "u1"), 1 << 50),
+    ("add", lambda x: x + 1, 40 * MiB),
+    ("sqrt", lambda x: np.sqrt(x), 40 * MiB),
+    ("astype", lambda x: x.astype("c8"), 40 * MiB),
+    ("matmul", lambda x: x.reshape(-1, 1) @ x.reshape(1, -1), (5 * MiB) ** 2 * 8),
+    ("concat", lambda x: np.concatenate([x, x[:1]]), 40 * MiB + 8),
+    ("copy", lambda x: x.copy(), 40 * MiB),
+    ("sort", lambda x: np.sort(x), 40 * MiB),
+    ("copy_to", lambda x: x.copy_to(x._core.devices[1]), 40 * MiB),
 ]
 
 
@@ -76,7 +76,7 @@ def test_checked_before_anything_is_allocated(side: Side, session: Any) -> None:
     high = resident(session)
     for name, make, wanted in MAKERS:
         with case(name):
-            y = make(device, x)
+            y = make(x)
             with pytest.raises(OutOfDeviceMemory) as caught:
                 side.do(y.wait())
             numbered(caught.value, wanted, held + 40 * MiB)

@@ -301,16 +301,15 @@ def test_many_arrays_of_all_sizes(side: Side, session: Any, device: Any) -> None
 
 def test_a_download_keeps_what_was_asked_for(side: Side, device: Any) -> None:
     """An op in place after a get does not change what the get brings."""
-    remote = side.do(device.put(np.zeros(4 << 20, np.uint8)))
-    first = remote.get()
-    if hasattr(first, "send"):  # asked for once it is awaited
-        got = side.do(first)
-    else:
-        got = first
-    remote += 1
-    remote[:] = 7
-    assert not got.any()
-    assert side.do(remote.get()).min() == 7
+    for size in (100, 30_000, 8 << 20):
+        remote = side.do(device.put(np.zeros(size, np.uint8)))
+        got, view = remote._host_target(None)
+        asked = remote._ask_bytes(view)  # as get does before it waits
+        remote += 1
+        remote[:] = 7
+        side.do(remote._core.wait(asked))
+        assert not got.any()
+        assert side.do(remote.get()).min() == 7
 
 
 def test_results_are_the_callers_own(side: Side, device: Any) -> None:

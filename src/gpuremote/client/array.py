@@ -377,8 +377,8 @@ class RemoteArray:
             )
         if policy == "warn":
             warnings.warn(f"implicit download of {self.nbytes} bytes", RuntimeWarning, stacklevel=2)
-        self._core.stats.implicit_downloads += 1
         host = self._download()
+        self._core.stats.implicit_downloads += 1
         return host if dtype is None else host.astype(dtype)
 
     def _download(self) -> npt.NDArray[Any]:

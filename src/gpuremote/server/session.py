@@ -173,6 +173,8 @@ class WorkerSession:
                 # A program that waits for one array: the commonest batch of all.
                 self._next = number + 1
                 self._get(number, handle)
+                if self.streams:
+                    self.ordering.wake_threads()
                 return
         table = self._table
         records = self._records

@@ -162,7 +162,7 @@ class TcpConnection(Connection):
             self.abort()
             return
         self._closed = True
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # another thread may be closing it
             self._sock.shutdown(socket.SHUT_WR)
             if not self._rx_busy:
                 drain(self._sock, self._rx, deadline)
