@@ -118,18 +118,6 @@ def test_a_worker_killed_in_the_middle_of_a_payload(
         memory.append(0)  # BufferError if anything still holds it
 
 
-def test_a_warm_worker_that_was_killed_is_not_handed_out() -> None:
-    side = BlockingSide()
-    with device_server("--warm", "1") as server:
-        for _ in range(3):
-            for pid in children(server.process.pid):
-                kill(pid)
-            # At once, and a little later: also where the daemon knows of it already.
-            for _ in range(2):
-                with side.session(server.url) as session:
-                    assert side.do(session.devices[0].ones(2).get()).tolist() == [1, 1]
-
-
 def test_a_copy_whose_sender_is_killed_fails_at_the_receiver(side: Side) -> None:
     with (
         device_server() as first,

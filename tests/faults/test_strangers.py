@@ -340,8 +340,10 @@ def test_a_server_whose_receipt_makes_no_sense(
         close_quickly(side, session)
 
 
-def test_a_server_that_is_another_one_when_the_client_comes_back(side: Side) -> None:
-    """Something else listens there now: tried again until the grace period is over."""
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.9\r\n", WELCOME.encode()[:60], b""])
+def test_a_server_that_is_another_one_when_the_client_comes_back(side: Side, answer: bytes) -> None:
+    """Something else listens there now, or it breaks off in the middle of the handshake: tried
+    again until the grace period is over."""
     connections = []
 
     def behave(sock: socket.socket) -> None:
@@ -350,7 +352,7 @@ def test_a_server_that_is_another_one_when_the_client_comes_back(side: Side) -> 
             greet(sock, WELCOME)
             sock.recv(1 << 16)
         else:
-            sock.sendall(b"SSH-2.0-OpenSSH_9.9\r\n")
+            sock.sendall(answer)
 
     with fake_server(behave) as server:
         session = side.do(side.connect(server.url + "?grace=0.5"))
