@@ -95,7 +95,7 @@ def test_a_worker_killed_between_two_calls(side: Side, server: RunningServer) ->
                 call()
 
 
-@pytest.mark.parametrize("way", ["put", "get"])
+@pytest.mark.parametrize("way", ["put"])
 def test_a_worker_killed_in_the_middle_of_a_payload(
     side: Side, server: RunningServer, way: str
 ) -> None:
