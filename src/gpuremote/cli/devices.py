@@ -6,9 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from gpuremote.cli._console import say, show, size
 from gpuremote.client.connect import connect_sync
 
 __all__ = ["add_parser"]
@@ -19,7 +17,9 @@ def add_parser(commands: Any) -> None:
         "devices", help="list the devices of a server", description="List a server's devices."
     )
     parser.add_argument(
-        "url", nargs="?", help="gpu://HOST:PORT or local:// (default: GPUREMOTE_URL)"
+        "url",
+        nargs="?",
+        help="gpu://HOST:PORT or local:// (default: GPUREMOTE_URL, else local://)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=run)
@@ -27,10 +27,12 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     with connect_sync(options.url) as session:
-        facts = {
+        explanation = session.transport.explain()
+        facts: dict[str, Any] = {
             "backend": session.backend,
             "session_memory_limit": session.memory_limit,
-            "transport": session.transport.name,
+            "transport": explanation.chosen,
+            "transport_reason": explanation.reason,
             "devices": [
                 {
                     "name": device.name,
@@ -44,16 +46,13 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(facts))
         return 0
-    table = Table("device", "kind", "model", "memory", title=f"backend {facts['backend']}")
-    for device in session.devices:
-        table.add_row(device.name, device.kind, device.model, _size(device.memory_bytes))
-    console = Console()
-    console.print(table)
-    console.print(
-        f"transport {facts['transport']}; a session may hold {_size(session.memory_limit)}"
+    show(
+        ("device", "backend", "kind", "model", "memory"),
+        [
+            (d["name"], facts["backend"], d["kind"], d["model"], size(d["memory_bytes"]))
+            for d in facts["devices"]
+        ],
     )
+    say(f"a session may hold {size(facts['session_memory_limit'])}")
+    say(f"transport {facts['transport']}: {facts['transport_reason']}")
     return 0
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB"

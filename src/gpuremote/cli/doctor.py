@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import resource
+import socket
 import statistics
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -14,13 +16,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from gpuremote._version import __version__
 from gpuremote.backend.registry import probe_all
+from gpuremote.cli._console import say, show
 from gpuremote.client.blocking import Session
 from gpuremote.client.connect import connect_sync
+from gpuremote.config import parse_url
 from gpuremote.errors import GpuRemoteError
 from gpuremote.transport import congestion
 from gpuremote.transport.select import probe
@@ -44,12 +46,12 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.peer:
+        parse_url(options.peer)  # wrong usage rather than a server that does not work
     report: dict[str, Any] = {
         "gpuremote": __version__,
         "python": platform.python_version(),
-        "packages": {
-            name: _version(name) for name in ("numpy", "uvloop", "msgpack", "cupy", "torch")
-        },
+        "packages": {name: _version(name) for name in PACKAGES},
         "transports": [
             {"name": c.name, "available": c.available, "reason": c.reason} for c in probe()
         ],
@@ -61,13 +63,12 @@ def run(options: argparse.Namespace) -> int:
     }
     if options.peer:
         report["peer"] = _try(options.peer)
-    usable = bool(report["local"]["works"]) and (not options.peer or bool(report["peer"]["works"]))
-    report["usable"] = usable
+    report["usable"] = all(report[place]["works"] for place in ("local", "peer") if place in report)
     if options.json:
         print(json.dumps(report))
     else:
         _print(report)
-    return 0 if usable else 1
+    return 0 if report["usable"] else 1
 
 
 def _version(name: str) -> str | None:
@@ -82,14 +83,39 @@ def _version(name: str) -> str | None:
 
 def _machine() -> dict[str, Any]:
     devices = Path("/dev/infiniband")
-    memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return {
-        "kernel": platform.release(),
-        "congestion_control": congestion.available(),
-        "infiniband_devices": sorted(p.name for p in devices.iterdir()) if devices.is_dir() else [],
-        "memlock_bytes": None if memlock == resource.RLIM_INFINITY else memlock,
-        "file_descriptors": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "kernel": f"{platform.system()} {platform.release()}",
+        "cores": len(os.sched_getaffinity(0)),
+        "congestion_control": _congestion(),
+        "infiniband": {
+            "present": devices.is_dir(),
+            "devices": sorted(p.name for p in devices.iterdir()) if devices.is_dir() else [],
+        },
+        "memlock_bytes": _limits(resource.RLIMIT_MEMLOCK),
+        "file_descriptors": _limits(resource.RLIMIT_NOFILE),
     }
+
+
+def _limits(what: int) -> dict[str, int | None]:
+    """Soft and hard limit; None: unlimited."""
+    soft, hard = (
+        None if value == resource.RLIM_INFINITY else value for value in resource.getrlimit(what)
+    )
+    return {"soft": soft, "hard": hard}
+
+
+def _congestion() -> dict[str, Any]:
+    """Algorithms that are loaded, and which of them this process may set: each is tried."""
+    available, permitted = congestion.available(), []
+    with socket.socket() as sock:
+        default = congestion.current(sock)
+        for name in available:
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+            except OSError:
+                continue
+            permitted.append(name)
+    return {"default": default, "available": available, "permitted": permitted}
 
 
 def _try(url: str) -> dict[str, Any]:
@@ -104,7 +130,7 @@ def _try(url: str) -> dict[str, Any]:
                 "round_trip_4KiB_us": _round_trip(session),
                 "transport": session.transport.explain().as_dict(),
             }
-    except GpuRemoteError as error:
+    except (GpuRemoteError, OSError) as error:
         return {"url": url, "works": False, "error": type(error).__name__, "reason": str(error)}
 
 
@@ -120,24 +146,52 @@ def _round_trip(session: Session) -> float:
 
 
 def _print(report: dict[str, Any]) -> None:
-    console = Console()
-    console.print(f"gpuremote {report['gpuremote']}, Python {report['python']}")
-    for title in ("transports", "backends"):
-        table = Table(title[:-1], "works", "why", title=None)
-        for row in report[title]:
-            table.add_row(row["name"], "yes" if row["available"] else "no", row["reason"])
-        console.print(table)
-    for name, value in report["machine"].items():
-        console.print(f"{name.replace('_', ' ')}: {value if value else 'none'}")
+    say(f"gpuremote {report['gpuremote']}, Python {report['python']}")
+    packages = report["packages"].items()
+    say("packages: " + ", ".join(f"{name} {found or 'missing'}" for name, found in packages))
+    for column in ("transport", "backend"):
+        say("")
+        show((column, "works", "why"), _verdicts(report[column + "s"]))
+    machine = report["machine"]
+    algorithms = machine["congestion_control"]
+    say("")
+    show(
+        ("machine", "found"),
+        [
+            ("kernel", machine["kernel"]),
+            ("cores", machine["cores"]),
+            ("congestion control", f"{algorithms['default'] or 'unknown'} unless another is set"),
+            ("  available", " ".join(algorithms["available"]) or "unknown"),
+            ("  permitted", " ".join(algorithms["permitted"]) or "none"),
+            ("/dev/infiniband", " ".join(machine["infiniband"]["devices"]) or "not there"),
+            ("locked memory, bytes", _limit(machine["memlock_bytes"])),
+            ("open files", _limit(machine["file_descriptors"])),
+        ],
+    )
     for place in ("local", "peer"):
-        found = report.get(place)
-        if found is None:
+        if place not in report:
             continue
-        if found["works"]:
-            console.print(
-                f"{found['url']}: works, {found['backend']} on {', '.join(found['devices'])}, "
-                f"4 KiB there and back in {found['round_trip_4KiB_us']} µs over "
-                f"{found['transport']['chosen']} ({found['transport']['reason']})"
-            )
-        else:
-            console.print(f"{found['url']}: does not work: {found['reason']}")
+        found = report[place]
+        say("")
+        if not found["works"]:
+            say(f"{found['url']}: does not work: {found['reason']}")
+            continue
+        say(
+            f"{found['url']}: works, {found['backend']} on {', '.join(found['devices'])}, 4 KiB "
+            f"there and back in {found['round_trip_4KiB_us']} µs"
+        )
+        transport = found["transport"]
+        say(f"transport {transport['chosen']}: {transport['reason']}")
+        show(("candidate", "usable", "why"), _verdicts(transport["candidates"]))
+
+
+def _verdicts(rows: list[dict[str, Any]]) -> list[tuple[object, ...]]:
+    return [
+        (row.get("name"), "yes" if row.get("available") else "no", row.get("reason"))
+        for row in rows
+    ]
+
+
+def _limit(limits: dict[str, int | None]) -> str:
+    soft, hard = ("unlimited" if value is None else f"{value:,}" for value in limits.values())
+    return f"{soft} (at most {hard})"

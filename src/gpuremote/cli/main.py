@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import Final
 
 from gpuremote._types import JSON
 from gpuremote._version import __version__
 from gpuremote.cli import bench, devices, doctor, serve
+from gpuremote.cli._console import printable
 from gpuremote.errors import ConfigError, GpuRemoteError, ServerUnavailable, TransportError
 
 __all__ = ["main"]
@@ -38,9 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)
+        sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has left; the interpreter is about to flush what is left of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except GpuRemoteError as error:
         _complain(error, as_json=getattr(options, "json", False))
         if isinstance(error, ConfigError):
@@ -59,4 +66,4 @@ def _complain(error: GpuRemoteError, *, as_json: bool) -> None:
             "message": str(error),
         }
         print(json.dumps(body))
-    print(f"gpuremote: {error}", file=sys.stderr)
+    print(printable(f"gpuremote: {error}"), file=sys.stderr)

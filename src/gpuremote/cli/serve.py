@@ -13,6 +13,7 @@ import signal
 import sys
 from typing import Any
 
+from gpuremote.backend import registry
 from gpuremote.config import parse_address, parse_size
 from gpuremote.errors import ConfigError
 from gpuremote.server.daemon import DeviceServer, new_loop
@@ -101,6 +102,7 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.advertise:
         parse_address(options.advertise)
+    registry.find(options.backend)
     server_options = ServerOptions(
         host=host,
         port=port,
