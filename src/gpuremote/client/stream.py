@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 from contextlib import AbstractContextManager
-from contextvars import Token
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from gpuremote.client.core import Core
 from gpuremote.client.current import current_stream
 from gpuremote.errors import OpError
+from gpuremote.wire import caps
 from gpuremote.wire.batch import Op
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Event", "Stream"]
 
 _idents = itertools.count(1)
+_outer: ContextVar[tuple[dict[int, int], ...]] = ContextVar("gpuremote_outer_streams")
+"""What ``current_stream`` was at each ``with`` that this thread or task is inside of."""
 
 
 class Stream(AbstractContextManager["Stream"]):
@@ -33,25 +36,29 @@ class Stream(AbstractContextManager["Stream"]):
     """
 
     def __init__(self, core: Core, device: Device[Any]) -> None:
+        core.claim(Op.STREAM_DROP, caps.MAX_STREAMS, "streams")
         self._core = core
         self.device = device
         self.ident = next(_idents) & 0x7FFFFFFF
-        self._tokens: list[Token[dict[int, int]]] = []
         core.record(Op.STREAM_NEW, self.ident, device.index)
         core.use_streams()
 
     def __enter__(self) -> Stream:
-        chosen = dict(current_stream.get({}))
-        chosen[id(self._core)] = self.ident
-        self._tokens.append(current_stream.set(chosen))
+        # Kept with the thread or task, not here: several of them may be in the same stream.
+        outer = current_stream.get({})
+        _outer.set((*_outer.get(()), outer))
+        current_stream.set({**outer, id(self._core): self.ident})
         return self
 
     def __exit__(self, *exc: object) -> None:
-        current_stream.reset(self._tokens.pop())
+        *others, outer = _outer.get()
+        _outer.set(tuple(others))
+        current_stream.set(outer)
 
     def __del__(self) -> None:
-        # Finalisers only append.
-        self._core.dropped_streams.append(self.ident)
+        if hasattr(self, "ident"):  # else the session refused it
+            # Finalisers only append.
+            self._core.dropped_streams.append(self.ident)
 
     def wait(self, event: Event) -> None:
         """Work issued here from now on starts after ``event``. Does not block the caller."""
@@ -66,13 +73,15 @@ class Event:
     """A point in a stream. Made by ``stream.record()``."""
 
     def __init__(self, core: Core, stream: Stream) -> None:
+        core.claim(Op.EVENT_DROP, caps.MAX_EVENTS, "events")
         self._core = core
         self.ident = next(_idents) & 0x7FFFFFFF
         with stream:
             core.record(Op.EVENT_RECORD, self.ident)
 
     def __del__(self) -> None:
-        self._core.dropped_events.append(self.ident)
+        if hasattr(self, "ident"):
+            self._core.dropped_events.append(self.ident)
 
     def _ask(self, op: Op, kind: str) -> Wait:
         return self._core.ask(op, self.ident, kind=kind)

@@ -50,7 +50,7 @@ class Answers:
     def send_meta(self, number: int, slot: Slot) -> object:
         """Item: answer with shape and dtype."""
         if slot.pending:
-            return STALLED
+            return slot
         with self._session.lock:
             if slot.failure is not None:
                 self.report(slot.failure, number)
@@ -78,7 +78,9 @@ class Answers:
         """Item: answer with the array's bytes."""
         session = self._session
         peer = session.peer
-        if slot.pending or peer.credit <= 0 or peer.bulk_in_flight >= MAX_BULK:
+        if slot.pending:
+            return slot
+        if peer.credit <= 0 or peer.bulk_in_flight >= MAX_BULK:
             # Credit comes back when the client reads: a client that does not stalls here.
             return STALLED
         if slot.failure is not None:

@@ -100,7 +100,7 @@ class Executable:
 def run_plan(
     number: int, session: WorkerSession, op: Executable, operands: list[Any], outs: list[Slot]
 ) -> object:
-    """Item of a stream: one call, if its operands are there (else STALLED).
+    """Item of a stream: one call, if its operands are there (else the one that is not).
 
     A failure, of this op or of one that it depends on, poisons the results (and what an op in
     place should have written to) and never leaves this function.
@@ -112,7 +112,7 @@ def run_plan(
             if value is None:
                 # Read after the value: a slot that is being filled has no failure.
                 if operand.failure is None:
-                    return STALLED
+                    return operand
                 _poison(op, operands, outs, operand.failure)
                 return None
             values.append(value)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gpuremote.errors import LimitExceeded, ProtocolError
-from gpuremote.server.storage import STALLED
 from gpuremote.server.streams import EventPoint, Stream, StreamThread
 from gpuremote.wire import caps
 from gpuremote.wire.batch import ALL_STREAMS, Op
@@ -30,7 +29,7 @@ class Ordering:
     default : Stream
         The one that the main thread runs.
     streams : dict of int to StreamThread
-        All others.
+        All others; those that were dropped too, until what is in them has run.
     current : Stream
         Where records go at the moment.
     """
@@ -39,7 +38,8 @@ class Ordering:
         self._session = session
         self._wake = wake
         self._events: dict[int, EventPoint] = {}
-        self.default = Stream(0, 0)
+        self._waiting: dict[Stream, Any] = {}
+        self.default = Stream(0, 0, None, self._waiting, wake)
         self.streams: dict[int, StreamThread] = {}
         self.current: Stream = self.default
         self.records: dict[int, Callable[..., None]] = {
@@ -72,7 +72,7 @@ class Ordering:
 
     def wake_threads(self) -> None:
         """Something was queued."""
-        for stream in self.streams.values():
+        for stream in list(self.streams.values()):
             if stream.queue:
                 stream.wake()
 
@@ -89,30 +89,51 @@ class Ordering:
         if ident == 0:
             return self.default
         stream = self.streams.get(ident)
-        if stream is None:
+        if stream is None or stream.closing:
             raise ProtocolError(f"stream {ident} does not exist")
         return stream
+
+    @property
+    def count(self) -> int:
+        """Streams that can be used, the default one included."""
+        return 1 + sum(not stream.closing for stream in list(self.streams.values()))
 
     def _stream_use(self, number: int, ident: int) -> None:
         self.current = self._stream(ident)
 
     def _stream_new(self, number: int, ident: int, device: int) -> None:
-        if ident == 0 or ident in self.streams or len(self.streams) >= caps.MAX_STREAMS:
-            raise ProtocolError(f"stream {ident} can't be made ({len(self.streams)} exist)")
+        if ident == 0 or ident in self.streams or self.count > caps.MAX_STREAMS:
+            raise ProtocolError(f"stream {ident} can't be made ({self.count} exist)")
+        if len(self.streams) >= 4 * caps.MAX_STREAMS:
+            raise LimitExceeded(f"{len(self.streams)} streams have work left, most of them dropped")
         if device >= len(self._session.backend.devices()):
             raise ProtocolError(f"device {device} does not exist")
         native = self._session.backend.create_stream(device)
         self.streams[ident] = StreamThread(
-            ident, device, native, lambda: self._session.backend.activate(native), self.stir
+            ident,
+            device,
+            native,
+            self._waiting,
+            lambda: self._session.backend.activate(native),
+            self.stir,
+            self._stream_ended,
         )
 
     def _stream_drop(self, number: int, ident: int) -> None:
-        stream = self.streams.pop(ident, None)
-        if stream is None:
-            raise ProtocolError(f"stream {ident} does not exist")
+        stream = self._stream(ident)
+        if not isinstance(stream, StreamThread):
+            raise ProtocolError("the default stream can't be dropped")
         if self.current is stream:
             self.current = self.default
         stream.close()
+
+    def _stream_ended(self, stream: StreamThread) -> bool:
+        with self._session.lock:
+            if stream.queue:
+                return False  # a SYNC of all streams, for one
+            self.streams.pop(stream.ident, None)
+        self._wake()
+        return True
 
     def _event_record(self, number: int, event: int) -> None:
         if len(self._events) >= caps.MAX_EVENTS and event not in self._events:
@@ -122,7 +143,10 @@ class Ordering:
 
     def _run_record(self, number: int, point: EventPoint, stream: Stream) -> None:
         point.reach(self._session.backend.record(stream.native))
-        self.stir()
+        with self._session.lock:
+            asked, point.asked = point.asked, []
+        for waiter in asked:
+            self._run_event_sync(waiter, point)
 
     def _point(self, event: int) -> EventPoint | None:
         """The latest recording; an event that was never recorded counts as reached (CUDA)."""
@@ -135,7 +159,7 @@ class Ordering:
 
     def _run_wait(self, number: int, point: EventPoint, stream: Stream) -> object:
         if not point.reached:
-            return STALLED
+            return point
         self._session.backend.wait(stream.native, point.mark)
         return None
 
@@ -146,20 +170,20 @@ class Ordering:
 
     def _event_sync(self, number: int, event: int) -> None:
         point = self._point(event)
-        if point is None:
+        if point is None or (point.reached and self._session.backend.reached(point.mark)):
             self._session.answers.info(number, True)
+        elif not point.reached:
+            point.asked.append(number)  # not queued: what comes behind the event is not waited for
         else:
+            # The device has yet to come to it: wait where work for that device is issued.
             stream = self.default if point.stream == 0 else self.streams.get(point.stream)
             queue = (stream or self.default).queue
             queue.append((number, self._run_event_sync, (point,)))
 
-    def _run_event_sync(self, number: int, point: EventPoint) -> object:
-        if not point.reached:
-            return STALLED
+    def _run_event_sync(self, number: int, point: EventPoint) -> None:
         self._session.backend.synchronize_event(point.mark)
         with self._session.lock:
             self._session.answers.info(number, True)
-        return None
 
     def _event_elapsed(self, number: int, start: int, end: int) -> None:
         first, last = self._point(start), self._point(end)

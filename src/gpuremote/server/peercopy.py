@@ -6,6 +6,7 @@ a client would, names the session that expects the bytes, and shows the ticket.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import sys
@@ -18,7 +19,7 @@ from gpuremote.errors import GpuRemoteError, InvalidHandle, PeerCopyFailed
 from gpuremote.ops.meta import Meta
 from gpuremote.rpc.dial import dial
 from gpuremote.server.session import WorkerSession
-from gpuremote.server.storage import Slot
+from gpuremote.server.storage import Slot, Storage
 from gpuremote.transport.base import Connection, Region
 from gpuremote.transport.tcp import TcpConnection, tune
 from gpuremote.wire.frames import NUMBER
@@ -30,7 +31,12 @@ CONNECT_TIMEOUT: Final = 10.0
 PATIENCE: Final = 60.0
 """Seconds without a byte of progress after which a copy is given up."""
 MAX_COPIES: Final = 16
-"""Copies under way at a time; more wait for one of these."""
+"""Copies from here that are under way at a time; more wait for one of these. Copies to here do
+not count, or two servers with many for each other would wait for each other."""
+TICKET_PATIENCE: Final = 8.0
+"""Seconds that a server with an unknown ticket waits for the client to tell of it."""
+MAX_WAITING: Final = 64
+"""Servers that wait so at a time."""
 
 
 class PeerCopies:
@@ -44,49 +50,64 @@ class PeerCopies:
 
     def __init__(self, session: WorkerSession, wake: Callable[[], None]) -> None:
         self.active = 0
+        self._waiting = 0
         self._session = session
         self._wake = wake
         self._places = threading.BoundedSemaphore(MAX_COPIES)
 
     def send(self, number: int, slot: Slot, meta: Meta, target: dict[str, Any]) -> None:
         """Bring ``slot`` to the session that ``target`` names. Returns at once."""
-        assert slot.storage is not None
+        storage = slot.storage
+        assert storage is not None
         with self._session.lock:
-            slot.storage.outgoing += 1
-        self._start(self._send, number, slot, target)
+            storage.outgoing += 1
+            self.active += 1
+        # Not the slot: a later op that fails on it takes its value away.
+        _start(self._send, number, slot.value, storage, target)
 
     def receive(self, sock: socket.socket, hello: Hello) -> None:
         """Take what another server's worker brings over ``sock``. Returns at once."""
         with self._session.lock:
-            claimed = self._session.claim(hello.ticket)
-        if claimed is None:
-            error = InvalidHandle("no copy with this ticket is expected here (any more)")
-            _say(sock, Refusal.of(error).encode())
-            sock.close()
+            patience = TICKET_PATIENCE if self._waiting < MAX_WAITING else 0.0
+            self._waiting += 1
+        _start(self._claim, sock, hello.ticket, patience)
+
+    def _claim(self, sock: socket.socket, ticket: bytes, patience: float) -> None:
+        session = self._session
+        with session.lock:
+            claimed = session.claim(ticket, patience)
+            self._waiting -= 1
+            if claimed is not None:
+                self.active += 1
+        if claimed is not None:
+            self._receive(sock, *claimed)
+            self._ended()
             return
-        self._start(self._receive, sock, *claimed)
+        error = InvalidHandle("no copy with this ticket is expected here (any more)")
+        with contextlib.suppress(OSError):
+            _say(sock, Refusal.of(error).encode())
+        sock.close()
 
-    def _start(self, function: Callable[..., None], *arguments: Any) -> None:
+    def _ended(self) -> None:
         with self._session.lock:
-            self.active += 1
-        threading.Thread(
-            target=self._run, args=(function, arguments), name="gpuremote-copy", daemon=True
-        ).start()
+            self.active -= 1
+        self._wake()
 
-    def _run(self, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    def _send(self, number: int, value: Any, storage: Storage, target: dict[str, Any]) -> None:
         try:
             with self._places:
-                function(*arguments)
+                self._bring(number, value, target)
         finally:
             with self._session.lock:
-                self.active -= 1
-            self._wake()
+                storage.outgoing -= 1
+            self._session.ordering.stir()
+            self._ended()
 
-    def _send(self, number: int, slot: Slot, target: dict[str, Any]) -> None:
+    def _bring(self, number: int, value: Any, target: dict[str, Any]) -> None:
         session = self._session
         peer = f"{target['host']}:{target['port']}"
         try:
-            view, _ = session.backend.send_view(slot.value)
+            view, _ = session.backend.send_view(value)
             hello = Hello(session=target["session"], ticket=target["ticket"])
             connection, _ = dial(
                 target["host"], target["port"], hello, timeout=CONNECT_TIMEOUT, blocking=True
@@ -98,17 +119,12 @@ class PeerCopies:
                 _await_message(connection)
             finally:
                 connection.abort()
-        except (GpuRemoteError, OSError) as error:
+        except Exception as error:
             text = (
                 f"the server could not bring the array to {peer}: {error}; both servers must "
                 "reach each other (see --advertise), or go through the client with get and put"
             )
             session.failed(number, "copy_to", PeerCopyFailed(text))
-        finally:
-            with session.lock:
-                assert slot.storage is not None
-                slot.storage.outgoing -= 1
-            session.ordering.stir()
 
     def _receive(self, sock: socket.socket, number: int, view: memoryview) -> None:
         try:
@@ -131,6 +147,10 @@ class PeerCopies:
                 failure = PeerCopyFailed(f"the copy from the other server broke off: {error}")
                 print(f"gpuremote worker: {failure}", file=sys.stderr, flush=True)
                 self._session.peer_copy_done(number, failure)
+
+
+def _start(function: Callable[..., None], *arguments: Any) -> None:
+    threading.Thread(target=function, args=arguments, name="gpuremote-copy", daemon=True).start()
 
 
 def _say(sock: socket.socket, data: bytes) -> None:

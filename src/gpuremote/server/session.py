@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -100,6 +101,8 @@ class WorkerSession:
         self.send_to: Callable[[int, Any, Meta, dict[str, Any]], None] | None = None
         self.copying: Callable[[], int] = lambda: 0
         self._claimed: set[int] = set()
+        self._gone: deque[bytes] = deque(maxlen=1024)
+        self._announced_ticket = threading.Condition(self.lock)
 
     # -- the peer's sink ------------------------------------------------------------------------
 
@@ -317,7 +320,9 @@ class WorkerSession:
     def _cancel(self, number: int, handle: int) -> None:
         left = {t: e for t, e in self._expected.items() if e[0] != handle}
         if len(left) != len(self._expected):
+            self._gone += self._expected.keys() - left.keys()
             self._expected = left
+            self._announced_ticket.notify_all()
             error: GpuRemoteError = PeerCopyFailed("the other server could not bring the array")
         else:
             error = OpCancelled("the upload was cancelled by the program")
@@ -332,7 +337,7 @@ class WorkerSession:
 
     def _run_copy(self, number: int, source: Slot, out: Slot, device: int) -> object:
         if source.pending:
-            return STALLED
+            return source
         if source.failure is not None:
             out.poison(source.failure)
             return None
@@ -357,7 +362,7 @@ class WorkerSession:
 
     def _run_send_to(self, number: int, slot: Slot, target: dict[str, Any]) -> object:
         if slot.pending:
-            return STALLED
+            return slot
         if slot.failure is not None:
             with self.lock:
                 self.answers.report(slot.failure._replace(number=number))
@@ -375,16 +380,25 @@ class WorkerSession:
                 waiting = self._arriving.get(number)
                 if waiting is not None:
                     self._expected[ticket] = (number, slot, waiting[2])
+                else:
+                    self._gone.append(ticket)
+                self._announced_ticket.notify_all()
             case _:
                 raise ProtocolError(f"EXPECT {number} is malformed")
 
-    def claim(self, ticket: bytes) -> tuple[int, memoryview] | None:
-        """A peer server presents a ticket: where its bytes go, once."""
-        found = self._expected.pop(ticket, None)
-        if found is None or found[0] not in self._arriving:
-            return None
-        self._claimed.add(found[0])
-        return found[0], found[2]
+    def claim(self, ticket: bytes, patience: float) -> tuple[int, memoryview] | None:
+        """A peer server presents a ticket: where its bytes go, once. Blocks for as long as the
+        client's word of it may still be on its way."""
+        with self.lock:
+            self._announced_ticket.wait_for(
+                lambda: ticket in self._expected or ticket in self._gone, patience
+            )
+            found = self._expected.pop(ticket, None)
+            self._gone.append(ticket)
+            if found is None or found[0] not in self._arriving:
+                return None
+            self._claimed.add(found[0])
+            return found[0], found[2]
 
     def peer_copy_done(self, number: int, error: GpuRemoteError | None) -> None:
         """The bytes of EXPECT ``number`` are in place, or will not come."""
@@ -421,7 +435,7 @@ class WorkerSession:
             self.ordering.wake_threads()
 
     def _say_goodbye(self, number: int) -> object:
-        busy = any(stream.queue for stream in self.streams.values())
+        busy = any(stream.queue for stream in list(self.streams.values()))
         if busy or self._arriving or self.copying():
             return STALLED
         with self.lock:
@@ -436,7 +450,7 @@ class WorkerSession:
             "records": self._next - 1,
             "handles": len(self._table),
             "plans": len(self._plans),
-            "streams": len(self.streams) + 1,
+            "streams": self.ordering.count,
             "memory_used": self.quota.used,
             "memory_peak": self.quota.peak,
             "memory_limit": self.quota.limit,

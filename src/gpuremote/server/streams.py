@@ -2,7 +2,8 @@
 
 The default stream is run by the worker's main thread, between receiving; every other stream
 has a thread of its own. An item that can't run yet (an operand whose bytes are still coming,
-an event not reached, no credit to send an answer) stalls its stream only.
+an event not reached, no credit to send an answer) stalls its stream only. If it says what it
+waits for, whichever stream brings that wakes it at once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 from gpuremote.server.storage import STALLED
@@ -19,7 +20,8 @@ from gpuremote.server.storage import STALLED
 __all__ = ["EventPoint", "Stream", "StreamThread"]
 
 Item = tuple[int, Callable[..., Any], tuple[Any, ...]]
-"""Record number, function, arguments. The function returns STALLED to be called again."""
+"""Record number, function, arguments. The function returns None when it is through, and else
+what has to be there before it is called again: a slot, an event's point, or STALLED (unknown)."""
 
 
 class EventPoint:
@@ -31,17 +33,24 @@ class EventPoint:
         The stream has come to this point.
     when : int
         Then, in nanoseconds.
+    asked : list of int
+        Records to answer then.
     mark : object
         The backend's own event, for devices that run behind the host.
     """
 
-    __slots__ = ("mark", "reached", "stream", "when")
+    __slots__ = ("asked", "mark", "reached", "stream", "when")
 
     def __init__(self, stream: int) -> None:
+        self.asked: list[int] = []
         self.reached = False
         self.when = 0
         self.mark: Any = None
         self.stream = stream
+
+    @property
+    def pending(self) -> bool:
+        return not self.reached
 
     def reach(self, mark: Any = None) -> None:
         self.mark = mark
@@ -61,25 +70,61 @@ class Stream:
         What has not been run; the head may be running.
     native : object
         The backend's stream.
+    closing : bool
+        The client has dropped it: it ends with its queue.
+    wake : callable
+        Makes whoever runs it look again whether the head can run.
+
+    Parameters
+    ----------
+    waiting : dict
+        Shared by the streams of a session: what each of those that stand still waits for.
     """
 
-    __slots__ = ("device", "ident", "native", "queue")
+    __slots__ = ("closing", "device", "ident", "native", "queue", "waiting", "wake")
 
-    def __init__(self, ident: int, device: int, native: Any = None) -> None:
+    def __init__(
+        self,
+        ident: int,
+        device: int,
+        native: Any,
+        waiting: dict[Stream, Any],
+        wake: Callable[[], None],
+    ) -> None:
         self.ident = ident
         self.device = device
         self.native = native
+        self.closing = False
         self.queue: deque[Item] = deque()
+        self.waiting = waiting
+        self.wake = wake
 
     def run_ready(self) -> bool:
         """Run from the head until the queue is empty (True) or an item stalls (False)."""
-        queue = self.queue
+        queue, waiting = self.queue, self.waiting
         while queue:
             number, function, arguments = queue[0]
-            if function(number, *arguments) is STALLED:
-                return False
+            missing = function(number, *arguments)
+            if missing is not None:
+                if missing is STALLED or self._stand_still(missing):
+                    return False
+                continue
             queue.popleft()
+            if waiting:
+                for stream, wanted in list(waiting.items()):
+                    if not wanted.pending:
+                        waiting.pop(stream, None)
+                        stream.wake()
         return True
+
+    def _stand_still(self, missing: Any) -> bool:
+        """Have this stream woken when it is there; False if by now it is."""
+        self.waiting[self] = missing
+        # Entered first and looked at again: whoever brings it does these in the other order.
+        if missing.pending:
+            return True
+        self.waiting.pop(self, None)
+        return False
 
 
 class StreamThread(Stream):
@@ -91,46 +136,48 @@ class StreamThread(Stream):
         Gives a context in which the backend works on this stream.
     idle : callable
         Called when something was run (other streams may wait for it).
+    ended : callable
+        Called when it was closed and everything in it has been run; False if there is more now.
     """
 
-    __slots__ = ("_activate", "_closing", "_idle", "_thread", "_wake")
+    __slots__ = ("_activate", "_ended", "_idle", "_look", "_thread")
 
     def __init__(
         self,
         ident: int,
         device: int,
         native: Any,
-        activate: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        idle: Callable[[], None] = lambda: None,
+        waiting: dict[Stream, Any],
+        activate: Callable[[], AbstractContextManager[Any]],
+        idle: Callable[[], None],
+        ended: Callable[[StreamThread], bool],
     ) -> None:
-        super().__init__(ident, device, native)
+        self._look = threading.Event()
+        super().__init__(ident, device, native, waiting, self._look.set)
         self._activate = activate
         self._idle = idle
-        self._closing = False
-        self._wake = threading.Event()
+        self._ended = ended
         self._thread = threading.Thread(
             target=self._run, name=f"gpuremote-stream-{ident}", daemon=True
         )
         self._thread.start()
 
-    def wake(self) -> None:
-        """Look again whether the head can run."""
-        self._wake.set()
-
     def close(self) -> None:
         """End the thread once the queue is empty."""
-        self._closing = True
-        self._wake.set()
+        self.closing = True
+        self.wake()
 
     def _run(self) -> None:
         with self._activate():
             while True:
-                self._wake.wait()
-                self._wake.clear()
+                self._look.wait()
+                self._look.clear()
                 head = self.queue[0] if self.queue else None
                 empty = self.run_ready()
                 # Not if it stalled at once: others would wake this thread, and so on for ever.
                 if head is not None and not (self.queue and self.queue[0] is head):
                     self._idle()
-                if empty and self._closing and not self.queue:
-                    return
+                if empty and self.closing:
+                    if self._ended(self):
+                        return
+                    self.wake()
