@@ -235,6 +235,40 @@ def test_cut_again_and_again_with_everything_under_way(side: Side, proxy: Cuttin
         assert session.stats().reconnects >= 50
 
 
+def test_a_copy_from_a_session_that_was_cut_off(
+    side: Side, proxy: CuttingProxy, server: RunningServer
+) -> None:
+    """The program waits for the receiver only; somebody has to bring the sender back."""
+    with side.session(url(proxy)) as sender, side.session(server.url) as receiver:
+        values = sender.devices[0].arange(10_000)
+        side.do(values.get())
+        for _ in range(3):
+            proxy.cut()
+            copied = values.copy_to(receiver.devices[0])
+            assert np.array_equal(side.do(copied.get(timeout=10)), np.arange(10_000))
+
+
+def test_issuing_while_the_loop_is_coming_back(
+    proxy: CuttingProxy, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """The task that resumes is in its handshake, and the program issues ops until the credit is
+    out, which makes it resume by itself: only one of the two may go on."""
+    side = AsyncSide(loop_factory)
+    with side.session(url(proxy)) as session:
+        counter = Counter(session, side)
+        counter.run()
+        for _ in range(3):
+            proxy.delay = 0.03
+            proxy.cut()
+            side.do(asyncio.sleep(0.02))
+            counter.count(60_000)
+            proxy.delay = 0.0
+            counter.check()
+        assert_once(session, side, counter.expected + 1)
+        assert session.stats().credit_waits >= 3
+    side.close()
+
+
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_cuts_in_the_handshake_of_a_resume(
     side: Side, proxy: CuttingProxy, direction: Direction

@@ -82,6 +82,32 @@ def test_threads_with_sessions_of_their_own(server: RunningServer) -> None:
     in_threads(*[run] * 4)
 
 
+def test_a_thread_that_waits_long_does_not_hold_up_the_others(server: RunningServer) -> None:
+    """It is the one that receives for all of them."""
+    with gpuremote.connect_sync(server.url) as session:
+        device = session.devices[0]
+        numbers = slow(device, 10_000_000)
+        other = device.stream()
+        session.synchronize()
+        ordered = in_order(numbers)
+        session.flush()
+        ends: list[str] = []
+
+        def long() -> None:
+            ordered[:3].get()
+            ends.append("long")
+
+        def short() -> None:
+            with other:
+                assert device.arange(5).sum().get() == 10
+                x = device.put(pattern(1 << 20))
+                assert np.array_equal(x.get(), pattern(1 << 20))
+            ends.append("short")
+
+        in_threads(long, short)
+        assert ends == ["short", "long"]
+
+
 def test_sessions_are_closed_while_threads_use_them(server: RunningServer) -> None:
     """Each call ends, with values or with the error of a closed session."""
     for pause in (0.0, 0.003, 0.02, 0.05):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -22,7 +23,12 @@ def server() -> Iterator[RunningServer]:
 def side(
     request: pytest.FixtureRequest, loop_factory: Callable[[], asyncio.AbstractEventLoop]
 ) -> Iterator[Side]:
-    made: Side = AsyncSide(loop_factory) if request.param == "asyncio" else BlockingSide()
+    made: Side = BlockingSide()
+    if request.param == "asyncio":
+        made = looping = AsyncSide(loop_factory)
+        # One thread for all that blocks, and now, or a test would leave a second one behind.
+        looping.loop.set_default_executor(ThreadPoolExecutor(1))
+        looping.loop.run_until_complete(looping.loop.run_in_executor(None, int))
     yield made
     made.close()
 

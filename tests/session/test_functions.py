@@ -91,7 +91,7 @@ def test_functions(side: Side, device: Any, dtype: str) -> None:
 def test_reductions(side: Side, device: Any, name: str) -> None:
     """As methods and as functions; every dtype, or refused where NumPy refuses."""
     function = getattr(np, name)
-    for dtype in DTYPES:
+    for dtype in "?bHlefdF":
         pair = Pair(side, device, numbers((2, 3, 4), dtype, 1))
         for axis in AXES:
             for keepdims in (False, True):

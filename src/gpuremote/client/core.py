@@ -118,14 +118,18 @@ class Core(Issuer):
         """Issue a record that has an answer, and send everything up to it."""
         with self.lock:
             self._flush_after = NEVER
+            wait = Wait(0, kind, into)
             try:
-                number = self._record(op, values, name)
-            finally:
-                self._flush_after = 0
-            wait = Wait(number, kind, into)
-            self._waits[number] = wait
-            self.stats.round_trips[kind] += 1
-            self.flush()
+                try:
+                    wait.number = number = self._record(op, values, name)
+                finally:
+                    self._flush_after = 0
+                self._waits[number] = wait
+                self.stats.round_trips[kind] += 1
+                self.flush()
+            except BaseException:
+                self.cancel(wait)
+                raise
         if self._stalled:
             self._relieve()
         return wait
@@ -136,20 +140,31 @@ class Core(Issuer):
             if self._special:
                 self._prepare()
             number = self._next
+            peer = self.peer
+            wait = Wait(number, kind, into)
+            body = _pack_get(number, _GET, handle)
+            seq = 0
+            # As in ``flush``: no call before the record is in the buffer, or about to be posted.
+            self._waits[number] = wait
             self._next = number + 1
-            wait = self._waits[number] = Wait(number, kind, into)
-            self.stats.round_trips[kind] += 1
-            if self._buffer or self.dropped:
-                self._buffer += _pack_get(number, _GET, handle)[8:]
-                self.flush()
-            else:
-                self._first = number + 1
-                self.stats.batches += 1
-                peer = self.peer
-                peer.post(Kind.BATCH, _pack_get(number, _GET, handle))
-                connection = peer.connection
-                if connection is None or connection.pending_output or peer.credit <= 0:
-                    self._posted()
+            try:
+                if self._buffer or self.dropped:
+                    self._buffer += body[8:]
+                    self.flush()
+                else:
+                    self._first = number + 1
+                    seq = peer.sent + 1
+                    peer.post(Kind.BATCH, body)
+                    self.stats.batches += 1
+                    connection = peer.connection
+                    if connection is None or connection.pending_output or peer.credit <= 0:
+                        self._posted()
+                self.stats.round_trips[kind] += 1
+            except BaseException:
+                if seq:
+                    peer.interrupted(seq, body)
+                self.cancel(wait)
+                raise
         if self._stalled:
             self._relieve()
         return wait
@@ -184,8 +199,12 @@ class Core(Issuer):
             while self.dropped:  # the server makes room for a PUT when it comes, not in its turn
                 self._free_dropped()
             numbers = []
-            for start in range(0, len(items), GROUP):
-                numbers += self._put_group(items[start : start + GROUP], wait, entries)
+            try:
+                for start in range(0, len(items), GROUP):
+                    numbers += self._put_group(items[start : start + GROUP], wait, entries)
+            except BaseException:
+                self.cancel(wait)
+                raise
             self._posted()
         if self._stalled:
             self._relieve()
@@ -245,10 +264,10 @@ class Core(Issuer):
 
     def on_message(self, kind: int, arg: int, body: memoryview) -> None:
         if kind == _RESULT:
-            wait = self._waits.pop(_unpack_number(body)[0], None) if len(body) >= 8 else None
-            if wait is None:
-                raise ProtocolError("a RESULT that nobody asked for")
-            if wait.cancelled:
+            number = _unpack_number(body)[0] if len(body) >= 8 else self._next
+            wait = self._waits.pop(number, None)
+            if wait is None or wait.cancelled:
+                self._check_asked(number)
                 return
             into = wait.into
             if arg == _BYTES and into is not None and into.nbytes == len(body) - 8:
@@ -275,6 +294,11 @@ class Core(Issuer):
         else:
             raise ProtocolError(f"a server does not send messages of kind {kind}")
 
+    def _check_asked(self, number: int) -> None:
+        """An answer that nobody waits for is to a question that Ctrl-C or a timeout ended."""
+        if number >= self._next:
+            raise ProtocolError("a RESULT that nobody asked for")
+
     def on_payload(
         self, kind: int, arg: int, body: memoryview, sizes: tuple[int, ...]
     ) -> tuple[Sequence[memoryview], object] | None:
@@ -282,10 +306,9 @@ class Core(Issuer):
             raise ProtocolError("a payload that is no RESULT")
         number = NUMBER.unpack_from(body)[0]
         wait = self._waits.get(number)
-        if wait is None:
-            raise ProtocolError("a RESULT that nobody asked for")
-        if wait.cancelled or wait.into is None:
-            del self._waits[number]
+        if wait is None or wait.cancelled or wait.into is None:
+            self._check_asked(number)
+            self._waits.pop(number, None)
             return None
         if wait.into.nbytes != sizes[0]:
             raise ProtocolError(f"{sizes[0]} bytes came for an array of {wait.into.nbytes}")
@@ -481,6 +504,7 @@ def _disown() -> None:
         # Not aborted: a shutdown would end the parent's connection as well.
         core.peer.connection = None
         core.on_output = _nothing
+        core._farewell.finish()  # nobody will say it
         core._stop(SessionLost("this session belongs to the process that was forked"))
 
 

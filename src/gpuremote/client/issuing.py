@@ -15,7 +15,7 @@ from gpuremote._clock import now_ns
 from gpuremote.client.current import current_stream
 from gpuremote.client.origin import Origin, caller, take
 from gpuremote.client.stats import SessionStats
-from gpuremote.errors import GpuRemoteError
+from gpuremote.errors import GpuRemoteError, LimitExceeded
 from gpuremote.ops.meta import Meta, MetaTable
 from gpuremote.ops.plan import Plan, define, encode_definition
 from gpuremote.ops.spec import OpSpec
@@ -92,6 +92,7 @@ class Issuer:
         self._special = sync
         """Whether an op has to look at any of dead, sync, streams, stalled: one test for all."""
         self._stream = 0
+        self._held = {Op.STREAM_DROP: 0, Op.EVENT_DROP: 0}
         self._depth = depth
         self._next = 1
         self._next_plan = FIRST_PLAN
@@ -192,6 +193,23 @@ class Issuer:
             self.stats.plans += 1
         return plan
 
+    def claim(self, drop: Op, most: int, what: str) -> None:
+        """Count one more stream or event (``drop`` is the record that gives it back).
+
+        Raises
+        ------
+        LimitExceeded
+            There are as many as a session may have.
+        """
+        with self.lock:
+            if self._held[drop] >= most:
+                self._drop_streams()
+            if self._held[drop] >= most:
+                raise LimitExceeded(
+                    f"this session has {most} {what} already, the most there may be: drop some"
+                )
+            self._held[drop] += 1
+
     def use_streams(self) -> None:
         """From now on look at the current stream with every op."""
         with self.lock:
@@ -203,8 +221,9 @@ class Issuer:
         if self._streams:
             wanted = current_stream.get(_NO_STREAM).get(id(self), 0)
             if wanted != self._stream:
+                record = fixed_record(Op.STREAM_USE, wanted)
                 self._stream = wanted
-                self._buffer += fixed_record(Op.STREAM_USE, wanted)
+                self._buffer += record
                 self._next += 1
 
     def _follow_up(self) -> None:
@@ -239,8 +258,18 @@ class Issuer:
                 buffer = self._buffer
                 if not buffer:
                     return
-                first, self._first = self._first, self._next
-                self._buffer = bytearray()
+                peer = self.peer
+                body = _pack_number(self._first) + buffer
+                seq, fresh = peer.sent + 1, bytearray()
+                # No call stands between these lines (nor where a record gets its number): Ctrl-C
+                # comes before all of them or after.
+                self._first = self._next
+                self._buffer = fresh
+                try:
+                    peer.post(Kind.BATCH, body)
+                except BaseException:
+                    peer.interrupted(seq, body)
+                    raise
                 if self._origins:
                     self._kept.append((self._next - 1, self._origins))
                     self.stats.ops += len(self._origins) - self._named
@@ -249,8 +278,6 @@ class Issuer:
                 self._told = False
                 self._flush_after = now_ns() + pause
                 self.stats.batches += 1
-                peer = self.peer
-                peer.post(Kind.BATCH, _pack_number(first) + buffer)
                 connection = peer.connection
                 if connection is None or connection.pending_output or peer.credit <= 0:
                     self._posted()
@@ -271,6 +298,7 @@ class Issuer:
                 ident = queue.popleft()
                 if op is Op.STREAM_DROP and ident == self._stream:
                     self._stream = 0  # the server falls back to the default stream as well
+                self._held[op] -= 1
                 self._buffer += fixed_record(op, ident)
                 self._next += 1
 

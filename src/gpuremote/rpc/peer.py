@@ -149,6 +149,8 @@ class Peer:
         While True no more credit is granted (the owner has a backlog).
     on_lost : callable
         Called with a connection that is about to be aborted, while its descriptor is open.
+    sent : int
+        Number of the latest reliable message.
     messages_sent, messages_received : int
         Over the life of the session, control messages included.
     """
@@ -164,7 +166,7 @@ class Peer:
         self._sink = sink
         self.lock = lock
         # Sending side.
-        self._sent = 0
+        self.sent = 0
         self._plain: deque[Plain] = deque()
         self._bulk: dict[int, Entry] = {}
         self._limit = WINDOW_BYTES
@@ -193,7 +195,7 @@ class Peer:
 
     def post(self, kind: Kind, body: BytesLike, arg: int = 0, flags: int = 0) -> None:
         """Send a reliable message. ``body`` must not be changed afterwards."""
-        seq = self._sent = self._sent + 1
+        seq = self.sent = self.sent + 1
         self._plain.append((seq, kind, flags, arg, body))
         self.credit -= _PREFIX + len(body)
         connection = self.connection
@@ -221,12 +223,28 @@ class Peer:
         on_delivered : callable, optional
             Called, with the lock held, when the other end has the message and its payload.
         """
-        seq = self._sent = self._sent + 1
-        entry = self._bulk[seq] = Entry(seq, kind, arg, body, regions, on_delivered)
-        self.credit -= _PREFIX + len(body)
-        if self.connection is not None:
-            self._transmit(entry)
+        entry = Entry(self.sent + 1, kind, arg, body, regions, on_delivered)
+        self.sent = entry.seq
+        self._bulk[entry.seq] = entry
+        try:
+            self.credit -= _PREFIX + len(body)
+            if self.connection is not None:
+                self._transmit(entry)
+        except BaseException:
+            # Ctrl-C: nobody will take it back, and what follows must not overtake it.
+            entry.cancelled = True
+            entry.regions = ()
+            self.lost(ConnectionLost("aborted: interrupted while a message was being sent"))
+            raise
         return entry
+
+    def interrupted(self, seq: int, body: BytesLike) -> None:
+        """Ctrl-C hit while batch ``seq`` was being posted: see to it that it is sent, once."""
+        if self.sent < seq:
+            self.post(Kind.BATCH, body)
+        elif self.connection is not None:
+            # Whether the connection was given it nobody knows; the next one begins with receipts.
+            self.lost(ConnectionLost("aborted: interrupted while a message was being sent"))
 
     def control(self, kind: Kind, body: bytes = b"", arg: int = 0) -> None:
         """Send an unreliable message; dropped where there is no connection."""
@@ -264,7 +282,6 @@ class Peer:
         entry.cancelled = True
         entry.regions = ()
         if entry.started and self.connection is not None:
-            self.connection.abort()
             self.lost(ConnectionLost("aborted: a transfer was cancelled while it was on its way"))
 
     def _transmit(self, entry: Entry) -> None:
@@ -311,8 +328,8 @@ class Peer:
             raise ProtocolError(f"a message of {len(header)} bytes, shorter than its header")
         kind, flags, _, arg, seq, ack = _unpack(header)
         self.messages_received += 1
-        if ack > self._sent:
-            raise ProtocolError(f"message {ack} was acknowledged and {self._sent} were sent")
+        if ack > self.sent:
+            raise ProtocolError(f"message {ack} was acknowledged and {self.sent} were sent")
         plain = self._plain
         while plain and plain[0][0] <= ack:
             plain.popleft()
@@ -516,8 +533,8 @@ class Peer:
         ProtocolError
             The other end claims to have what was never sent.
         """
-        if theirs.seen > self._sent:
-            raise ProtocolError(f"the peer claims message {theirs.seen} and {self._sent} were sent")
+        if theirs.seen > self.sent:
+            raise ProtocolError(f"the peer claims message {theirs.seen} and {self.sent} were sent")
         offsets = dict(theirs.partial)
         self.connection = connection
         self.failure = None
