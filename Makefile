@@ -15,6 +15,8 @@ BENCH_ARGS ?=
 LOOPLESS := $(addprefix --ignore=tests/,ops backend wire cli test_docs.py test_examples.py \
 	test_structure.py test_config.py test_benchmarks.py)
 
+NATIVE := $(wildcard src/gpuremote/native/*)
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Asked only when the virtual environment has to be made. Each candidate is run: a version
@@ -73,17 +75,17 @@ $(VENV)/.stamp-venv:
 	"$$python" -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.stamp-demo: pyproject.toml | $(VENV)/.stamp-venv
+$(VENV)/.stamp-demo: pyproject.toml $(NATIVE) | $(VENV)/.stamp-venv
 	@echo "== setup: gpuremote and what the demo needs"
 	@$(PIP) install -e '.[demo]'
 	@touch $@
 
-$(VENV)/.stamp-bench: pyproject.toml | $(VENV)/.stamp-venv
+$(VENV)/.stamp-bench: pyproject.toml $(NATIVE) | $(VENV)/.stamp-venv
 	@echo "== setup: gpuremote and what the benchmarks need"
 	@$(PIP) install -e '.[bench]'
 	@touch $@
 
-$(VENV)/.stamp-test: pyproject.toml | $(VENV)/.stamp-venv
+$(VENV)/.stamp-test: pyproject.toml $(NATIVE) | $(VENV)/.stamp-venv
 	@echo "== setup: PyTorch for the tests ($(TORCH); large, downloaded once)"
 	@$(PIP) install '$(TORCH)'
 	@echo "== setup: gpuremote and what the tests need"

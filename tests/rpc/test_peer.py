@@ -98,7 +98,7 @@ def test_messages_and_payloads_arrive_in_order() -> None:
     connect(a, b)
     data = random.Random(1).randbytes(3 << 20)
     delivered = []
-    a.peer.post(Kind.BATCH, b"one", arg=1)
+    a.peer.post(Kind.BATCH, b"one", 1)
     a.peer.post_payload(
         Kind.PAYLOAD, b"two", [Region(data)], on_delivered=lambda: delivered.append(2)
     )

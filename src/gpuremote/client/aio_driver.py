@@ -35,7 +35,7 @@ class AsyncDriver:
         self.core = core
         self.link = link
         self._loop = asyncio.get_running_loop()
-        self._dispatch = core.peer.dispatch
+        self._take = core.peer.take
         core.new_future = self._loop.create_future
         self._watched: Connection | None = None
         self._fd = -1
@@ -135,12 +135,7 @@ class AsyncDriver:
         if connection is None:
             return
         try:
-            incoming = connection.receive()
-            if incoming is not None:
-                self._dispatch(incoming, connection)
-                if connection.buffered:
-                    self._read_on(connection)
-            else:
+            if not self._take(connection) or connection.buffered:
                 self._read_on(connection)
         except ConnectionLost as error:
             self.core.peer.lost(error)
@@ -151,16 +146,14 @@ class AsyncDriver:
 
     def _read_on(self, connection: Connection) -> None:
         """Take in what else is there, up to a bound; the loop calls again for the rest."""
-        stats = connection.stats
-        limit = stats.bytes_received + BYTES_PER_TURN
+        received = connection.stats.bytes_received
+        limit = received + BYTES_PER_TURN
         for _ in range(MESSAGES_PER_TURN):
-            before = stats.bytes_received
-            incoming = connection.receive()
-            if incoming is not None:
-                self.core.peer.dispatch(incoming, connection)
+            before = received
+            if self._take(connection):
                 if not connection.buffered:
                     return
-            elif stats.bytes_received == before or stats.bytes_received > limit:
+            elif (received := connection.stats.bytes_received) == before or received > limit:
                 return
         if connection.buffered:
             self._loop.call_soon(self._readable)

@@ -92,11 +92,8 @@ class BlockingDriver:
             return
         try:
             while not wait.done:
-                incoming = connection.receive(SLICE)
-                if incoming is None:
+                if not peer.take(connection, SLICE):
                     return
-                with core.lock:
-                    peer.dispatch(incoming, connection)
         except ConnectionLost as error:
             self._lost(connection, error)
         except ProtocolError as error:
@@ -201,12 +198,11 @@ class BlockingDriver:
             wait = 0.0
         else:
             wait = SLICE
-        incoming = connection.receive(wait)
-        self._receives += 1
-        if incoming is not None:
-            with core.lock:
-                core.peer.dispatch(incoming, connection)
-        elif core.sources or core.deferred:
+        try:
+            taken = core.peer.take(connection, wait)
+        finally:
+            self._receives += 1
+        if not taken and (core.sources or core.deferred):
             self._tend()
 
     def _poll_once(self, connection: Connection, seconds: float) -> None:
@@ -238,9 +234,8 @@ class BlockingDriver:
             if connection is None:
                 self._resume(_clock.now() + SHORT)
                 return
-            while (incoming := connection.receive(0.0)) is not None:
-                with self.core.lock:
-                    self.core.peer.dispatch(incoming, connection)
+            while self.core.peer.take(connection):
+                pass
         except ConnectionLost as error:
             assert connection is not None
             self._lost(connection, error)

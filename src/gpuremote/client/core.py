@@ -92,6 +92,7 @@ class Core(Issuer):
         self.sources: weakref.WeakSet[Core] = weakref.WeakSet()
         self._linked: dict[int, tuple[Core, int]] = {}
         self._waits: dict[int, Wait] = {}
+        self.peer.waits = self._waits
         self._failures: dict[int, GpuRemoteError] = {}
         self._more_failures = 0
         self._farewell = Wait(0, "close")
@@ -426,7 +427,8 @@ class Core(Issuer):
             error.peer = error.peer or self.peer_name
             # Copies: an error that was raised holds the frames it passed, and their buffers.
             self._stop(copy.copy(error))
-            waits, self._waits = self._waits, {}
+            waits = dict(self._waits)
+            self._waits.clear()
             linked, self._linked = self._linked, {}
             self.peer.forget()
             self._farewell.finish()
@@ -480,6 +482,7 @@ class Core(Issuer):
             found.ops += len(self._origins) - self._named
             found.messages_sent = self.peer.messages_sent
             found.messages_received = self.peer.messages_received
+            found.payload_copied += self.peer.copied
             if self.peer.connection is not None:
                 _add(found, self.peer.connection)
         return found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from gpuremote._speed import native
 
 __all__ = ["Wait"]
 
 
-class Wait:
+class PythonWait:
     """One answer that the program waits for.
 
     Attributes
@@ -76,3 +78,8 @@ class Wait:
         if self.error is not None:
             raise self.take_error()
         return self.value
+
+
+Wait = PythonWait
+if not TYPE_CHECKING and native is not None:
+    Wait = native.Wait

@@ -19,6 +19,7 @@ from typing import Final, Protocol
 
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost, LimitExceeded, ProtocolError
+from gpuremote.rpc.lane import Lane, Plain
 from gpuremote.transport.base import Connection, Incoming, Region
 from gpuremote.wire.caps import (
     ACK_BYTES,
@@ -72,10 +73,6 @@ class Sink(Protocol):
         """The number to report as executed."""
 
 
-Plain = tuple[int, int, int, int, BytesLike]
-"""A message without payload that is kept: seq, kind, flags, arg, body."""
-
-
 class Entry:
     """A message with a payload that this side sent and keeps until the other end has it.
 
@@ -127,7 +124,7 @@ class _Arriving:
         return self.base + (self.incoming.received if self.incoming is not None else 0)
 
 
-class Peer:
+class Peer(Lane):
     """One end of a session.
 
     Parameters
@@ -153,10 +150,15 @@ class Peer:
         Number of the latest reliable message.
     messages_sent, messages_received : int
         Over the life of the session, control messages included.
+    arriving : dict of int to object
+        Messages whose payload is on its way to this side.
     """
 
+    arriving: dict[int, _Arriving]
+    _bulk: dict[int, Entry]
+
     def __init__(self, sink: Sink, lock: threading.RLock) -> None:
-        self.connection: Connection | None = None
+        self.connection = None
         self.failure: BaseException | None = None
         self.credit = WINDOW_BYTES
         self.held = False
@@ -165,19 +167,22 @@ class Peer:
         self.messages_received = 0
         self._sink = sink
         self.lock = lock
+        self.waits = None
+        self.copied = 0
         # Sending side.
         self.sent = 0
-        self._plain: deque[Plain] = deque()
-        self._bulk: dict[int, Entry] = {}
+        self._plain = deque()
+        self._bulk = {}
         self._limit = WINDOW_BYTES
         # Receiving side.
         self._seen = 0
         self._complete = 0
-        self.arriving: dict[int, _Arriving] = {}
-        """Messages whose payload is on its way to this side."""
+        self.arriving = {}
         self._got = 0
         self._granted = WINDOW_BYTES
         self._unreported = 0
+        self._ack_after = ACK_MESSAGES
+        self._low_credit = _LOW_CREDIT
         self._delivered: list[int] = []
         self._last_pong = 0
 
@@ -192,19 +197,6 @@ class Peer:
     def bulk_in_flight(self) -> int:
         """Messages with payload that the other end has not got completely."""
         return len(self._bulk)
-
-    def post(self, kind: Kind, body: BytesLike, arg: int = 0, flags: int = 0) -> None:
-        """Send a reliable message. ``body`` must not be changed afterwards."""
-        seq = self.sent = self.sent + 1
-        self._plain.append((seq, kind, flags, arg, body))
-        self.credit -= _PREFIX + len(body)
-        connection = self.connection
-        if connection is not None:
-            self.messages_sent += 1
-            try:
-                connection.send(_pack(kind, flags, 0, arg, seq, self._complete) + body)
-            except ConnectionLost as error:
-                self.lost(error)
 
     def post_payload(
         self,

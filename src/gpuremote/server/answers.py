@@ -38,14 +38,14 @@ class Answers:
     def info(self, number: int, value: Any) -> None:
         """Answer record ``number`` with plain values."""
         body = NUMBER.pack(number) + pack_info(value)
-        self._session.peer.post(Kind.RESULT, body, arg=ResultForm.INFO)
+        self._session.peer.post(Kind.RESULT, body, ResultForm.INFO)
 
     def goodbye(self) -> None:
         self._session.peer.post(Kind.GOODBYE, pack_info([0, ""]))
 
     def notice(self, event: str, **details: Any) -> None:
         body = pack_info({"event": event, **details})
-        self._session.peer.post(Kind.NOTICE, body, flags=IGNORABLE)
+        self._session.peer.post(Kind.NOTICE, body, 0, IGNORABLE)
 
     def send_meta(self, number: int, slot: Slot) -> object:
         """Item: answer with shape and dtype."""
@@ -93,7 +93,7 @@ class Answers:
             if slot.meta.nbytes <= INLINE_PAYLOAD:
                 body = head + session.backend.small_bytes(slot.value)
                 with session.lock:
-                    peer.post(Kind.RESULT, body, arg=ResultForm.BYTES)
+                    peer.post(Kind.RESULT, body, ResultForm.BYTES)
                 return None
             view, private = session.backend.send_view(slot.value)
             if private:

@@ -41,6 +41,7 @@ from gpuremote.transport._sockets import (
     open_tcp,
     tune,
 )
+from gpuremote.transport._stream import NOW, Stream
 from gpuremote.transport.base import Connection, Incoming, Region, TransportStats, flat_view
 
 __all__ = ["MAX_HEADER", "MAX_REGIONS", "TcpConnection", "join_address", "open_tcp", "pair", "tune"]
@@ -51,22 +52,14 @@ BUFFER: Final = 256 << 10
 """Bytes of the receive buffer for headers."""
 IDLE: Final = 64 << 10
 """Bytes asked for when no message is under way; what of it is payload has to be copied."""
-SMALL: Final = 16 << 10
-"""Header bytes up to which a message goes out joined with its frame, in one plain send."""
 BLOCKING_WAIT: Final = 1.0
 """Seconds that a plain blocking receive waits."""
 
 _PREFIX: Final = FRAME.size
-_NOW: Final = int(socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0))
-
-_pack = FRAME.pack
 _unpack_from = FRAME.unpack_from
-_whole_from = struct.Struct("<Q").unpack_from
-_PLAIN: Final = MESSAGE << 32
-"""The frame of an empty MESSAGE as one number; the length adds to it."""
 
 
-class TcpConnection(Connection):
+class TcpConnection(Stream, Connection):
     """A connection over a connected stream socket, which it owns from now on.
 
     Parameters
@@ -94,6 +87,7 @@ class TcpConnection(Connection):
         self.reason = reason
         self.local_address, self.peer_address = addresses(sock)
         self._sock = sock
+        self._fd = sock.fileno()
         self._blocking = blocking
         if blocking:
             sock.settimeout(None)
@@ -116,6 +110,7 @@ class TcpConnection(Connection):
         self._plain = True  # nothing is under way: the next bytes begin a frame
         self._poll: select.poll | None = None
         self._rx = memoryview(bytearray(BUFFER))
+        self._idle = IDLE
         self._rx_idle = self._rx[:IDLE]
         self._rx_prefix = self._rx[:_PREFIX]
         self._start = 0  # what the buffer holds begins here
@@ -136,18 +131,6 @@ class TcpConnection(Connection):
         if descriptor < 0:
             raise self._gone()
         return descriptor
-
-    @property
-    def pending_output(self) -> bool:
-        return self._outbox.pending
-
-    @property
-    def buffered(self) -> bool:
-        return self._start != self._end
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
 
     def describe(self) -> dict[str, object]:
         return {**super().describe(), "congestion": congestion.current(self._sock)}
@@ -215,7 +198,7 @@ class TcpConnection(Connection):
 
     # -- sending -------------------------------------------------------------------------------
 
-    def send(
+    def _send(
         self,
         header: BytesLike,
         regions: Sequence[Region] = (),
@@ -224,43 +207,6 @@ class TcpConnection(Connection):
         if type(header) is memoryview:
             header = flat_view(header)
         size = len(header)
-        outbox = self._outbox
-        if regions or size > SMALL or outbox.pending or self._calling:
-            self._send_queued(header, size, regions, done)
-            return
-        self._tx_busy = True
-        try:
-            if self._closed:
-                raise self._gone()
-            try:
-                sent = self._sock.send(_pack(size, MESSAGE, 0, 0) + header, _NOW)
-            except BlockingIOError:
-                sent = 0
-            if sent != size + _PREFIX:
-                outbox.add_rest(header, size, sent, done)
-                done = None
-        except BaseException as error:
-            raise self._broken(error) from None
-        finally:
-            self._tx_busy = False
-            if self._closed:
-                self._release()
-        stats = self.stats
-        stats.sends += 1
-        stats.messages_sent += 1
-        stats.bytes_sent += sent
-        if done is not None:
-            self._call([done])
-            if outbox.pending:
-                self._pump()
-
-    def _send_queued(
-        self,
-        header: BytesLike,
-        size: int,
-        regions: Sequence[Region],
-        done: Callable[[], None] | None,
-    ) -> None:
         if size > MAX_HEADER:
             raise LimitExceeded(f"a message header of {size} bytes; at most {MAX_HEADER} are sent")
         if self._tx_failure is not None:
@@ -278,6 +224,9 @@ class TcpConnection(Connection):
         # long queue slow.
         if not waiting and not self._calling:
             self._pump()
+
+    def _left(self, header: BytesLike, sent: int) -> None:
+        self._outbox.add_rest(header, len(header), sent, None)
 
     def flush(self) -> bool:
         if self._tx_failure is not None:
@@ -301,9 +250,9 @@ class TcpConnection(Connection):
                 stats.sends += 1
                 try:
                     if len(run) > 1:
-                        sent = self._sock.sendmsg(run, (), _NOW)
+                        sent = self._sock.sendmsg(run, (), NOW)
                     else:
-                        sent = self._sock.send(run[0], _NOW)
+                        sent = self._sock.send(run[0], NOW)
                 except BlockingIOError:
                     sent = 0
                 payload, done = outbox.sent(sent)
@@ -346,36 +295,6 @@ class TcpConnection(Connection):
         return self._tx_failure
 
     # -- receiving -----------------------------------------------------------------------------
-
-    def receive(self, wait: float = 0.0) -> Incoming | None:
-        self._rx_busy = True
-        try:
-            if self._closed:
-                raise self._gone()
-            if not self._plain or (wait and (wait < 0.5 or not self._blocking)):
-                return self._receive(wait)
-            # The common case, spelled out: one small message, waited for or there already.
-            try:
-                end = self._sock.recv_into(self._rx_idle, 0, 0 if wait else _NOW)
-            except BlockingIOError:
-                return None
-            stats = self.stats
-            stats.receives += 1
-            stats.bytes_received += end
-            if end > _PREFIX and _whole_from(self._rx)[0] == end - _PREFIX + _PLAIN:
-                stats.messages_received += 1
-                return Message(self._rx[_PREFIX:end])
-            if not end:
-                raise self._ended()
-            self._end = end
-            self._plain = False
-            return self._parse()
-        except BaseException as error:
-            raise self._failed(error) from None
-        finally:
-            self._rx_busy = False
-            if self._closed:
-                self._release()
 
     def _receive(self, wait: float) -> Incoming | None:
         if self._rx_failure is not None:
@@ -437,7 +356,7 @@ class TcpConnection(Connection):
             return self._read_payload(target) or (
                 wait > 0 and self._ready(wait) and self._read_payload(target)
             )
-        flags = _NOW
+        flags = NOW
         if wait > 0:
             if wait >= 0.5 and self._blocking:
                 flags = 0
@@ -494,7 +413,7 @@ class TcpConnection(Connection):
                 more = target.left > chunk or len(self._channels) > 1
                 targets.append(self._rx_prefix if more else self._rx_idle)
             stats.receives += 1
-            count = self._sock.recvmsg_into(targets, 0, _NOW)[0]
+            count = self._sock.recvmsg_into(targets, 0, NOW)[0]
         except BlockingIOError:
             return False
         finally:
@@ -577,6 +496,9 @@ class TcpConnection(Connection):
         finally:
             self._rx_touching = 0
         self._account(target, count)
+
+    def _whole(self, end: int) -> Message:
+        return Message(self._rx[_PREFIX:end])
 
     def _message(self, frame: tuple[int, int, int, int], body: memoryview) -> Incoming:
         _, kind, _, channel = frame

@@ -1,0 +1,81 @@
+/* gpuremote._native: what every small message goes through, in C.
+
+   A call that waits for a few bytes costs some 20 µs in the kernel; the same steps in Python
+   cost twice that, as their code is cold after each switch to another process. This module
+   holds the common case of four steps and nothing else: everything rare is left to the Python
+   method named beside it. Each type has a twin in Python, which is used where this module was
+   not built and which says what the steps mean:
+
+       Stream  gpuremote.transport._stream
+       Lane    gpuremote.rpc.lane
+       Wait    gpuremote.client.waits
+
+   No code here runs without the interpreter lock, apart from a receive that waits, so that a
+   step is one step for other threads and for signals. */
+
+#ifndef GPUREMOTE_NATIVE_H
+#define GPUREMOTE_NATIVE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+/* transport._framing: length u32, kind u8 (MESSAGE = 1), flags u8, channel u16. */
+#define FRAME 8
+#define PLAIN ((uint64_t)1 << 32)
+/* wire.frames: kind u8, flags u8, reserved u16, arg u32, seq u64, ack u64. */
+#define HEADER 24
+/* Messages up to this size, frame and all, are put together on the stack. */
+#define SMALL 4096
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *stats;  /* TransportStats, less what is counted below */
+    PyObject *outbox; /* has an attribute ``pending`` */
+    PyObject *rx;     /* memoryview of the receive buffer */
+    Py_ssize_t idle;  /* bytes to ask for when nothing is under way */
+    Py_ssize_t start, end;
+    int fd;
+    char blocking, closed, plain, calling, rx_busy, tx_busy;
+    long long sends, receives, messages_sent, messages_received, bytes_sent, bytes_received;
+} Stream;
+
+/* Names of attributes and methods, as Python objects: name_append, name_done, ... */
+#define NAMES(X) \
+    X(_broken) X(_ended) X(_failed) X(_finish) X(_gone) X(_left) X(_parse) X(_receive) \
+    X(_release) X(_report_if_due) X(_send) X(_settle_up_to) X(_whole) X(abort) X(acquire) \
+    X(append) X(dispatch) X(done) X(lost) X(on_message) X(pending) X(popleft) X(receive) \
+    X(release) X(send) X(set_result)
+#define DECLARE(name) extern PyObject *name_##name;
+NAMES(DECLARE)
+#undef DECLARE
+
+enum taken { FAILED = -1, NOTHING, MESSAGE, OTHER };
+
+extern PyTypeObject *Stream_Type, *Lane_Type, *Wait_Type;
+extern PyType_Spec stream_spec, lane_spec, wait_spec;
+
+/* Receive once. MESSAGE: one message without payload and nothing else is in the buffer, *size
+   bytes with its frame. OTHER: *other is what Stream._receive or _parse gave (None: nothing
+   yet). FAILED: an exception is set. */
+enum taken stream_take(Stream *stream, double wait, Py_ssize_t *size, PyObject **other);
+
+/* What _take called MESSAGE as a transport.base.Incoming, or NULL. */
+PyObject *stream_whole(Stream *stream, Py_ssize_t size);
+
+/* Whether stream_put may be used: nothing is queued, and the connection is open. -1: error. */
+int stream_clear(Stream *stream);
+
+/* Send a message whose frame is the first FRAME bytes of data (filled in here). -1: error. */
+int stream_put(Stream *stream, char *data, Py_ssize_t total);
+
+/* If ``wait`` is a Wait for exactly these bytes: put them in place (1), else 0. */
+int wait_takes(PyObject *wait, const char *data, Py_ssize_t size);
+
+/* Tell whoever waits that it is done. -1: error. */
+int wait_finish(PyObject *wait);
+
+/* Call a method with the given arguments (NULL at their end), whose result does not matter. */
+int tell(PyObject *object, PyObject *name, ...);
+
+#endif

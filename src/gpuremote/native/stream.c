@@ -1,0 +1,353 @@
+/* Stream: sends and receives small messages on a socket. Twin: gpuremote.transport._stream. */
+
+#include "native.h"
+
+#include <errno.h>
+#include <sys/socket.h>
+
+PyTypeObject *Stream_Type;
+
+static int stream_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Stream *s = (Stream *)self;
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(s->stats);
+    Py_VISIT(s->outbox);
+    Py_VISIT(s->rx);
+    return 0;
+}
+
+static int stream_clear_references(PyObject *self)
+{
+    Stream *s = (Stream *)self;
+    Py_CLEAR(s->stats);
+    Py_CLEAR(s->outbox);
+    Py_CLEAR(s->rx);
+    return 0;
+}
+
+static void stream_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    stream_clear_references(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+/* Set the exception that ``method`` gives. */
+static void raise_given(PyObject *self, PyObject *method)
+{
+    PyObject *error = PyObject_CallMethodNoArgs(self, method);
+    if (error != NULL) {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        Py_DECREF(error);
+    }
+}
+
+/* Replace the exception that is set by what ``method`` makes of it. */
+static void reword(PyObject *self, PyObject *method)
+{
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
+    PyErr_NormalizeException(&type, &error, &traceback);
+    if (traceback != NULL)
+        PyException_SetTraceback(error, traceback);
+    PyObject *given = PyObject_CallMethodOneArg(self, method, error);
+    if (given == error)
+        PyErr_Restore(Py_NewRef(type), Py_NewRef(error), Py_XNewRef(traceback));
+    else if (given != NULL)
+        PyErr_SetObject((PyObject *)Py_TYPE(given), given);
+    Py_XDECREF(given);
+    Py_XDECREF(type);
+    Py_XDECREF(error);
+    Py_XDECREF(traceback);
+}
+
+/* As a step ends: another thread may have closed the connection, and left the rest to this one. */
+static int leave(Stream *s)
+{
+    if (!s->closed)
+        return 0;
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
+    int failed = tell((PyObject *)s, name__release, NULL);
+    if (type != NULL) {
+        if (failed)
+            PyErr_Clear();
+        PyErr_Restore(type, error, traceback);
+    }
+    return failed;
+}
+
+enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **other)
+{
+    PyObject *self = (PyObject *)s;
+    enum taken found = FAILED;
+    s->rx_busy = 1;
+    if (s->closed) {
+        raise_given(self, name__gone);
+        goto over;
+    }
+    if (!s->plain || (wait > 0 && (wait < 0.5 || !s->blocking))) {
+        PyObject *seconds = PyFloat_FromDouble(wait);
+        *other = seconds == NULL ? NULL : PyObject_CallMethodOneArg(self, name__receive, seconds);
+        Py_XDECREF(seconds);
+        found = *other == NULL ? FAILED : OTHER;
+        goto over;
+    }
+    if (s->rx == NULL || !PyMemoryView_Check(s->rx)) {
+        PyErr_SetString(PyExc_TypeError, "there is no receive buffer");
+        goto over;
+    }
+    Py_buffer *buffer = PyMemoryView_GET_BUFFER(s->rx);
+    Py_ssize_t room = s->idle < buffer->len ? s->idle : buffer->len;
+    Py_ssize_t count;
+    int reason;
+    do {
+        if (wait > 0) {
+            Py_BEGIN_ALLOW_THREADS;
+            count = recv(s->fd, buffer->buf, (size_t)room, 0);
+            reason = errno;
+            Py_END_ALLOW_THREADS;
+        }
+        else {
+            count = recv(s->fd, buffer->buf, (size_t)room, MSG_DONTWAIT);
+            reason = errno;
+        }
+        if (count < 0 && reason == EINTR && PyErr_CheckSignals() < 0)
+            /* Nothing came: whatever the signal raised, the connection is as good as before. */
+            goto unchanged;
+    } while (count < 0 && reason == EINTR);
+    if (count < 0) {
+        if (reason == EAGAIN || reason == EWOULDBLOCK) {
+            found = NOTHING;
+            goto unchanged;
+        }
+        errno = reason;
+        PyErr_SetFromErrno(PyExc_OSError);
+        goto over;
+    }
+    s->receives++;
+    s->bytes_received += count;
+    uint64_t frame = 0;
+    if (count > FRAME)
+        memcpy(&frame, buffer->buf, FRAME);
+    if (frame == PLAIN + (uint64_t)(count - FRAME)) {
+        s->messages_received++;
+        *size = count;
+        found = MESSAGE;
+    }
+    else if (count == 0)
+        raise_given(self, name__ended);
+    else {
+        s->end = count;
+        s->plain = 0;
+        *other = PyObject_CallMethodNoArgs(self, name__parse);
+        found = *other == NULL ? FAILED : OTHER;
+    }
+over:
+    if (found == FAILED)
+        reword(self, name__failed);
+unchanged:
+    s->rx_busy = 0;
+    if (leave(s) < 0 && found != FAILED) {
+        if (found == OTHER)
+            Py_CLEAR(*other);
+        found = FAILED;
+    }
+    return found;
+}
+
+PyObject *stream_whole(Stream *s, Py_ssize_t size)
+{
+    PyObject *end = PyLong_FromSsize_t(size);
+    PyObject *message =
+        end == NULL ? NULL : PyObject_CallMethodOneArg((PyObject *)s, name__whole, end);
+    Py_XDECREF(end);
+    return message;
+}
+
+int stream_clear(Stream *s)
+{
+    if (s->closed || s->calling || s->tx_busy)
+        return 0;
+    PyObject *waiting = s->outbox == NULL ? NULL : PyObject_GetAttr(s->outbox, name_pending);
+    if (waiting == NULL)
+        return s->outbox == NULL ? 0 : -1;
+    Py_DECREF(waiting);
+    return waiting == Py_False;
+}
+
+int stream_put(Stream *s, char *data, Py_ssize_t total)
+{
+    uint64_t frame = PLAIN + (uint64_t)(total - FRAME);
+    memcpy(data, &frame, FRAME);
+    Py_ssize_t sent = send(s->fd, data, (size_t)total, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (sent < 0) {
+        if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) {
+            PyErr_SetFromErrno(PyExc_OSError);
+            reword((PyObject *)s, name__broken);
+            return -1;
+        }
+        sent = 0;
+    }
+    s->sends++;
+    s->messages_sent++;
+    s->bytes_sent += sent;
+    if (sent == total)
+        return 0;
+    PyObject *header = PyBytes_FromStringAndSize(data + FRAME, total - FRAME);
+    PyObject *count = PyLong_FromSsize_t(sent);
+    int failed = -1;
+    if (header != NULL && count != NULL)
+        failed = tell((PyObject *)s, name__left, header, count, NULL);
+    Py_XDECREF(header);
+    Py_XDECREF(count);
+    return failed;
+}
+
+/* send(header, regions=(), done=None) */
+static PyObject *stream_send(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                             PyObject *names)
+{
+    Stream *s = (Stream *)self;
+    if (count == 1 && names == NULL && PyBytes_CheckExact(args[0])
+        && PyBytes_GET_SIZE(args[0]) <= SMALL - FRAME) {
+        int clear = stream_clear(s);
+        if (clear < 0)
+            return NULL;
+        if (clear) {
+            char data[SMALL];
+            Py_ssize_t size = PyBytes_GET_SIZE(args[0]);
+            memcpy(data + FRAME, PyBytes_AS_STRING(args[0]), (size_t)size);
+            if (stream_put(s, data, size + FRAME) < 0)
+                return NULL;
+            Py_RETURN_NONE;
+        }
+    }
+    PyObject *method = PyObject_GetAttr(self, name__send);
+    if (method == NULL)
+        return NULL;
+    PyObject *answer = PyObject_Vectorcall(method, args, (size_t)count, names);
+    Py_DECREF(method);
+    return answer;
+}
+
+/* receive(wait=0.0) */
+static PyObject *stream_receive(PyObject *self, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"wait", NULL};
+    double wait = 0.0;
+    Py_ssize_t size = 0;
+    PyObject *other = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "|d", names, &wait))
+        return NULL;
+    switch (stream_take((Stream *)self, wait, &size, &other)) {
+    case FAILED:
+        return NULL;
+    case NOTHING:
+        Py_RETURN_NONE;
+    case MESSAGE:
+        return stream_whole((Stream *)self, size);
+    default:
+        return other;
+    }
+}
+
+static int add_to(PyObject *stats, const char *name, long long *count)
+{
+    if (!*count)
+        return 0;
+    PyObject *before = PyObject_GetAttrString(stats, name);
+    PyObject *more = before == NULL ? NULL : PyLong_FromLongLong(*count);
+    PyObject *sum = more == NULL ? NULL : PyNumber_Add(before, more);
+    int failed = sum == NULL ? -1 : PyObject_SetAttrString(stats, name, sum);
+    Py_XDECREF(before);
+    Py_XDECREF(more);
+    Py_XDECREF(sum);
+    if (!failed)
+        *count = 0;
+    return failed;
+}
+
+static PyObject *stream_get_stats(PyObject *self, void *unused)
+{
+    Stream *s = (Stream *)self;
+    if (s->stats == NULL) {
+        PyErr_SetString(PyExc_AttributeError, "stats");
+        return NULL;
+    }
+    if (add_to(s->stats, "sends", &s->sends) || add_to(s->stats, "receives", &s->receives)
+        || add_to(s->stats, "messages_sent", &s->messages_sent)
+        || add_to(s->stats, "messages_received", &s->messages_received)
+        || add_to(s->stats, "bytes_sent", &s->bytes_sent)
+        || add_to(s->stats, "bytes_received", &s->bytes_received))
+        return NULL;
+    return Py_NewRef(s->stats);
+}
+
+static int stream_set_stats(PyObject *self, PyObject *value, void *unused)
+{
+    Py_XSETREF(((Stream *)self)->stats, Py_XNewRef(value));
+    return 0;
+}
+
+static PyObject *stream_pending(PyObject *self, void *unused)
+{
+    return PyObject_GetAttr(((Stream *)self)->outbox, name_pending);
+}
+
+static PyObject *stream_buffered(PyObject *self, void *unused)
+{
+    return PyBool_FromLong(((Stream *)self)->start != ((Stream *)self)->end);
+}
+
+static PyMemberDef stream_members[] = {
+    {"_outbox", T_OBJECT_EX, offsetof(Stream, outbox), 0, NULL},
+    {"_rx", T_OBJECT_EX, offsetof(Stream, rx), 0, NULL},
+    {"_idle", T_PYSSIZET, offsetof(Stream, idle), 0, NULL},
+    {"_start", T_PYSSIZET, offsetof(Stream, start), 0, NULL},
+    {"_end", T_PYSSIZET, offsetof(Stream, end), 0, NULL},
+    {"_fd", T_INT, offsetof(Stream, fd), 0, NULL},
+    {"_blocking", T_BOOL, offsetof(Stream, blocking), 0, NULL},
+    {"_closed", T_BOOL, offsetof(Stream, closed), 0, NULL},
+    {"closed", T_BOOL, offsetof(Stream, closed), READONLY, NULL},
+    {"_plain", T_BOOL, offsetof(Stream, plain), 0, NULL},
+    {"_calling", T_BOOL, offsetof(Stream, calling), 0, NULL},
+    {"_rx_busy", T_BOOL, offsetof(Stream, rx_busy), 0, NULL},
+    {"_tx_busy", T_BOOL, offsetof(Stream, tx_busy), 0, NULL},
+    {NULL},
+};
+
+static PyGetSetDef stream_getset[] = {
+    {"stats", stream_get_stats, stream_set_stats, NULL, NULL},
+    {"pending_output", stream_pending, NULL, NULL, NULL},
+    {"buffered", stream_buffered, NULL, NULL, NULL},
+    {NULL},
+};
+
+static PyMethodDef stream_methods[] = {
+    {"send", (PyCFunction)(void (*)(void))stream_send, METH_FASTCALL | METH_KEYWORDS, NULL},
+    {"receive", (PyCFunction)(void (*)(void))stream_receive, METH_VARARGS | METH_KEYWORDS, NULL},
+    {NULL},
+};
+
+static PyType_Slot stream_slots[] = {
+    {Py_tp_doc, "Sends and receives small messages on a socket."},
+    {Py_tp_dealloc, stream_dealloc},
+    {Py_tp_traverse, stream_traverse},
+    {Py_tp_clear, stream_clear_references},
+    {Py_tp_members, stream_members},
+    {Py_tp_getset, stream_getset},
+    {Py_tp_methods, stream_methods},
+    {0, NULL},
+};
+
+PyType_Spec stream_spec = {
+    "gpuremote._native.Stream",
+    sizeof(Stream),
+    0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
+    stream_slots,
+};

@@ -1,0 +1,174 @@
+"""Sends and receives small messages on a socket: the common case, spelled out. Private."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+from gpuremote._speed import native
+from gpuremote._types import BytesLike
+from gpuremote.errors import ConnectionLost
+from gpuremote.transport._framing import FRAME, MESSAGE
+from gpuremote.transport._incoming import Message
+from gpuremote.transport._outgoing import Outbox
+from gpuremote.transport.base import Incoming, Region, TransportStats
+
+__all__ = ["NOW", "SMALL", "Stream"]
+
+NOW: Final = int(socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0))
+SMALL: Final = 16 << 10
+"""Header bytes up to which a message goes out joined with its frame, in one plain send."""
+
+_PREFIX: Final = FRAME.size
+_pack = FRAME.pack
+_whole_from = struct.Struct("<Q").unpack_from
+_PLAIN: Final = MESSAGE << 32
+"""The frame of an empty MESSAGE as one number; the length adds to it."""
+
+
+class PythonStream:
+    """The two steps of a connection over a socket where nothing else is under way.
+
+    What is rare is left to the methods of ``TcpConnection`` that are declared below.
+    """
+
+    stats: TransportStats
+    _sock: socket.socket
+    _fd: int
+    _blocking: bool
+    _closed: bool
+    # Sending side; touched by the sending thread only.
+    _tx_busy: bool
+    _calling: bool
+    _outbox: Outbox
+    # Receiving side; touched by the receiving thread only.
+    _rx_busy: bool
+    _plain: bool  # nothing is under way: the next bytes begin a frame
+    _rx: memoryview
+    _idle: int  # bytes asked for then
+    _start: int  # what the buffer holds begins here
+    _end: int  # and ends here
+
+    @property
+    def pending_output(self) -> bool:
+        return self._outbox.pending
+
+    @property
+    def buffered(self) -> bool:
+        return self._start != self._end
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def send(
+        self,
+        header: BytesLike,
+        regions: Sequence[Region] = (),
+        done: Callable[[], None] | None = None,
+    ) -> None:
+        size = len(header)
+        if (
+            regions
+            or done is not None
+            or size > SMALL
+            or self._calling
+            or self._outbox.pending
+            or type(header) is memoryview
+        ):
+            self._send(header, regions, done)
+            return
+        self._tx_busy = True
+        try:
+            if self._closed:
+                raise self._gone()
+            try:
+                sent = self._sock.send(_pack(size, MESSAGE, 0, 0) + header, NOW)
+            except BlockingIOError:
+                sent = 0
+            if sent != size + _PREFIX:
+                self._left(header, sent)
+        except BaseException as error:
+            raise self._broken(error) from None
+        finally:
+            self._tx_busy = False
+            if self._closed:
+                self._release()
+        stats = self.stats
+        stats.sends += 1
+        stats.messages_sent += 1
+        stats.bytes_sent += sent
+
+    def receive(self, wait: float = 0.0) -> Incoming | None:
+        self._rx_busy = True
+        try:
+            if self._closed:
+                raise self._gone()
+            if not self._plain or (wait and (wait < 0.5 or not self._blocking)):
+                return self._receive(wait)
+            try:
+                end = self._sock.recv_into(self._rx, self._idle, 0 if wait else NOW)
+            except BlockingIOError:
+                return None
+            stats = self.stats
+            stats.receives += 1
+            stats.bytes_received += end
+            if end > _PREFIX and _whole_from(self._rx)[0] == end - _PREFIX + _PLAIN:
+                stats.messages_received += 1
+                return self._whole(end)
+            if not end:
+                raise self._ended()
+            self._end = end
+            self._plain = False
+            return self._parse()
+        except BaseException as error:
+            raise self._failed(error) from None
+        finally:
+            self._rx_busy = False
+            if self._closed:
+                self._release()
+
+    # -- what the connection adds ---------------------------------------------------------------
+
+    def _send(
+        self, header: BytesLike, regions: Sequence[Region], done: Callable[[], None] | None
+    ) -> None:
+        """Send in the other cases."""
+        raise NotImplementedError
+
+    def _left(self, header: BytesLike, sent: int) -> None:
+        """The kernel took ``sent`` bytes of a message with its frame: queue the others."""
+        raise NotImplementedError
+
+    def _receive(self, wait: float) -> Incoming | None:
+        """Receive while something is under way."""
+        raise NotImplementedError
+
+    def _whole(self, end: int) -> Message:
+        """The one message that the buffer holds."""
+        raise NotImplementedError
+
+    def _parse(self) -> Incoming | None:
+        raise NotImplementedError
+
+    def _gone(self) -> ConnectionLost:
+        raise NotImplementedError
+
+    def _ended(self) -> ConnectionLost:
+        raise NotImplementedError
+
+    def _broken(self, error: BaseException) -> BaseException:
+        raise NotImplementedError
+
+    def _failed(self, error: BaseException) -> BaseException:
+        raise NotImplementedError
+
+    def _release(self) -> None:
+        raise NotImplementedError
+
+
+Stream = PythonStream
+if not TYPE_CHECKING and native is not None:
+    Stream = native.Stream
