@@ -29,8 +29,9 @@ class End:
         self.executed_there = 0
         self.refuse = False
 
-    def on_message(self, kind: int, arg: int, body: memoryview) -> None:
+    def on_message(self, kind: int, arg: int, body: memoryview) -> bool:
         self.messages.append((kind, arg, bytes(body)))
+        return False
 
     def on_payload(
         self, kind: int, arg: int, body: memoryview, sizes: tuple[int, ...]

@@ -63,12 +63,14 @@ class AsyncArray(RemoteArray):
             longer written to; the session goes on.
         SessionLost
         """
-        host, view = self._host_target(out)
+        meta = self._meta
+        if out is None:
+            out = np.empty(meta.shape, meta.dtype)
         core = self._core
-        wait = core.ask_bytes(self._id, view, "get")
+        wait = core.ask_bytes(self._id, output_view(out, meta.shape, meta.dtype), "get")
         if timeout is not None or wait.done:
             await core.wait(wait, timeout)
-            return host
+            return out
         # As core.wait does, without a coroutine in between: this is what latency is made of.
         wait.future = future = core.new_future()
         try:
@@ -76,10 +78,11 @@ class AsyncArray(RemoteArray):
         except BaseException:
             core.cancel(wait)
             raise
-        core.settled()
+        if core.flush_after:
+            core.settled()
         if wait.error is not None:
             raise wait.take_error()
-        return host
+        return out
 
     async def wait(self, timeout: float | None = None) -> Self:
         """Wait until the array exists on the device; raises if it never will."""

@@ -135,8 +135,10 @@ class AsyncDriver:
         if connection is None:
             return
         try:
-            if not self._take(connection) or connection.buffered:
+            if not self._take(connection) or connection.restless:
                 self._read_on(connection)
+            else:
+                return
         except ConnectionLost as error:
             self.core.peer.lost(error)
         except ProtocolError as error:

@@ -54,10 +54,14 @@ class BlockingArray(RemoteArray):
             Too late; ``out`` may hold part of the values and is no longer written to.
         SessionLost
         """
-        host, view = self._host_target(out)
+        meta = self._meta
+        if out is None:
+            out = np.empty(meta.shape, meta.dtype)
         core = self._core
-        core.wait(core.ask_bytes(self._id, view, "get"), timeout)
-        return host
+        core.wait(
+            core.ask_bytes(self._id, output_view(out, meta.shape, meta.dtype), "get"), timeout
+        )
+        return out
 
     def wait(self, timeout: float | None = None) -> Self:
         """Wait until the array exists on the device; raises if it never will."""

@@ -78,7 +78,8 @@ class BlockingDriver:
             self._wait_simply(wait)
         if not wait.done:
             self._wait_until(wait, timeout)
-        self.core.settled()
+        if self.core.flush_after:
+            self.core.settled()
         if wait.error is not None:
             raise wait.take_error()
         return wait.value

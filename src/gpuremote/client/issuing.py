@@ -29,6 +29,7 @@ __all__ = ["Issuer"]
 
 FLUSH_BYTES: Final = 48 * caps.KiB
 """A batch of this size goes out whatever happens."""
+_BATCH: Final = int(Kind.BATCH)
 FLUSH_NS: Final = 150_000
 """A batch goes out once so many nanoseconds have passed since the last one ..."""
 FLUSH_NS_MAX: Final = 1_200_000
@@ -99,7 +100,7 @@ class Issuer:
         self._buffer = bytearray()
         self._first = 1
         """Number of the first record in the buffer."""
-        self._flush_after = 0
+        self.flush_after = 0
         self._pause = FLUSH_NS
         self._told = False
         self._named = 0
@@ -122,7 +123,7 @@ class Issuer:
                 if self._depth == 1
                 else take(number, plan, frame, self._depth)
             )
-            if now_ns() >= self._flush_after:
+            if now_ns() >= self.flush_after:
                 self._flush_by_time()
             elif not self._told and self.on_buffered is not None:
                 self._told = True
@@ -164,7 +165,7 @@ class Issuer:
                 self._origins.append(take(number, name, frame, self._depth))
             if len(self._buffer) >= FLUSH_BYTES:
                 self.flush()
-            elif now_ns() >= self._flush_after:
+            elif now_ns() >= self.flush_after:
                 self._flush_by_time()
             elif not self._told and self.on_buffered is not None:
                 self._told = True
@@ -266,7 +267,7 @@ class Issuer:
                 self._first = self._next
                 self._buffer = fresh
                 try:
-                    peer.post(Kind.BATCH, body)
+                    out = peer.post(_BATCH, body)
                 except BaseException:
                     peer.interrupted(seq, body)
                     raise
@@ -276,10 +277,9 @@ class Issuer:
                     self._origins = []
                     self._named = 0
                 self._told = False
-                self._flush_after = now_ns() + pause
+                self.flush_after = now_ns() + pause
                 self.stats.batches += 1
-                connection = peer.connection
-                if connection is None or connection.pending_output or peer.credit <= 0:
+                if not out:
                     self._posted()
 
     def _free_dropped(self) -> None:

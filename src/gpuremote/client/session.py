@@ -127,7 +127,7 @@ class SessionBase(Generic[D]):
             waits.append(array._ask_bytes(view))
         if len(waits) > 1:
             # They were all asked for before the first was waited for.
-            self._core.stats.round_trips["get"] -= len(waits) - 1
+            self._core.trips["get"] -= len(waits) - 1
         return [host for host, _ in targets], waits
 
     def _raise_failures(self) -> None:

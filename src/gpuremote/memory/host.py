@@ -99,9 +99,9 @@ def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
 def output_view(
     out: Any, shape: Shape | None = None, dtype: np.dtype[Any] | None = None
 ) -> memoryview:
-    """The writable bytes of ``out``, if an array of ``shape`` and ``dtype`` fits in exactly.
+    """The writable memory of ``out``, if an array of ``shape`` and ``dtype`` fits in exactly.
 
-    A NumPy array must have that shape and dtype; any other buffer that number of bytes.
+    The view is C-contiguous, of any shape and format. A NumPy array must have that shape and dtype; any other buffer that number of bytes.
 
     Raises
     ------
@@ -109,9 +109,9 @@ def output_view(
         Read-only, not C-contiguous, or of another shape, dtype or size. Nothing was written.
     """
     if type(out) is np.ndarray and out.shape == shape and out.dtype == dtype:
-        flags = out.flags
-        if flags.c_contiguous and flags.writeable and out.nbytes:
-            return out.data.cast("B")
+        view = out.data
+        if view.c_contiguous and not view.readonly and view.nbytes:
+            return view
     if hasattr(out, "__dlpack__") and not isinstance(out, np.ndarray):
         try:
             out = np.from_dlpack(out)

@@ -5,18 +5,66 @@
 #define RESULT 3 /* wire.frames.Kind */
 #define BYTES 0  /* wire.frames.ResultForm */
 #define KINDS 9
+#define MAX_PAUSE 4096 /* messages without looking first */
+
+/* A message without payload that the other end may not have. */
+typedef struct {
+    unsigned long long seq;
+    unsigned kind, flags, arg;
+    PyObject *body;
+} Kept;
 
 typedef struct {
     PyObject_HEAD
-    PyObject *connection, *lock, *sink, *waits;
-    PyObject *plain; /* deque of (seq, kind, flags, arg, body) */
-    PyObject *bulk, *arriving;
+    PyObject *connection, *lock, *acquire, *release, *sink, *waits, *bulk, *arriving;
+    Kept *kept; /* a ring: ``count`` messages from ``first`` on, room for a power of two */
+    size_t first, count, room;
+    long skip, pause;
     unsigned long long sent, seen, complete;
     long long credit, got, granted, unreported, ack_after, low_credit;
     long long messages_sent, messages_received, copied;
 } Lane;
 
 PyTypeObject *Lane_Type;
+
+static Kept *at(Lane *l, size_t k)
+{
+    return &l->kept[(l->first + k) & (l->room - 1)];
+}
+
+/* Let go of the messages up to ``ack``. */
+static void drop(Lane *l, unsigned long long ack)
+{
+    while (l->count && at(l, 0)->seq <= ack) {
+        PyObject *body = at(l, 0)->body;
+        l->first = (l->first + 1) & (l->room - 1);
+        l->count--;
+        Py_DECREF(body);
+    }
+}
+
+/* Keep a message; it gets the next number. -1: error. */
+static int keep(Lane *l, unsigned kind, unsigned flags, unsigned arg, PyObject *body)
+{
+    if (l->count == l->room) {
+        size_t room = l->room ? 2 * l->room : 16;
+        Kept *kept = PyMem_New(Kept, room);
+        if (kept == NULL) {
+            PyErr_NoMemory();
+            return -1;
+        }
+        for (size_t k = 0; k < l->count; k++)
+            kept[k] = *at(l, k);
+        PyMem_Free(l->kept);
+        l->kept = kept;
+        l->first = 0;
+        l->room = room;
+    }
+    l->sent++;
+    l->count++;
+    *at(l, l->count - 1) = (Kept){l->sent, kind, flags, arg, Py_NewRef(body)};
+    return 0;
+}
 
 static int lane_traverse(PyObject *self, visitproc visit, void *arg)
 {
@@ -26,7 +74,10 @@ static int lane_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(l->lock);
     Py_VISIT(l->sink);
     Py_VISIT(l->waits);
-    Py_VISIT(l->plain);
+    Py_VISIT(l->acquire);
+    Py_VISIT(l->release);
+    for (size_t k = 0; k < l->count; k++)
+        Py_VISIT(at(l, k)->body);
     Py_VISIT(l->bulk);
     Py_VISIT(l->arriving);
     return 0;
@@ -39,7 +90,9 @@ static int lane_clear(PyObject *self)
     Py_CLEAR(l->lock);
     Py_CLEAR(l->sink);
     Py_CLEAR(l->waits);
-    Py_CLEAR(l->plain);
+    Py_CLEAR(l->acquire);
+    Py_CLEAR(l->release);
+    drop(l, ~0ULL);
     Py_CLEAR(l->bulk);
     Py_CLEAR(l->arriving);
     return 0;
@@ -50,8 +103,22 @@ static void lane_dealloc(PyObject *self)
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     lane_clear(self);
+    PyMem_Free(((Lane *)self)->kept);
     type->tp_free(self);
     Py_DECREF(type);
+}
+
+/* PyObject_TypeCheck, quick for the one subclass there is. */
+static int is_stream(PyObject *object)
+{
+    static PyTypeObject *known;
+    if (Py_TYPE(object) == known)
+        return 1;
+    if (!PyObject_TypeCheck(object, Stream_Type))
+        return 0;
+    if (known == NULL)
+        known = (PyTypeObject *)Py_NewRef(Py_TYPE(object));
+    return 1;
 }
 
 static void put_header(char *at, unsigned kind, unsigned flags, uint32_t arg, uint64_t seq,
@@ -91,66 +158,153 @@ static int survive(PyObject *self)
     return failed;
 }
 
-/* post(kind, body, arg=0, flags=0, /) */
-static PyObject *lane_post(PyObject *self, PyObject *const *args, Py_ssize_t count)
+/* Send a message, and keep it until the other end has it. 1: it is out, and there is credit for
+   more; 0: see to it; -1: error. */
+static int post(PyObject *self, unsigned kind, PyObject *body, unsigned arg, unsigned flags)
 {
     Lane *l = (Lane *)self;
     Py_buffer bytes;
-    if (count < 2 || count > 4) {
-        PyErr_SetString(PyExc_TypeError, "post() takes kind, body, arg and flags");
-        return NULL;
-    }
-    PyObject *body = args[1];
-    unsigned kind = (unsigned)PyLong_AsUnsignedLong(args[0]);
-    unsigned arg = count > 2 ? (unsigned)PyLong_AsUnsignedLong(args[2]) : 0;
-    unsigned flags = count > 3 ? (unsigned)PyLong_AsUnsignedLong(args[3]) : 0;
-    if (PyErr_Occurred() || PyObject_GetBuffer(body, &bytes, PyBUF_SIMPLE) < 0)
-        return NULL;
+    if (PyObject_GetBuffer(body, &bytes, PyBUF_SIMPLE) < 0)
+        return -1;
     int failed = -1;
-    char data[SMALL];
     Py_ssize_t size = HEADER + bytes.len;
     PyObject *connection = Py_XNewRef(l->connection);
-    PyObject *kept = Py_BuildValue("(KIIIO)", l->sent + 1, kind, flags, arg, body);
-    if (kept != NULL)
-        failed = tell(l->plain, name_append, kept, NULL);
-    Py_XDECREF(kept);
-    if (failed)
+    if (keep(l, kind, flags, arg, body) < 0)
         goto over;
-    l->sent++;
     l->credit -= size;
+    failed = 0;
     if (connection == NULL || connection == Py_None)
         goto over;
     l->messages_sent++;
-    if (PyObject_TypeCheck(connection, Stream_Type) && size <= SMALL - FRAME) {
-        int clear = stream_clear((Stream *)connection);
-        if (clear > 0) {
-            put_header(data + FRAME, kind, flags, arg, l->sent, l->complete);
-            memcpy(data + FRAME + HEADER, bytes.buf, (size_t)bytes.len);
-            failed = stream_put((Stream *)connection, data, FRAME + size);
-            goto sent;
-        }
-        if (clear < 0) {
-            failed = -1;
-            goto over;
+    if (is_stream(connection) && size <= SMALL - FRAME && stream_clear((Stream *)connection)) {
+        char data[SMALL];
+        put_header(data + FRAME, kind, flags, arg, l->sent, l->complete);
+        memcpy(data + FRAME + HEADER, bytes.buf, (size_t)bytes.len);
+        failed = stream_put((Stream *)connection, data, FRAME + size);
+    }
+    else {
+        PyObject *message = PyBytes_FromStringAndSize(NULL, size);
+        failed = -1;
+        if (message != NULL) {
+            put_header(PyBytes_AS_STRING(message), kind, flags, arg, l->sent, l->complete);
+            memcpy(PyBytes_AS_STRING(message) + HEADER, bytes.buf, (size_t)bytes.len);
+            failed = tell(connection, name_send, message, NULL);
+            Py_DECREF(message);
         }
     }
-    PyObject *message = PyBytes_FromStringAndSize(NULL, size);
-    failed = -1;
-    if (message != NULL) {
-        put_header(PyBytes_AS_STRING(message), kind, flags, arg, l->sent, l->complete);
-        memcpy(PyBytes_AS_STRING(message) + HEADER, bytes.buf, (size_t)bytes.len);
-        failed = tell(connection, name_send, message, NULL);
-        Py_DECREF(message);
-    }
-sent:
     if (failed)
         failed = survive(self);
 over:
     PyBuffer_Release(&bytes);
-    Py_XDECREF(connection);
+    int out = 0;
     if (failed)
+        out = -1;
+    else if (l->credit > 0 && connection != NULL && l->connection == connection) {
+        if (is_stream(connection))
+            out = !((Stream *)connection)->pending;
+        else if (connection != Py_None) {
+            PyObject *pending = PyObject_GetAttr(connection, name_pending_output);
+            out = pending == NULL ? -1 : pending == Py_False;
+            Py_XDECREF(pending);
+        }
+    }
+    Py_XDECREF(connection);
+    return out;
+}
+
+static PyObject *answer(int out)
+{
+    return out < 0 ? NULL : PyBool_FromLong(out);
+}
+
+/* post(kind, body, arg=0, flags=0, /) */
+static PyObject *lane_post(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count < 2 || count > 4) {
+        PyErr_SetString(PyExc_TypeError, "post() takes kind, body, arg and flags");
         return NULL;
+    }
+    unsigned kind = (unsigned)PyLong_AsUnsignedLong(args[0]);
+    unsigned arg = count > 2 ? (unsigned)PyLong_AsUnsignedLong(args[2]) : 0;
+    unsigned flags = count > 3 ? (unsigned)PyLong_AsUnsignedLong(args[3]) : 0;
+    return PyErr_Occurred() ? NULL : answer(post(self, kind, args[1], arg, flags));
+}
+
+/* ask(wait, kind, body, /) */
+static PyObject *lane_ask(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    Lane *l = (Lane *)self;
+    unsigned long long number;
+    if (count != 3 || !wait_number(args[0], &number) || l->waits == NULL
+        || !PyDict_CheckExact(l->waits)) {
+        PyErr_SetString(PyExc_TypeError, "ask() takes a Wait, kind and body");
+        return NULL;
+    }
+    unsigned kind = (unsigned)PyLong_AsUnsignedLong(args[1]);
+    PyObject *key = PyErr_Occurred() ? NULL : PyLong_FromUnsignedLongLong(number);
+    int failed = key == NULL ? -1 : PyDict_SetItem(l->waits, key, args[0]);
+    Py_XDECREF(key);
+    return failed ? NULL : answer(post(self, kind, args[2], 0, 0));
+}
+
+/* settle(ack): the other end has every message up to there. */
+static PyObject *lane_settle(PyObject *self, PyObject *number)
+{
+    unsigned long long ack = PyLong_AsUnsignedLongLong(number);
+    if (PyErr_Occurred())
+        return NULL;
+    drop((Lane *)self, ack);
     Py_RETURN_NONE;
+}
+
+static PyObject *lane_kept(PyObject *self, PyObject *unused)
+{
+    Lane *l = (Lane *)self;
+    PyObject *list = PyList_New((Py_ssize_t)l->count);
+    for (size_t k = 0; list != NULL && k < l->count; k++) {
+        Kept *m = at(l, k);
+        PyObject *item = Py_BuildValue("(KIIIO)", m->seq, m->kind, m->flags, m->arg, m->body);
+        if (item == NULL)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, (Py_ssize_t)k, item);
+    }
+    return list;
+}
+
+static PyObject *lane_get_kept_count(PyObject *self, void *unused)
+{
+    return PyLong_FromSize_t(((Lane *)self)->count);
+}
+
+static PyObject *lane_get_lock(PyObject *self, void *unused)
+{
+    Lane *l = (Lane *)self;
+    return Py_NewRef(l->lock == NULL ? Py_None : l->lock);
+}
+
+static int lane_set_lock(PyObject *self, PyObject *lock, void *unused)
+{
+    Lane *l = (Lane *)self;
+    PyObject *acquire = lock == NULL ? NULL : PyObject_GetAttr(lock, name_acquire);
+    PyObject *release = acquire == NULL ? NULL : PyObject_GetAttr(lock, name_release);
+    if (release == NULL) {
+        Py_XDECREF(acquire);
+        return -1;
+    }
+    Py_XSETREF(l->acquire, acquire);
+    Py_XSETREF(l->release, release);
+    Py_XSETREF(l->lock, Py_NewRef(lock));
+    return 0;
+}
+
+/* Call a method with up to three arguments: 1 if it gave True, -1: error. */
+static int ask_whether(PyObject *object, PyObject *name, PyObject *a, PyObject *b, PyObject *c)
+{
+    PyObject *arguments[] = {object, a, b, c};
+    PyObject *given = PyObject_VectorcallMethod(name, arguments, c == NULL ? 3 : 4, NULL);
+    Py_XDECREF(given);
+    return given == NULL ? -1 : given == Py_True;
 }
 
 static int tell_number(PyObject *self, PyObject *method, uint64_t number)
@@ -159,28 +313,6 @@ static int tell_number(PyObject *self, PyObject *method, uint64_t number)
     int failed = value == NULL ? -1 : tell(self, method, value, NULL);
     Py_XDECREF(value);
     return failed;
-}
-
-/* Forget the messages without payload that the other end has. */
-static int settle(PyObject *self, uint64_t ack)
-{
-    Lane *l = (Lane *)self;
-    while (PyObject_Length(l->plain) > 0) {
-        PyObject *first = PySequence_GetItem(l->plain, 0);
-        if (first == NULL)
-            return -1;
-        uint64_t seq = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(first, 0));
-        Py_DECREF(first);
-        if (PyErr_Occurred())
-            return -1;
-        if (seq > ack)
-            break;
-        if (tell(l->plain, name_popleft, NULL) < 0)
-            return -1;
-    }
-    if (l->bulk != NULL && PyDict_GET_SIZE(l->bulk) > 0)
-        return tell_number(self, name__settle_up_to, ack);
-    return 0;
 }
 
 /* The bytes of a small array, for a program that waits for them: 1 if this was it. */
@@ -206,6 +338,8 @@ static int deliver(Lane *l, const char *body, Py_ssize_t size)
     return taken;
 }
 
+/* Take in the message that the buffer holds. 1: take() may go on at once; 0: it returns; -1:
+   error. */
 static int take_in(PyObject *self, PyObject *connection, Py_ssize_t total)
 {
     Lane *l = (Lane *)self;
@@ -225,13 +359,15 @@ static int take_in(PyObject *self, PyObject *connection, Py_ssize_t total)
     if (kind == 0 || kind > KINDS || message[1] || seq != l->seen + 1 || ack > l->sent) {
         /* Peer.dispatch knows every kind. */
         PyObject *incoming = stream_whole((Stream *)connection, total);
-        int failed =
-            incoming == NULL ? -1 : tell(self, name_dispatch, incoming, connection, NULL);
+        int quiet = -1;
+        if (incoming != NULL)
+            quiet = ask_whether(self, name_dispatch, incoming, connection, NULL);
         Py_XDECREF(incoming);
-        return failed;
+        return quiet;
     }
     l->messages_received++;
-    if (settle(self, ack) < 0)
+    drop(l, ack);
+    if (PyDict_GET_SIZE(l->bulk) > 0 && tell_number(self, name__settle_up_to, ack) < 0)
         return -1;
     /* Counted as here first, so that an answer carries the acknowledgement. */
     l->seen = seq;
@@ -241,7 +377,7 @@ static int take_in(PyObject *self, PyObject *connection, Py_ssize_t total)
         l->complete = seq;
     else if (tell_number(self, name__finish, seq) < 0)
         return -1;
-    int delivered = 0;
+    int quiet = 0, delivered = 0;
     if (kind == RESULT && arg == BYTES)
         delivered = deliver(l, message + HEADER, size - HEADER);
     if (delivered < 0)
@@ -249,21 +385,67 @@ static int take_in(PyObject *self, PyObject *connection, Py_ssize_t total)
     if (!delivered) {
         PyObject *body = PySequence_GetSlice(((Stream *)connection)->rx, FRAME + HEADER, total);
         PyObject *what = PyLong_FromUnsignedLong(kind), *detail = PyLong_FromUnsignedLong(arg);
-        int failed = -1;
+        quiet = -1;
         if (body != NULL && what != NULL && detail != NULL)
-            failed = tell(l->sink, name_on_message, what, detail, body, NULL);
+            quiet = ask_whether(l->sink, name_on_message, what, detail, body);
         Py_XDECREF(body);
         Py_XDECREF(what);
         Py_XDECREF(detail);
-        if (failed)
+        if (quiet < 0)
             return -1;
     }
     if (l->unreported >= l->ack_after || l->granted - l->got < l->low_credit)
-        return tell(self, name__report_if_due, NULL);
-    return 0;
+        return tell(self, name__report_if_due, NULL) < 0 ? -1 : quiet;
+    return quiet;
 }
 
-/* take(connection, wait=0.0, looks=1, /) */
+static enum taken receive(PyObject *connection, double wait, Py_ssize_t *size, PyObject **other)
+{
+    enum taken found = FAILED;
+    if (is_stream(connection))
+        found = stream_take((Stream *)connection, wait, size, other);
+    else {
+        PyObject *seconds = PyFloat_FromDouble(wait);
+        if (seconds != NULL)
+            *other = PyObject_CallMethodOneArg(connection, name_receive, seconds);
+        Py_XDECREF(seconds);
+        found = *other == NULL ? FAILED : OTHER;
+    }
+    if (found == OTHER && *other == Py_None) {
+        Py_CLEAR(*other);
+        found = NOTHING;
+    }
+    return found;
+}
+
+/* Give up the connection, with an exception set, which stays. */
+static void undo(PyObject *connection)
+{
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
+    if (tell(connection, name_abort, NULL) < 0)
+        PyErr_Clear();
+    PyErr_Restore(type, error, traceback);
+}
+
+/* Release the lock; an exception that is set stays. */
+static int let_go(Lane *l)
+{
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
+    PyObject *released = PyObject_CallNoArgs(l->release);
+    if (released != NULL)
+        PyErr_Restore(type, error, traceback);
+    else {
+        Py_XDECREF(type);
+        Py_XDECREF(error);
+        Py_XDECREF(traceback);
+    }
+    Py_XDECREF(released);
+    return released == NULL ? -1 : 0;
+}
+
+/* take(connection, wait=0.0, looks=0, /) */
 static PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     Lane *l = (Lane *)self;
@@ -273,66 +455,51 @@ static PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t cou
     }
     PyObject *connection = args[0];
     double wait = count > 1 ? PyFloat_AsDouble(args[1]) : 0.0;
-    long looks = count > 2 ? PyLong_AsLong(args[2]) : 1;
+    long looks = count > 2 ? PyLong_AsLong(args[2]) : 0;
     if (PyErr_Occurred())
         return NULL;
-    PyObject *incoming = NULL;
-    Py_ssize_t total = 0;
-    enum taken found;
-    int native = PyObject_TypeCheck(connection, Stream_Type);
+    int quiet;
     do {
-        Py_CLEAR(incoming);
-        if (native)
-            found = stream_take((Stream *)connection, wait, &total, &incoming);
-        else {
-            PyObject *seconds = PyFloat_FromDouble(wait);
-            if (seconds != NULL)
-                incoming = PyObject_CallMethodOneArg(connection, name_receive, seconds);
-            Py_XDECREF(seconds);
-            found = incoming == NULL ? FAILED : OTHER;
+        PyObject *incoming = NULL;
+        Py_ssize_t total = 0;
+        enum taken found = NOTHING;
+        if (looks > 0 && l->skip > 0)
+            l->skip--;
+        else if (looks > 0) {
+            for (long k = 0; k < looks && found == NOTHING; k++)
+                found = receive(connection, 0.0, &total, &incoming);
+            l->skip = found == NOTHING ? l->pause : 0;
+            l->pause = found == NOTHING ? Py_MIN(2 * l->pause + looks, MAX_PAUSE) : 0;
         }
-        if (found == OTHER && incoming == Py_None)
-            found = NOTHING;
-    } while (found == NOTHING && --looks > 0);
-    if (found == FAILED)
-        return NULL;
-    if (found == NOTHING) {
+        if (found == NOTHING)
+            found = receive(connection, wait, &total, &incoming);
+        if (found == FAILED)
+            return NULL;
+        if (found == NOTHING)
+            Py_RETURN_FALSE;
+        PyObject *held = PyObject_CallNoArgs(l->acquire);
+        if (held == NULL) {
+            /* Ctrl-C in the wait for the lock: the message comes again over the next one. */
+            undo(connection);
+            Py_XDECREF(incoming);
+            return NULL;
+        }
+        Py_DECREF(held);
+        if (found == MESSAGE)
+            quiet = take_in(self, connection, total);
+        else
+            quiet = ask_whether(self, name_dispatch, incoming, connection, NULL);
         Py_XDECREF(incoming);
-        Py_RETURN_FALSE;
-    }
-    if (tell(l->lock, name_acquire, NULL) < 0) {
-        /* Ctrl-C in the wait for the lock: the message comes again over the next connection. */
-        PyObject *type, *error, *traceback;
-        PyErr_Fetch(&type, &error, &traceback);
-        if (tell(connection, name_abort, NULL) < 0)
-            PyErr_Clear();
-        PyErr_Restore(type, error, traceback);
-        Py_XDECREF(incoming);
-        return NULL;
-    }
-    int failed = found == MESSAGE ? take_in(self, connection, total)
-                                  : tell(self, name_dispatch, incoming, connection, NULL);
-    Py_XDECREF(incoming);
-    PyObject *type, *error, *traceback;
-    PyErr_Fetch(&type, &error, &traceback);
-    if (tell(l->lock, name_release, NULL) < 0) {
-        Py_XDECREF(type);
-        Py_XDECREF(error);
-        Py_XDECREF(traceback);
-        return NULL;
-    }
-    PyErr_Restore(type, error, traceback);
-    if (failed)
-        return NULL;
+        if (let_go(l) < 0 || quiet < 0)
+            return NULL;
+    } while (quiet);
     Py_RETURN_TRUE;
 }
 
 static PyMemberDef lane_members[] = {
     {"connection", T_OBJECT, offsetof(Lane, connection), 0, NULL},
-    {"lock", T_OBJECT_EX, offsetof(Lane, lock), 0, NULL},
     {"waits", T_OBJECT, offsetof(Lane, waits), 0, NULL},
     {"_sink", T_OBJECT_EX, offsetof(Lane, sink), 0, NULL},
-    {"_plain", T_OBJECT_EX, offsetof(Lane, plain), 0, NULL},
     {"_bulk", T_OBJECT_EX, offsetof(Lane, bulk), 0, NULL},
     {"arriving", T_OBJECT_EX, offsetof(Lane, arriving), 0, NULL},
     {"sent", T_ULONGLONG, offsetof(Lane, sent), 0, NULL},
@@ -352,7 +519,16 @@ static PyMemberDef lane_members[] = {
 
 static PyMethodDef lane_methods[] = {
     {"post", (PyCFunction)(void (*)(void))lane_post, METH_FASTCALL, NULL},
+    {"ask", (PyCFunction)(void (*)(void))lane_ask, METH_FASTCALL, NULL},
+    {"kept", lane_kept, METH_NOARGS, NULL},
+    {"settle", lane_settle, METH_O, NULL},
     {"take", (PyCFunction)(void (*)(void))lane_take, METH_FASTCALL, NULL},
+    {NULL},
+};
+
+static PyGetSetDef lane_getset[] = {
+    {"lock", lane_get_lock, lane_set_lock, NULL, NULL},
+    {"kept_count", lane_get_kept_count, NULL, NULL, NULL},
     {NULL},
 };
 
@@ -362,6 +538,7 @@ static PyType_Slot lane_slots[] = {
     {Py_tp_traverse, lane_traverse},
     {Py_tp_clear, lane_clear},
     {Py_tp_members, lane_members},
+    {Py_tp_getset, lane_getset},
     {Py_tp_methods, lane_methods},
     {0, NULL},
 };

@@ -31,12 +31,11 @@
 typedef struct {
     PyObject_HEAD
     PyObject *stats;  /* TransportStats, less what is counted below */
-    PyObject *outbox; /* has an attribute ``pending`` */
     PyObject *rx;     /* memoryview of the receive buffer */
     Py_ssize_t idle;  /* bytes to ask for when nothing is under way */
     Py_ssize_t start, end;
     int fd;
-    char blocking, closed, plain, calling, rx_busy, tx_busy;
+    char blocking, closed, plain, pending, calling, rx_busy, tx_busy;
     long long sends, receives, messages_sent, messages_received, bytes_sent, bytes_received;
 } Stream;
 
@@ -44,7 +43,7 @@ typedef struct {
 #define NAMES(X) \
     X(_broken) X(_ended) X(_failed) X(_finish) X(_gone) X(_left) X(_parse) X(_receive) \
     X(_release) X(_report_if_due) X(_send) X(_settle_up_to) X(_whole) X(abort) X(acquire) \
-    X(append) X(dispatch) X(done) X(lost) X(on_message) X(pending) X(popleft) X(receive) \
+    X(dispatch) X(done) X(lost) X(on_message) X(pending_output) X(receive) \
     X(release) X(send) X(set_result)
 #define DECLARE(name) extern PyObject *name_##name;
 NAMES(DECLARE)
@@ -63,11 +62,20 @@ enum taken stream_take(Stream *stream, double wait, Py_ssize_t *size, PyObject *
 /* What _take called MESSAGE as a transport.base.Incoming, or NULL. */
 PyObject *stream_whole(Stream *stream, Py_ssize_t size);
 
-/* Whether stream_put may be used: nothing is queued, and the connection is open. -1: error. */
-int stream_clear(Stream *stream);
+/* Whether stream_put may be used: nothing is queued, and the connection is open. */
+static inline int stream_clear(Stream *stream)
+{
+    return !(stream->closed || stream->pending || stream->calling || stream->tx_busy);
+}
 
 /* Send a message whose frame is the first FRAME bytes of data (filled in here). -1: error. */
 int stream_put(Stream *stream, char *data, Py_ssize_t total);
+
+/* Makes a Wait. */
+PyObject *wait_vectorcall(PyObject *type, PyObject *const *args, size_t count, PyObject *names);
+
+/* The number of a Wait; false if it is none. */
+int wait_number(PyObject *wait, unsigned long long *number);
 
 /* If ``wait`` is a Wait for exactly these bytes: put them in place (1), else 0. */
 int wait_takes(PyObject *wait, const char *data, Py_ssize_t size);

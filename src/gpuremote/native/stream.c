@@ -12,7 +12,6 @@ static int stream_traverse(PyObject *self, visitproc visit, void *arg)
     Stream *s = (Stream *)self;
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(s->stats);
-    Py_VISIT(s->outbox);
     Py_VISIT(s->rx);
     return 0;
 }
@@ -21,7 +20,6 @@ static int stream_clear_references(PyObject *self)
 {
     Stream *s = (Stream *)self;
     Py_CLEAR(s->stats);
-    Py_CLEAR(s->outbox);
     Py_CLEAR(s->rx);
     return 0;
 }
@@ -168,17 +166,6 @@ PyObject *stream_whole(Stream *s, Py_ssize_t size)
     return message;
 }
 
-int stream_clear(Stream *s)
-{
-    if (s->closed || s->calling || s->tx_busy)
-        return 0;
-    PyObject *waiting = s->outbox == NULL ? NULL : PyObject_GetAttr(s->outbox, name_pending);
-    if (waiting == NULL)
-        return s->outbox == NULL ? 0 : -1;
-    Py_DECREF(waiting);
-    return waiting == Py_False;
-}
-
 int stream_put(Stream *s, char *data, Py_ssize_t total)
 {
     uint64_t frame = PLAIN + (uint64_t)(total - FRAME);
@@ -213,18 +200,13 @@ static PyObject *stream_send(PyObject *self, PyObject *const *args, Py_ssize_t c
 {
     Stream *s = (Stream *)self;
     if (count == 1 && names == NULL && PyBytes_CheckExact(args[0])
-        && PyBytes_GET_SIZE(args[0]) <= SMALL - FRAME) {
-        int clear = stream_clear(s);
-        if (clear < 0)
+        && PyBytes_GET_SIZE(args[0]) <= SMALL - FRAME && stream_clear(s)) {
+        char data[SMALL];
+        Py_ssize_t size = PyBytes_GET_SIZE(args[0]);
+        memcpy(data + FRAME, PyBytes_AS_STRING(args[0]), (size_t)size);
+        if (stream_put(s, data, size + FRAME) < 0)
             return NULL;
-        if (clear) {
-            char data[SMALL];
-            Py_ssize_t size = PyBytes_GET_SIZE(args[0]);
-            memcpy(data + FRAME, PyBytes_AS_STRING(args[0]), (size_t)size);
-            if (stream_put(s, data, size + FRAME) < 0)
-                return NULL;
-            Py_RETURN_NONE;
-        }
+        Py_RETURN_NONE;
     }
     PyObject *method = PyObject_GetAttr(self, name__send);
     if (method == NULL)
@@ -293,18 +275,18 @@ static int stream_set_stats(PyObject *self, PyObject *value, void *unused)
     return 0;
 }
 
-static PyObject *stream_pending(PyObject *self, void *unused)
-{
-    return PyObject_GetAttr(((Stream *)self)->outbox, name_pending);
-}
-
 static PyObject *stream_buffered(PyObject *self, void *unused)
 {
     return PyBool_FromLong(((Stream *)self)->start != ((Stream *)self)->end);
 }
 
+static PyObject *stream_restless(PyObject *self, void *unused)
+{
+    Stream *s = (Stream *)self;
+    return PyBool_FromLong(s->pending || s->start != s->end);
+}
+
 static PyMemberDef stream_members[] = {
-    {"_outbox", T_OBJECT_EX, offsetof(Stream, outbox), 0, NULL},
     {"_rx", T_OBJECT_EX, offsetof(Stream, rx), 0, NULL},
     {"_idle", T_PYSSIZET, offsetof(Stream, idle), 0, NULL},
     {"_start", T_PYSSIZET, offsetof(Stream, start), 0, NULL},
@@ -314,6 +296,8 @@ static PyMemberDef stream_members[] = {
     {"_closed", T_BOOL, offsetof(Stream, closed), 0, NULL},
     {"closed", T_BOOL, offsetof(Stream, closed), READONLY, NULL},
     {"_plain", T_BOOL, offsetof(Stream, plain), 0, NULL},
+    {"pending_output", T_BOOL, offsetof(Stream, pending), READONLY, NULL},
+    {"_pending", T_BOOL, offsetof(Stream, pending), 0, NULL},
     {"_calling", T_BOOL, offsetof(Stream, calling), 0, NULL},
     {"_rx_busy", T_BOOL, offsetof(Stream, rx_busy), 0, NULL},
     {"_tx_busy", T_BOOL, offsetof(Stream, tx_busy), 0, NULL},
@@ -322,8 +306,8 @@ static PyMemberDef stream_members[] = {
 
 static PyGetSetDef stream_getset[] = {
     {"stats", stream_get_stats, stream_set_stats, NULL, NULL},
-    {"pending_output", stream_pending, NULL, NULL, NULL},
     {"buffered", stream_buffered, NULL, NULL, NULL},
+    {"restless", stream_restless, NULL, NULL, NULL},
     {NULL},
 };
 

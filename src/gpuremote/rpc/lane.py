@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from gpuremote._speed import native
 from gpuremote._types import BytesLike
@@ -12,11 +13,42 @@ from gpuremote.errors import ConnectionLost
 from gpuremote.transport.base import Connection, Incoming
 from gpuremote.wire.frames import HEADER
 
-__all__ = ["Lane", "Plain"]
+__all__ = ["Lane", "Plain", "Sink"]
+
+
+class Sink(Protocol):
+    """Where the messages of a peer go. Called with the owner's lock held."""
+
+    def on_message(self, kind: int, arg: int, body: memoryview) -> bool:
+        """A reliable message without payload; ``body`` is valid during the call only.
+
+        True if it changed nothing but what it was answered with: the next one may be taken in
+        before the owner looks after anything else.
+        """
+
+    def on_payload(
+        self, kind: int, arg: int, body: memoryview, sizes: tuple[int, ...]
+    ) -> tuple[Sequence[memoryview], object] | None:
+        """A message with payload begins: where it goes and a token, or None to drop it."""
+
+    def on_payload_done(self, token: object) -> None:
+        """Every byte of the payload is in place."""
+
+    def on_payload_cancelled(self, token: object) -> None:
+        """The rest of the payload will not come."""
+
+    def on_executed(self, number: int) -> None:
+        """The other end has executed every record up to ``number``."""
+
+    def executed(self) -> int:
+        """The number to report as executed."""
+
 
 Plain = tuple[int, int, int, int, BytesLike]
 """A message without payload that is kept: seq, kind, flags, arg, body."""
 
+MAX_PAUSE: Final = 4096
+"""Messages in a row that are taken without looking first, at most."""
 _PREFIX = HEADER.size
 _pack = HEADER.pack
 
@@ -44,8 +76,7 @@ class PythonLane:
     messages_sent: int
     messages_received: int
     arriving: dict[int, Any]
-    _sink: Any
-    _plain: deque[Plain]
+    _sink: Sink
     _bulk: dict[int, Any]
     _seen: int
     _complete: int
@@ -55,28 +86,75 @@ class PythonLane:
     _ack_after: int
     _low_credit: int
 
-    def post(self, kind: int, body: BytesLike, arg: int = 0, flags: int = 0, /) -> None:
-        """Send a reliable message. ``body`` must not be changed afterwards."""
+    _skip = 0  # messages before looking again
+    _pause = 0  # and that many the next time
+
+    def __init__(self) -> None:
+        self._kept: deque[Plain] = deque()
+
+    def post(self, kind: int, body: BytesLike, arg: int = 0, flags: int = 0, /) -> bool:
+        """Send a reliable message, and keep it until the other end has it.
+
+        Parameters
+        ----------
+        body : bytes-like
+            Must not be changed afterwards.
+
+        Returns
+        -------
+        bool
+            False if the owner has to see to it: it waits for the kernel or for a connection,
+            or there is no credit for more.
+        """
         seq = self.sent = self.sent + 1
-        self._plain.append((seq, kind, flags, arg, body))
+        self._kept.append((seq, kind, flags, arg, body))
         self.credit -= _PREFIX + len(body)
         connection = self.connection
-        if connection is not None:
-            self.messages_sent += 1
-            try:
-                connection.send(_pack(kind, flags, 0, arg, seq, self._complete) + body)
-            except ConnectionLost as error:
-                self.lost(error)
+        if connection is None:
+            return False
+        self.messages_sent += 1
+        try:
+            connection.send(_pack(kind, flags, 0, arg, seq, self._complete) + body)
+        except ConnectionLost as error:
+            self.lost(error)
+            return False
+        return self.credit > 0 and not connection.pending_output
 
-    def take(self, connection: Connection, wait: float = 0.0, looks: int = 1, /) -> bool:
+    def ask(self, wait: Any, kind: int, body: BytesLike, /) -> bool:
+        """As :meth:`post`; the answer goes to ``wait``."""
+        assert self.waits is not None
+        self.waits[wait.number] = wait
+        return self.post(kind, body)
+
+    @property
+    def kept_count(self) -> int:
+        return len(self._kept)
+
+    def kept(self) -> list[Plain]:
+        """The messages without payload that the other end may not have, in order."""
+        return list(self._kept)
+
+    def settle(self, ack: int, /) -> None:
+        """The other end has every message up to ``ack``."""
+        kept = self._kept
+        while kept and kept[0][0] <= ack:
+            kept.popleft()
+
+    def take(self, connection: Connection, wait: float = 0.0, looks: int = 0, /) -> bool:
         """Receive from ``connection``, without the lock, and take in what came, with it.
+
+        After a message that changed nothing but what it was answered with, receive again.
 
         Parameters
         ----------
         wait : float
             As for ``Connection.receive``.
         looks : int
-            Times to look before nothing is there.
+            Times to look before waiting. A peer that goes to and fro answers within
+            microseconds, and a process that sleeps takes longer than that to get going again:
+            this saves a third of a round trip between two cores. Where it does not help (a
+            slower peer, or one on the same core) it is left out for twice as many messages
+            each time.
 
         Returns
         -------
@@ -90,19 +168,33 @@ class PythonLane:
         ProtocolError
             The message breaks the protocol; the owner ends the session.
         """
-        incoming = connection.receive(wait)
-        while incoming is None and looks > 1:
-            incoming = connection.receive(wait)
-            looks -= 1
-        if incoming is None:
-            return False
-        with self.lock:
-            self.dispatch(incoming, connection)
+        quiet = True
+        while quiet:
+            incoming = self._look(connection, looks) if looks else None
+            if incoming is None:
+                incoming = connection.receive(wait)
+            if incoming is None:
+                return False
+            with self.lock:
+                quiet = self.dispatch(incoming, connection)
         return True
+
+    def _look(self, connection: Connection, looks: int) -> Incoming | None:
+        if self._skip:
+            self._skip -= 1
+            return None
+        for _ in range(looks):
+            incoming = connection.receive(0.0)
+            if incoming is not None:
+                self._pause = 0
+                return incoming
+        self._skip = self._pause
+        self._pause = min(2 * self._pause + looks, MAX_PAUSE)
+        return None
 
     # -- what the peer adds ---------------------------------------------------------------------
 
-    def dispatch(self, incoming: Incoming, source: Connection) -> None:
+    def dispatch(self, incoming: Incoming, source: Connection) -> bool:
         raise NotImplementedError
 
     def lost(self, error: BaseException) -> None:

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost, LimitExceeded, ProtocolError
-from gpuremote.rpc.lane import Lane, Plain
+from gpuremote.rpc.lane import Lane, Plain, Sink
 from gpuremote.transport.base import Connection, Incoming, Region
 from gpuremote.wire.caps import (
     ACK_BYTES,
@@ -47,30 +46,6 @@ _pack = HEADER.pack
 _unpack = HEADER.unpack_from
 _LOW_CREDIT: Final = WINDOW_BYTES - ACK_BYTES
 _KINDS: Final = frozenset(int(kind) for kind in Kind)
-
-
-class Sink(Protocol):
-    """Where the messages of a peer go. Called with the owner's lock held."""
-
-    def on_message(self, kind: int, arg: int, body: memoryview) -> None:
-        """A reliable message without payload; ``body`` is valid during the call only."""
-
-    def on_payload(
-        self, kind: int, arg: int, body: memoryview, sizes: tuple[int, ...]
-    ) -> tuple[Sequence[memoryview], object] | None:
-        """A message with payload begins: where it goes and a token, or None to drop it."""
-
-    def on_payload_done(self, token: object) -> None:
-        """Every byte of the payload is in place."""
-
-    def on_payload_cancelled(self, token: object) -> None:
-        """The rest of the payload will not come."""
-
-    def on_executed(self, number: int) -> None:
-        """The other end has executed every record up to ``number``."""
-
-    def executed(self) -> int:
-        """The number to report as executed."""
 
 
 class Entry:
@@ -158,6 +133,7 @@ class Peer(Lane):
     _bulk: dict[int, Entry]
 
     def __init__(self, sink: Sink, lock: threading.RLock) -> None:
+        super().__init__()
         self.connection = None
         self.failure: BaseException | None = None
         self.credit = WINDOW_BYTES
@@ -171,7 +147,6 @@ class Peer(Lane):
         self.copied = 0
         # Sending side.
         self.sent = 0
-        self._plain = deque()
         self._bulk = {}
         self._limit = WINDOW_BYTES
         # Receiving side.
@@ -191,7 +166,7 @@ class Peer(Lane):
     @property
     def unacknowledged(self) -> int:
         """Messages kept because the other end may not have them."""
-        return len(self._plain) + len(self._bulk)
+        return self.kept_count + len(self._bulk)
 
     @property
     def bulk_in_flight(self) -> int:
@@ -302,8 +277,8 @@ class Peer(Lane):
 
     # -- receiving ------------------------------------------------------------------------------
 
-    def dispatch(self, incoming: Incoming, source: Connection) -> None:
-        """Take in a message that ``source.receive`` returned.
+    def dispatch(self, incoming: Incoming, source: Connection) -> bool:
+        """Take in a message that ``source.receive`` returned; what the sink said of it.
 
         What comes from a connection that has been given up meanwhile is dropped: the receipt
         for the next one may be on its way already, and the message will come again.
@@ -314,7 +289,7 @@ class Peer(Lane):
             The message breaks the protocol; the owner ends the session.
         """
         if source is not self.connection:
-            return
+            return False
         header = incoming.header
         if len(header) < _PREFIX:
             raise ProtocolError(f"a message of {len(header)} bytes, shorter than its header")
@@ -322,9 +297,7 @@ class Peer(Lane):
         self.messages_received += 1
         if ack > self.sent:
             raise ProtocolError(f"message {ack} was acknowledged and {self.sent} were sent")
-        plain = self._plain
-        while plain and plain[0][0] <= ack:
-            plain.popleft()
+        self.settle(ack)
         if self._bulk:
             self._settle_up_to(ack)
         body = header[_PREFIX:]
@@ -334,10 +307,11 @@ class Peer(Lane):
             self._got += len(header)
             self._unreported += 1
             self._complete = seq if not self.arriving else min(self.arriving) - 1
-            self._sink.on_message(kind, arg, body)
+            quiet = self._sink.on_message(kind, arg, body)
             if self._unreported >= ACK_MESSAGES or self._granted - self._got < _LOW_CREDIT:
                 self._report_if_due()
-        elif seq == 0:
+            return quiet
+        if seq == 0:
             self._unreliable(kind, flags, arg, body, incoming)
         elif flags & CONTINUED:
             self._continued(seq, flags, body, incoming)
@@ -351,6 +325,7 @@ class Peer(Lane):
                 raise ProtocolError("a cancelled message with a payload")
         else:
             self._reliable(kind, flags, arg, seq, header, body, incoming)
+        return False
 
     def _reliable(
         self,
@@ -509,7 +484,7 @@ class Peer(Lane):
         for entry in self._bulk.values():
             entry.regions = ()
         self._bulk.clear()
-        self._plain.clear()
+        self.settle(self.sent)
         self.arriving.clear()
 
     def receipt(self) -> Receipt:
@@ -530,11 +505,10 @@ class Peer(Lane):
         offsets = dict(theirs.partial)
         self.connection = connection
         self.failure = None
-        while self._plain and self._plain[0][0] <= theirs.seen:
-            self._plain.popleft()
+        self.settle(theirs.seen)
         for seq in [seq for seq in self._bulk if seq <= theirs.seen and seq not in offsets]:
             self._settle(seq)
-        again: list[Plain | Entry] = [*self._plain, *self._bulk.values()]
+        again: list[Plain | Entry] = [*self.kept(), *self._bulk.values()]
         again.sort(key=lambda item: item.seq if isinstance(item, Entry) else item[0])
         for item in again:
             if self.connection is not connection:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Answers"]
 
-_RESULT: Final = Kind.RESULT
+_RESULT: Final = int(Kind.RESULT)
 _pack_number = NUMBER.pack
 
 
@@ -23,6 +23,8 @@ class Answers:
 
     def __init__(self, session: WorkerSession) -> None:
         self._session = session
+        self._peer = session.peer
+        self._small_bytes = session.backend.small_bytes
 
     def report(self, failure: Failure, number: int = 0) -> None:
         """Tell of a failure; with ``number``, as the answer to that record."""
@@ -59,20 +61,18 @@ class Answers:
                 self.info(number, [list(slot.meta.shape), slot.meta.wire_dtype])
         return None
 
-    def send_small(self, number: int, slot: Slot) -> bool:
-        """Answer at once with a small array that is there; False if it has to queue."""
+    def send_small(self, number: int, slot: Slot) -> bool | None:
+        """Answer at once with a small array that is there; what the peer says of that, or None
+        if it has to queue."""
         meta = slot.meta
         value = slot.value
-        session = self._session
-        peer = session.peer
-        if value is None or meta is None or meta.nbytes > INLINE_PAYLOAD or peer.credit <= 0:
-            return False
+        if value is None or meta is None or meta.nbytes > INLINE_PAYLOAD or self._peer.credit <= 0:
+            return None
         try:
-            data = session.backend.small_bytes(value)
+            data = self._small_bytes(value)
         except Exception:
-            return False  # the longer way reports it
-        peer.post(_RESULT, _pack_number(number) + data)
-        return True
+            return None  # the longer way reports it
+        return self._peer.post(_RESULT, _pack_number(number) + data)
 
     def send_array(self, number: int, slot: Slot) -> object:
         """Item: answer with the array's bytes."""

@@ -38,7 +38,10 @@ from gpuremote.wire.frames import NUMBER, Kind
 __all__ = ["WorkerSession"]
 
 _HANDLES: Final = NUMBER
-_GET_ONLY: Final = struct.Struct("<QIQ")
+_BATCH: Final = int(Kind.BATCH)
+_GET: Final = int(Op.GET)
+_unpack_get = struct.Struct("<QIQ").unpack
+_GET_SIZE: Final = struct.calcsize("<QIQ")
 
 
 class WorkerSession:
@@ -83,7 +86,7 @@ class WorkerSession:
         self._arriving: dict[int, tuple[Slot, Any, memoryview, Storage, Meta]] = {}
         self._next = 1
         self._devices = len(backend.devices())
-        self._records: dict[int, Callable[..., None]] = {
+        self._records: dict[int, Callable[..., object]] = {
             Op.DEFINE: self._define,
             Op.FREE: self._free,
             Op.GET: self._get,
@@ -106,13 +109,24 @@ class WorkerSession:
 
     # -- the peer's sink ------------------------------------------------------------------------
 
-    def on_message(self, kind: int, arg: int, body: memoryview) -> None:
-        if kind == Kind.BATCH:
+    def on_message(self, kind: int, arg: int, body: memoryview) -> bool:
+        if kind == _BATCH:
+            if len(body) == _GET_SIZE:
+                number, op, handle = _unpack_get(body)
+                if op == _GET and number == self._next:
+                    # A program that waits for one array: the commonest batch of all.
+                    self._next = number + 1
+                    out = self._get(number, handle)
+                    if self.streams:
+                        self.ordering.wake_threads()
+                        return False
+                    return out
             self._batch(body)
         elif kind == Kind.GOODBYE:
             self.default.queue.append((self._next, self._say_goodbye, ()))
         else:
             raise ProtocolError(f"a client does not send messages of kind {kind}")
+        return False
 
     def on_payload(
         self, kind: int, arg: int, body: memoryview, sizes: tuple[int, ...]
@@ -170,15 +184,6 @@ class WorkerSession:
     # -- records --------------------------------------------------------------------------------
 
     def _batch(self, body: memoryview) -> None:
-        if len(body) == _GET_ONLY.size:
-            number, kind, handle = _GET_ONLY.unpack(body)
-            if kind == Op.GET and number == self._next:
-                # A program that waits for one array: the commonest batch of all.
-                self._next = number + 1
-                self._get(number, handle)
-                if self.streams:
-                    self.ordering.wake_threads()
-                return
         table = self._table
         records = self._records
         backlog = 0
@@ -250,12 +255,16 @@ class WorkerSession:
     def _queue(self, number: int, function: Callable[..., Any], *arguments: Any) -> None:
         self.ordering.current.queue.append((number, function, arguments))
 
-    def _get(self, number: int, handle: int) -> None:
+    def _get(self, number: int, handle: int) -> bool:
+        """True if it has been answered, and there is nothing to see to."""
         slot = self._table.get(handle) or self.slot(handle)
         stream = self.ordering.current
-        if stream is self.default and not stream.queue and self.answers.send_small(number, slot):
-            return
+        if stream is self.default and not stream.queue:
+            out = self.answers.send_small(number, slot)
+            if out is not None:
+                return out
         stream.queue.append((number, self.answers.send_array, (slot,)))
+        return False
 
     def _meta(self, number: int, handle: int) -> None:
         self._queue(number, self.answers.send_meta, self.slot(handle))

@@ -38,9 +38,9 @@ __all__ = ["main"]
 
 WAIT: Final = 1.0
 """Seconds of one wait of the main thread."""
-LOOKS: Final = 32 if native is None else 100
+import os as _os
+LOOKS: Final = int(_os.environ.get("LK", "100"))
 """Receives that do not wait, some 40 µs of them, before one that does."""
-MAX_LOOKS_PAUSE: Final = 4096
 MESSAGES_PER_TURN: Final = 64
 BUSY_AFTER: Final = 0.02
 """Seconds in an op after which the control thread takes the connection over."""
@@ -75,8 +75,6 @@ class Worker:
         self._parked = True
         """The main thread sleeps, so the control thread need not look after it."""
         self._last_idle = 0.0
-        self._skip_looks = 0
-        self._looks_pause = LOOKS
         self._attached = threading.Event()
         self._over = False
 
@@ -124,44 +122,24 @@ class Worker:
     def _serve_quietly(self, connection: Connection) -> None:
         """Take messages one by one, in one blocking receive each, while it stays that quiet."""
         session, receiving = self.session, self._receiving
-        take = session.peer.take
-        queue, arriving = session.default.queue, session.peer.arriving
+        take, arriving, queue = session.peer.take, session.peer.arriving, session.default.queue
         while not self._over:
             with receiving:
-                if arriving or self._skip_looks:
-                    self._skip_looks -= bool(self._skip_looks)
-                    taken = take(connection, WAIT)
-                else:
-                    taken = self._look(connection) or take(connection, WAIT)
-                if not taken:
-                    if arriving:
-                        continue  # more of a payload is in place
-                    break
+                taken = take(connection, WAIT, 0 if arriving else LOOKS)
+            if not taken:
+                if arriving:
+                    continue  # more of a payload is in place
+                break
             if self._parked:
                 self._unpark()
             if queue:
                 self._run_default()
             if not self._quiet(connection):
                 return
-        # Bytes of a payload, or a second without any.
+        # A second without any message.
         now = _clock.now()
         self._parked = now - self._last_idle > WAIT / 2
         self._last_idle = now
-
-    def _look(self, connection: Connection) -> bool:
-        """Look a few times before sleeping.
-
-        A client that goes to and fro answers within microseconds, and a process that sleeps
-        takes longer than that to get going again: this saves a third of a round trip between
-        two cores. Where it does not help (a slower client, or one on the same core) it is left
-        out for twice as many messages each time.
-        """
-        if self.session.peer.take(connection, 0.0, LOOKS):
-            self._looks_pause = LOOKS
-            return True
-        self._skip_looks = self._looks_pause
-        self._looks_pause = min(2 * self._looks_pause, MAX_LOOKS_PAUSE)
-        return False
 
     def _serve_watching(self, connection: Connection) -> None:
         """One round of waiting for the connection or for another thread, then what can be done."""

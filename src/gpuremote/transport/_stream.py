@@ -12,7 +12,6 @@ from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost
 from gpuremote.transport._framing import FRAME, MESSAGE
 from gpuremote.transport._incoming import Message
-from gpuremote.transport._outgoing import Outbox
 from gpuremote.transport.base import Incoming, Region, TransportStats
 
 __all__ = ["NOW", "SMALL", "Stream"]
@@ -42,7 +41,7 @@ class PythonStream:
     # Sending side; touched by the sending thread only.
     _tx_busy: bool
     _calling: bool
-    _outbox: Outbox
+    _pending: bool  # something is queued
     # Receiving side; touched by the receiving thread only.
     _rx_busy: bool
     _plain: bool  # nothing is under way: the next bytes begin a frame
@@ -53,11 +52,15 @@ class PythonStream:
 
     @property
     def pending_output(self) -> bool:
-        return self._outbox.pending
+        return self._pending
 
     @property
     def buffered(self) -> bool:
         return self._start != self._end
+
+    @property
+    def restless(self) -> bool:
+        return self._pending or self._start != self._end
 
     @property
     def closed(self) -> bool:
@@ -75,7 +78,7 @@ class PythonStream:
             or done is not None
             or size > SMALL
             or self._calling
-            or self._outbox.pending
+            or self._pending
             or type(header) is memoryview
         ):
             self._send(header, regions, done)

@@ -204,6 +204,11 @@ class Connection(abc.ABC):
         does not tell of them."""
 
     @property
+    def restless(self) -> bool:
+        """Whether there is output pending or anything buffered."""
+        return self.pending_output or self.buffered
+
+    @property
     @abc.abstractmethod
     def closed(self) -> bool:
         """Whether ``close`` or ``abort`` was called."""

@@ -103,6 +103,7 @@ class TcpConnection(Stream, Connection):
         self._tx_failure: ConnectionLost | None = None
         self._calling = False
         self._outbox = Outbox()
+        self._pending = False  # as the outbox says
         # Receiving side; touched by the receiving thread only.
         self._rx_busy = False
         self._rx_touching = 0  # the thread that is writing to lent memory
@@ -219,6 +220,7 @@ class TcpConnection(Stream, Connection):
             outbox.add_payload(header, size, regions, done)
         else:
             outbox.add_message(header, size, done)
+        self._pending = True
         self.stats.messages_sent += 1
         # Behind others the kernel most likely takes nothing now; trying each time would make a
         # long queue slow.
@@ -227,6 +229,7 @@ class TcpConnection(Stream, Connection):
 
     def _left(self, header: BytesLike, sent: int) -> None:
         self._outbox.add_rest(header, len(header), sent, None)
+        self._pending = True
 
     def flush(self) -> bool:
         if self._tx_failure is not None:
@@ -256,6 +259,7 @@ class TcpConnection(Stream, Connection):
                 except BlockingIOError:
                     sent = 0
                 payload, done = outbox.sent(sent)
+                self._pending = outbox.pending
             except BaseException as error:
                 raise self._broken(error) from None
             finally:
