@@ -94,6 +94,7 @@ class Core(Issuer):
         self._linked: dict[int, tuple[Core, int]] = {}
         self.trips: dict[str, int] = {}
         """``stats.round_trips``: a plain dict is quicker."""
+        self.peer.wait_type = Wait
         self._ask = self.peer.ask
         self._waits: dict[int, Wait] = {}
         self.peer.waits = self._waits
@@ -144,31 +145,25 @@ class Core(Issuer):
         with self.lock:
             if self._special:
                 self._prepare()
-            number = self._next
-            wait = Wait(number, kind, into)
-            body = _pack_get(number, _GET, handle)
-            trips = self.trips
-            trips[kind] = trips.get(kind, 0) + 1
-            seq = 0
-            try:
-                # As in ``flush``: no call between a number and where its record goes.
-                if self._buffer or self.dropped:
-                    self._waits[number] = wait
-                    self._next = number + 1
-                    self._buffer += body[8:]
-                    self.flush()
-                else:
-                    seq = self.peer.sent + 1
-                    self.stats.batches += 1
-                    self._first = self._next = number + 1
-                    if self._ask(wait, _BATCH, body):
-                        return wait
+            if self._buffer or self.dropped:
+                wait = self.ask(Op.GET, handle, kind=kind, into=into)
+            else:
+                trips = self.trips
+                trips[kind] = trips.get(kind, 0) + 1
+                self.stats.batches += 1
+                number = self._next
+                body = _pack_get(number, _GET, handle)
+                # As in ``flush``: no call between the number and the post.
+                self._first = self._next = number + 1
+                try:
+                    wait = self._ask(number, kind, into, _BATCH, body)
+                except BaseException:
+                    self.peer.interrupted(body)
+                    if number in self._waits:
+                        self.cancel(self._waits[number])
+                    raise
+                if not wait.posted:
                     self._posted()
-            except BaseException:
-                if seq:
-                    self.peer.interrupted(seq, body)
-                self.cancel(wait)
-                raise
         if self._stalled:
             self._relieve()
         return wait

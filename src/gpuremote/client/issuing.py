@@ -76,6 +76,7 @@ class Issuer:
     def __init__(self, sink: Sink, depth: int, sync: bool) -> None:
         self.lock = threading.RLock()
         self.peer = Peer(sink, self.lock)
+        self._post = self.peer.post
         self.stats = SessionStats()
         self.metas = MetaTable()
         self.plans: dict[Any, Plan] = {}
@@ -259,17 +260,16 @@ class Issuer:
                 buffer = self._buffer
                 if not buffer:
                     return
-                peer = self.peer
                 body = _pack_number(self._first) + buffer
-                seq, fresh = peer.sent + 1, bytearray()
+                fresh = bytearray()
                 # No call stands between these lines (nor where a record gets its number): Ctrl-C
                 # comes before all of them or after.
                 self._first = self._next
                 self._buffer = fresh
                 try:
-                    out = peer.post(_BATCH, body)
+                    out = self._post(_BATCH, body)
                 except BaseException:
-                    peer.interrupted(seq, body)
+                    self.peer.interrupted(body)
                     raise
                 if self._origins:
                     self._kept.append((self._next - 1, self._origins))

@@ -21,6 +21,8 @@ class PythonWait:
         What for, as counted in ``round_trips``.
     into : memoryview or None
         Where the bytes go.
+    posted : bool
+        The question has gone out, and there is credit for more.
     done : bool
     cancelled : bool
         The program no longer wants it.
@@ -38,6 +40,7 @@ class PythonWait:
     """
 
     # Defaults in the class: one of these is made for each wait.
+    posted = False
     done = False
     cancelled = False
     value: Any = None

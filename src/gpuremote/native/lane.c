@@ -16,7 +16,7 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
-    PyObject *connection, *lock, *acquire, *release, *sink, *waits, *bulk, *arriving;
+    PyObject *connection, *lock, *acquire, *release, *sink, *waits, *wait_type, *bulk, *arriving;
     Kept *kept; /* a ring: ``count`` messages from ``first`` on, room for a power of two */
     size_t first, count, room;
     long skip, pause;
@@ -74,6 +74,7 @@ static int lane_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(l->lock);
     Py_VISIT(l->sink);
     Py_VISIT(l->waits);
+    Py_VISIT(l->wait_type);
     Py_VISIT(l->acquire);
     Py_VISIT(l->release);
     for (size_t k = 0; k < l->count; k++)
@@ -90,6 +91,7 @@ static int lane_clear(PyObject *self)
     Py_CLEAR(l->lock);
     Py_CLEAR(l->sink);
     Py_CLEAR(l->waits);
+    Py_CLEAR(l->wait_type);
     Py_CLEAR(l->acquire);
     Py_CLEAR(l->release);
     drop(l, ~0ULL);
@@ -212,11 +214,6 @@ over:
     return out;
 }
 
-static PyObject *answer(int out)
-{
-    return out < 0 ? NULL : PyBool_FromLong(out);
-}
-
 /* post(kind, body, arg=0, flags=0, /) */
 static PyObject *lane_post(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
@@ -227,24 +224,31 @@ static PyObject *lane_post(PyObject *self, PyObject *const *args, Py_ssize_t cou
     unsigned kind = (unsigned)PyLong_AsUnsignedLong(args[0]);
     unsigned arg = count > 2 ? (unsigned)PyLong_AsUnsignedLong(args[2]) : 0;
     unsigned flags = count > 3 ? (unsigned)PyLong_AsUnsignedLong(args[3]) : 0;
-    return PyErr_Occurred() ? NULL : answer(post(self, kind, args[1], arg, flags));
+    int out = PyErr_Occurred() ? -1 : post(self, kind, args[1], arg, flags);
+    return out < 0 ? NULL : PyBool_FromLong(out);
 }
 
-/* ask(wait, kind, body, /) */
+/* ask(number, name, into, kind, body, /) */
 static PyObject *lane_ask(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     Lane *l = (Lane *)self;
-    unsigned long long number;
-    if (count != 3 || !wait_number(args[0], &number) || l->waits == NULL
-        || !PyDict_CheckExact(l->waits)) {
-        PyErr_SetString(PyExc_TypeError, "ask() takes a Wait, kind and body");
+    if (count != 5 || l->waits == NULL || !PyDict_CheckExact(l->waits)) {
+        PyErr_SetString(PyExc_TypeError, "ask() takes number, name, into, kind and body");
         return NULL;
     }
-    unsigned kind = (unsigned)PyLong_AsUnsignedLong(args[1]);
-    PyObject *key = PyErr_Occurred() ? NULL : PyLong_FromUnsignedLongLong(number);
-    int failed = key == NULL ? -1 : PyDict_SetItem(l->waits, key, args[0]);
-    Py_XDECREF(key);
-    return failed ? NULL : answer(post(self, kind, args[2], 0, 0));
+    unsigned long long number = PyLong_AsUnsignedLongLong(args[0]);
+    unsigned kind = (unsigned)PyLong_AsUnsignedLong(args[3]);
+    PyObject *wait = PyErr_Occurred() ? NULL : wait_make(number, args[1], args[2]);
+    if (wait == NULL || PyDict_SetItem(l->waits, args[0], wait) < 0) {
+        Py_XDECREF(wait);
+        return NULL;
+    }
+    int out = post(self, kind, args[4], 0, 0);
+    if (out < 0)
+        Py_CLEAR(wait);
+    else
+        wait_posted(wait, out);
+    return wait;
 }
 
 /* settle(ack): the other end has every message up to there. */
@@ -499,6 +503,7 @@ static PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t cou
 static PyMemberDef lane_members[] = {
     {"connection", T_OBJECT, offsetof(Lane, connection), 0, NULL},
     {"waits", T_OBJECT, offsetof(Lane, waits), 0, NULL},
+    {"wait_type", T_OBJECT, offsetof(Lane, wait_type), 0, NULL},
     {"_sink", T_OBJECT_EX, offsetof(Lane, sink), 0, NULL},
     {"_bulk", T_OBJECT_EX, offsetof(Lane, bulk), 0, NULL},
     {"arriving", T_OBJECT_EX, offsetof(Lane, arriving), 0, NULL},

@@ -40,7 +40,7 @@ static int module_exec(PyObject *module)
                    || add_type(module, &wait_spec, &Wait_Type)
                    || add_type(module, &lane_spec, &Lane_Type)
                ? -1
-               : (Wait_Type->tp_vectorcall = wait_vectorcall, 0);
+               : 0;
 }
 
 static PyModuleDef_Slot module_slots[] = {

@@ -71,11 +71,11 @@ static inline int stream_clear(Stream *stream)
 /* Send a message whose frame is the first FRAME bytes of data (filled in here). -1: error. */
 int stream_put(Stream *stream, char *data, Py_ssize_t total);
 
-/* Makes a Wait. */
-PyObject *wait_vectorcall(PyObject *type, PyObject *const *args, size_t count, PyObject *names);
+/* A new Wait, or NULL. */
+PyObject *wait_make(unsigned long long number, PyObject *kind, PyObject *into);
 
-/* The number of a Wait; false if it is none. */
-int wait_number(PyObject *wait, unsigned long long *number);
+/* Set Wait.posted. */
+void wait_posted(PyObject *wait, int posted);
 
 /* If ``wait`` is a Wait for exactly these bytes: put them in place (1), else 0. */
 int wait_takes(PyObject *wait, const char *data, Py_ssize_t size);

@@ -6,7 +6,7 @@ typedef struct {
     PyObject_HEAD
     unsigned long long number;
     Py_ssize_t left;
-    char done, cancelled;
+    char posted, done, cancelled;
     PyObject *kind, *into, *value, *error, *notify, *future, *entries, *refusal;
 } Wait;
 
@@ -24,37 +24,20 @@ static int wait_init(PyObject *self, PyObject *args, PyObject *keywords)
     return 0;
 }
 
-static PyObject *call_slowly(PyObject *type, PyObject *const *args, Py_ssize_t count,
-                             PyObject *names)
+PyObject *wait_make(unsigned long long number, PyObject *kind, PyObject *into)
 {
-    PyObject *positional = PyTuple_New(count), *keywords = PyDict_New(), *made = NULL;
-    int failed = positional == NULL || keywords == NULL;
-    for (Py_ssize_t k = 0; !failed && k < count; k++)
-        PyTuple_SET_ITEM(positional, k, Py_NewRef(args[k]));
-    for (Py_ssize_t k = 0; !failed && names != NULL && k < PyTuple_GET_SIZE(names); k++)
-        failed = PyDict_SetItem(keywords, PyTuple_GET_ITEM(names, k), args[count + k]);
-    if (!failed)
-        made = PyType_Type.tp_call(type, positional, keywords);
-    Py_XDECREF(positional);
-    Py_XDECREF(keywords);
-    return made;
-}
-
-/* Wait(number, kind, into), as every call makes it. */
-PyObject *wait_vectorcall(PyObject *type, PyObject *const *args, size_t count, PyObject *names)
-{
-    if (PyVectorcall_NARGS(count) != 3 || names != NULL)
-        return call_slowly(type, args, PyVectorcall_NARGS(count), names);
-    unsigned long long number = PyLong_AsUnsignedLongLong(args[0]);
-    if (PyErr_Occurred())
-        return NULL;
     Wait *w = (Wait *)Wait_Type->tp_alloc(Wait_Type, 0);
     if (w == NULL)
         return NULL;
     w->number = number;
-    w->kind = Py_NewRef(args[1]);
-    w->into = args[2] == Py_None ? NULL : Py_NewRef(args[2]);
+    w->kind = Py_NewRef(kind);
+    w->into = into == Py_None ? NULL : Py_NewRef(into);
     return (PyObject *)w;
+}
+
+void wait_posted(PyObject *wait, int posted)
+{
+    ((Wait *)wait)->posted = (char)posted;
 }
 
 static int wait_traverse(PyObject *self, visitproc visit, void *arg)
@@ -93,14 +76,6 @@ static void wait_dealloc(PyObject *self)
     wait_clear(self);
     type->tp_free(self);
     Py_DECREF(type);
-}
-
-int wait_number(PyObject *wait, unsigned long long *number)
-{
-    if (!Py_IS_TYPE(wait, Wait_Type))
-        return 0;
-    *number = ((Wait *)wait)->number;
-    return 1;
 }
 
 int wait_takes(PyObject *wait, const char *data, Py_ssize_t size)
@@ -186,6 +161,7 @@ static PyObject *wait_result(PyObject *self, PyObject *unused)
 static PyMemberDef wait_members[] = {
     {"number", T_ULONGLONG, offsetof(Wait, number), 0, NULL},
     {"left", T_PYSSIZET, offsetof(Wait, left), 0, NULL},
+    {"posted", T_BOOL, offsetof(Wait, posted), 0, NULL},
     {"done", T_BOOL, offsetof(Wait, done), 0, NULL},
     {"cancelled", T_BOOL, offsetof(Wait, cancelled), 0, NULL},
     {"kind", T_OBJECT, offsetof(Wait, kind), 0, NULL},

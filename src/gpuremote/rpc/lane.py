@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from gpuremote._speed import native
@@ -63,6 +63,8 @@ class PythonLane:
         The owner's; held where messages are sent and taken in.
     waits : dict of int to Wait, or None
         Who waits for the bytes of which record. The part in C puts them in place by itself.
+    wait_type : callable
+        Makes one.
     copied : int
         Bytes that it has put in place so.
     """
@@ -70,6 +72,7 @@ class PythonLane:
     connection: Connection | None
     lock: threading.RLock
     waits: dict[int, Any] | None
+    wait_type: Callable[[int, str, memoryview | None], Any]
     copied: int
     sent: int
     credit: int
@@ -120,11 +123,20 @@ class PythonLane:
             return False
         return self.credit > 0 and not connection.pending_output
 
-    def ask(self, wait: Any, kind: int, body: BytesLike, /) -> bool:
-        """As :meth:`post`; the answer goes to ``wait``."""
+    def ask(
+        self, number: int, name: str, into: memoryview | None, kind: int, body: BytesLike, /
+    ) -> Any:
+        """As :meth:`post`, with somebody who waits for the bytes of record ``number``.
+
+        Returns
+        -------
+        Wait
+            ``posted`` is what :meth:`post` returned.
+        """
         assert self.waits is not None
-        self.waits[wait.number] = wait
-        return self.post(kind, body)
+        wait = self.waits[number] = self.wait_type(number, name, into)
+        wait.posted = self.post(kind, body)
+        return wait
 
     @property
     def kept_count(self) -> int:

@@ -205,9 +205,9 @@ class Peer(Lane):
             raise
         return entry
 
-    def interrupted(self, seq: int, body: BytesLike) -> None:
-        """Ctrl-C hit while batch ``seq`` was being posted: see to it that it is sent, once."""
-        if self.sent < seq:
+    def interrupted(self, body: BytesLike) -> None:
+        """Ctrl-C hit while a batch was being posted: see to it that it is sent, once."""
+        if not any(kept is body for *_, kept in self.kept()):
             self.post(Kind.BATCH, body)
         elif self.connection is not None:
             # Whether the connection was given it nobody knows; the next one begins with receipts.

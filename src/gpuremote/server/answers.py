@@ -24,6 +24,7 @@ class Answers:
     def __init__(self, session: WorkerSession) -> None:
         self._session = session
         self._peer = session.peer
+        self._post = session.peer.post
         self._small_bytes = session.backend.small_bytes
 
     def report(self, failure: Failure, number: int = 0) -> None:
@@ -64,15 +65,14 @@ class Answers:
     def send_small(self, number: int, slot: Slot) -> bool | None:
         """Answer at once with a small array that is there; what the peer says of that, or None
         if it has to queue."""
-        meta = slot.meta
         value = slot.value
-        if value is None or meta is None or meta.nbytes > INLINE_PAYLOAD or self._peer.credit <= 0:
+        if value is None or slot.meta.nbytes > INLINE_PAYLOAD or self._peer.credit <= 0:  # type: ignore[union-attr]
             return None
         try:
             data = self._small_bytes(value)
         except Exception:
             return None  # the longer way reports it
-        return self._peer.post(_RESULT, _pack_number(number) + data)
+        return self._post(_RESULT, _pack_number(number) + data)
 
     def send_array(self, number: int, slot: Slot) -> object:
         """Item: answer with the array's bytes."""

@@ -79,6 +79,8 @@ class WorkerSession:
         self.answers = Answers(self)
         self.ordering = Ordering(self, wake)
         self.default = self.ordering.default
+        self._default_queue = self.default.queue
+        self._send_small = self.answers.send_small
         self.streams = self.ordering.streams
         self._plans: dict[int, Executable] = {}
         self._table: dict[int, Slot] = {}
@@ -116,11 +118,7 @@ class WorkerSession:
                 if op == _GET and number == self._next:
                     # A program that waits for one array: the commonest batch of all.
                     self._next = number + 1
-                    out = self._get(number, handle)
-                    if self.streams:
-                        self.ordering.wake_threads()
-                        return False
-                    return out
+                    return self._get(number, handle)
             self._batch(body)
         elif kind == Kind.GOODBYE:
             self.default.queue.append((self._next, self._say_goodbye, ()))
@@ -258,12 +256,14 @@ class WorkerSession:
     def _get(self, number: int, handle: int) -> bool:
         """True if it has been answered, and there is nothing to see to."""
         slot = self._table.get(handle) or self.slot(handle)
-        stream = self.ordering.current
-        if stream is self.default and not stream.queue:
-            out = self.answers.send_small(number, slot)
+        queue = self.ordering.current.queue
+        if not queue and queue is self._default_queue:
+            out = self._send_small(number, slot)
             if out is not None:
                 return out
-        stream.queue.append((number, self.answers.send_array, (slot,)))
+        queue.append((number, self.answers.send_array, (slot,)))
+        if self.streams:
+            self.ordering.wake_threads()
         return False
 
     def _meta(self, number: int, handle: int) -> None:

@@ -39,6 +39,7 @@ __all__ = ["main"]
 WAIT: Final = 1.0
 """Seconds of one wait of the main thread."""
 import os as _os
+
 LOOKS: Final = int(_os.environ.get("LK", "100"))
 """Receives that do not wait, some 40 µs of them, before one that does."""
 MESSAGES_PER_TURN: Final = 64
