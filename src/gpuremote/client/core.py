@@ -92,8 +92,7 @@ class Core(Issuer):
         self.deferred: deque[int] = deque()
         self.sources: weakref.WeakSet[Core] = weakref.WeakSet()
         self._linked: dict[int, tuple[Core, int]] = {}
-        self.trips: dict[str, int] = {}
-        """``stats.round_trips``: a plain dict is quicker."""
+        self.trips = self.peer.trips
         self.peer.wait_type = Wait
         self._ask = self.peer.ask
         self._waits: dict[int, Wait] = {}
@@ -148,9 +147,6 @@ class Core(Issuer):
             if self._buffer or self.dropped:
                 wait = self.ask(Op.GET, handle, kind=kind, into=into)
             else:
-                trips = self.trips
-                trips[kind] = trips.get(kind, 0) + 1
-                self.stats.batches += 1
                 number = self._next
                 body = _pack_get(number, _GET, handle)
                 # As in ``flush``: no call between the number and the post.
@@ -479,6 +475,7 @@ class Core(Issuer):
             found.round_trips = Counter(self.trips)
             found.records = self._next - 1
             found.ops += len(self._origins) - self._named
+            found.batches = self.peer.batches
             found.messages_sent = self.peer.messages_sent
             found.messages_received = self.peer.messages_received
             found.payload_copied += self.peer.copied

@@ -278,7 +278,6 @@ class Issuer:
                     self._named = 0
                 self._told = False
                 self.flush_after = now_ns() + pause
-                self.stats.batches += 1
                 if not out:
                     self._posted()
 

@@ -101,7 +101,8 @@ def output_view(
 ) -> memoryview:
     """The writable memory of ``out``, if an array of ``shape`` and ``dtype`` fits in exactly.
 
-    The view is C-contiguous, of any shape and format. A NumPy array must have that shape and dtype; any other buffer that number of bytes.
+    The view is C-contiguous, of any shape and format. A NumPy array must have that
+    shape and dtype; any other buffer that number of bytes.
 
     Raises
     ------

@@ -2,7 +2,8 @@
 
 #include "native.h"
 
-#define RESULT 3 /* wire.frames.Kind */
+#define BATCH 1  /* wire.frames.Kind */
+#define RESULT 3
 #define BYTES 0  /* wire.frames.ResultForm */
 #define KINDS 9
 #define MAX_PAUSE 4096 /* messages without looking first */
@@ -16,13 +17,13 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
-    PyObject *connection, *lock, *acquire, *release, *sink, *waits, *wait_type, *bulk, *arriving;
+    PyObject *connection, *lock, *acquire, *release, *sink, *waits, *wait_type, *trips, *bulk, *arriving;
     Kept *kept; /* a ring: ``count`` messages from ``first`` on, room for a power of two */
     size_t first, count, room;
     long skip, pause;
     unsigned long long sent, seen, complete;
     long long credit, got, granted, unreported, ack_after, low_credit;
-    long long messages_sent, messages_received, copied;
+    long long messages_sent, messages_received, batches, copied;
 } Lane;
 
 PyTypeObject *Lane_Type;
@@ -75,6 +76,7 @@ static int lane_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(l->sink);
     Py_VISIT(l->waits);
     Py_VISIT(l->wait_type);
+    Py_VISIT(l->trips);
     Py_VISIT(l->acquire);
     Py_VISIT(l->release);
     for (size_t k = 0; k < l->count; k++)
@@ -92,6 +94,7 @@ static int lane_clear(PyObject *self)
     Py_CLEAR(l->sink);
     Py_CLEAR(l->waits);
     Py_CLEAR(l->wait_type);
+    Py_CLEAR(l->trips);
     Py_CLEAR(l->acquire);
     Py_CLEAR(l->release);
     drop(l, ~0ULL);
@@ -174,6 +177,8 @@ static int post(PyObject *self, unsigned kind, PyObject *body, unsigned arg, uns
     if (keep(l, kind, flags, arg, body) < 0)
         goto over;
     l->credit -= size;
+    if (kind == BATCH)
+        l->batches++;
     failed = 0;
     if (connection == NULL || connection == Py_None)
         goto over;
@@ -228,6 +233,20 @@ static PyObject *lane_post(PyObject *self, PyObject *const *args, Py_ssize_t cou
     return out < 0 ? NULL : PyBool_FromLong(out);
 }
 
+/* One more round trip of this name. */
+static int count_trip(Lane *l, PyObject *name)
+{
+    if (l->trips == NULL || !PyDict_CheckExact(l->trips))
+        return 0;
+    PyObject *before = PyDict_GetItemWithError(l->trips, name);
+    if (before == NULL && PyErr_Occurred())
+        return -1;
+    PyObject *count = PyLong_FromLongLong(before == NULL ? 1 : PyLong_AsLongLong(before) + 1);
+    int failed = count == NULL ? -1 : PyDict_SetItem(l->trips, name, count);
+    Py_XDECREF(count);
+    return failed;
+}
+
 /* ask(number, name, into, kind, body, /) */
 static PyObject *lane_ask(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
@@ -238,7 +257,7 @@ static PyObject *lane_ask(PyObject *self, PyObject *const *args, Py_ssize_t coun
     }
     unsigned long long number = PyLong_AsUnsignedLongLong(args[0]);
     unsigned kind = (unsigned)PyLong_AsUnsignedLong(args[3]);
-    PyObject *wait = PyErr_Occurred() ? NULL : wait_make(number, args[1], args[2]);
+    PyObject *wait = PyErr_Occurred() || count_trip(l, args[1]) < 0 ? NULL : wait_make(number, args[1], args[2]);
     if (wait == NULL || PyDict_SetItem(l->waits, args[0], wait) < 0) {
         Py_XDECREF(wait);
         return NULL;
@@ -503,6 +522,7 @@ static PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t cou
 static PyMemberDef lane_members[] = {
     {"connection", T_OBJECT, offsetof(Lane, connection), 0, NULL},
     {"waits", T_OBJECT, offsetof(Lane, waits), 0, NULL},
+    {"trips", T_OBJECT, offsetof(Lane, trips), 0, NULL},
     {"wait_type", T_OBJECT, offsetof(Lane, wait_type), 0, NULL},
     {"_sink", T_OBJECT_EX, offsetof(Lane, sink), 0, NULL},
     {"_bulk", T_OBJECT_EX, offsetof(Lane, bulk), 0, NULL},
@@ -518,6 +538,7 @@ static PyMemberDef lane_members[] = {
     {"_low_credit", T_LONGLONG, offsetof(Lane, low_credit), 0, NULL},
     {"messages_sent", T_LONGLONG, offsetof(Lane, messages_sent), 0, NULL},
     {"messages_received", T_LONGLONG, offsetof(Lane, messages_received), 0, NULL},
+    {"batches", T_LONGLONG, offsetof(Lane, batches), 0, NULL},
     {"copied", T_LONGLONG, offsetof(Lane, copied), 0, NULL},
     {NULL},
 };

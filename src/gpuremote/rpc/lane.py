@@ -11,7 +11,7 @@ from gpuremote._speed import native
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost
 from gpuremote.transport.base import Connection, Incoming
-from gpuremote.wire.frames import HEADER
+from gpuremote.wire.frames import HEADER, Kind
 
 __all__ = ["Lane", "Plain", "Sink"]
 
@@ -49,6 +49,7 @@ Plain = tuple[int, int, int, int, BytesLike]
 
 MAX_PAUSE: Final = 4096
 """Messages in a row that are taken without looking first, at most."""
+_BATCH = int(Kind.BATCH)
 _PREFIX = HEADER.size
 _pack = HEADER.pack
 
@@ -65,6 +66,10 @@ class PythonLane:
         Who waits for the bytes of which record. The part in C puts them in place by itself.
     wait_type : callable
         Makes one.
+    trips : dict of str to int
+        Waits by their name.
+    batches : int
+        Messages that were batches.
     copied : int
         Bytes that it has put in place so.
     """
@@ -73,6 +78,8 @@ class PythonLane:
     lock: threading.RLock
     waits: dict[int, Any] | None
     wait_type: Callable[[int, str, memoryview | None], Any]
+    trips: dict[str, int]
+    batches: int
     copied: int
     sent: int
     credit: int
@@ -112,6 +119,7 @@ class PythonLane:
         seq = self.sent = self.sent + 1
         self._kept.append((seq, kind, flags, arg, body))
         self.credit -= _PREFIX + len(body)
+        self.batches += kind == _BATCH
         connection = self.connection
         if connection is None:
             return False
@@ -134,6 +142,7 @@ class PythonLane:
             ``posted`` is what :meth:`post` returned.
         """
         assert self.waits is not None
+        self.trips[name] = self.trips.get(name, 0) + 1
         wait = self.waits[number] = self.wait_type(number, name, into)
         wait.posted = self.post(kind, body)
         return wait

@@ -144,6 +144,8 @@ class Peer(Lane):
         self._sink = sink
         self.lock = lock
         self.waits = None
+        self.trips = {}
+        self.batches = 0
         self.copied = 0
         # Sending side.
         self.sent = 0

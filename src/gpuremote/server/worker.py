@@ -38,9 +38,7 @@ __all__ = ["main"]
 
 WAIT: Final = 1.0
 """Seconds of one wait of the main thread."""
-import os as _os
-
-LOOKS: Final = int(_os.environ.get("LK", "100"))
+LOOKS: Final = 32 if native is None else 100
 """Receives that do not wait, some 40 µs of them, before one that does."""
 MESSAGES_PER_TURN: Final = 64
 BUSY_AFTER: Final = 0.02
