@@ -39,9 +39,9 @@ demo: $(VENV)/.stamp-demo ## handwritten digits on a device server, compared wit
 	@$(BIN)/python examples/digits.py
 
 test: lint ## every check: lint, types, then the test suite on asyncio and on uvloop
-	@echo "== test: the suite on plain asyncio (less what no event loop comes into)"
-	@GPUREMOTE_TEST_LOOP=asyncio $(BIN)/python -m pytest $(LOOPLESS) $(PYTEST_ARGS)
-	@echo "== test: the suite on uvloop"
+	@echo "== test: the suite on plain asyncio, without the part in C (less what no event loop comes into)"
+	@GPUREMOTE_TEST_LOOP=asyncio GPUREMOTE_NATIVE=0 $(BIN)/python -m pytest $(LOOPLESS) $(PYTEST_ARGS)
+	@echo "== test: the suite on uvloop, with the part in C"
 	@GPUREMOTE_TEST_LOOP=uvloop $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)/.stamp-bench ## every workload with every contender, into benchmarks/results/

@@ -63,6 +63,8 @@ class Backend(abc.ABC):
     """
 
     name: str
+    exports_memory = False
+    """Whether arrays have the buffer protocol, with every op issued for them done."""
 
     def __init__(self, devices: int = 0) -> None:
         self._wanted = devices

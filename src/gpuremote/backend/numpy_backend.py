@@ -49,6 +49,7 @@ class NumpyBackend(ArrayNamespaceBackend):
     """
 
     name = "numpy"
+    exports_memory = True
     exact = True
 
     def __init__(self, devices: int = 0) -> None:

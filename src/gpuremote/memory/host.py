@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from gpuremote._dtypes import check_dtype
+from gpuremote._speed import native
 from gpuremote._types import Shape
 from gpuremote.errors import DTypeError, GpuRemoteError, InvalidBuffer
 
@@ -96,6 +97,20 @@ def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
+def _python_fits(out: Any, kind: Any, shape: object, dtype: object, /) -> memoryview | None:
+    """The common case of ``output_view``."""
+    if type(out) is kind and out.shape == shape and out.dtype == dtype:
+        view: memoryview = out.data
+        if view.c_contiguous and not view.readonly and view.nbytes:
+            return view
+    return None
+
+
+_fits = _python_fits
+if not TYPE_CHECKING and native is not None:
+    _fits = native.fits
+
+
 def output_view(
     out: Any, shape: Shape | None = None, dtype: np.dtype[Any] | None = None
 ) -> memoryview:
@@ -109,10 +124,9 @@ def output_view(
     InvalidBuffer
         Read-only, not C-contiguous, or of another shape, dtype or size. Nothing was written.
     """
-    if type(out) is np.ndarray and out.shape == shape and out.dtype == dtype:
-        view = out.data
-        if view.c_contiguous and not view.readonly and view.nbytes:
-            return view
+    view = _fits(out, np.ndarray, shape, dtype)
+    if view is not None:
+        return view
     if hasattr(out, "__dlpack__") and not isinstance(out, np.ndarray):
         try:
             out = np.from_dlpack(out)

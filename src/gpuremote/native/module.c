@@ -19,6 +19,42 @@ int tell(PyObject *object, PyObject *name, ...)
     return answer == NULL ? -1 : 0;
 }
 
+/* fits(out, array_type, shape, dtype): a view of ``out`` if it is such an array, and its memory
+   can be written to in one piece, else None. */
+static PyObject *fits(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *view = NULL;
+    if (count != 4) {
+        PyErr_SetString(PyExc_TypeError, "fits() takes out, array_type, shape and dtype");
+        return NULL;
+    }
+    if (!Py_IS_TYPE(args[0], (PyTypeObject *)args[1]))
+        Py_RETURN_NONE;
+    PyObject *shape = PyObject_GetAttr(args[0], name_shape);
+    PyObject *dtype = shape == NULL ? NULL : PyObject_GetAttr(args[0], name_dtype);
+    int same = dtype == NULL ? -1 : PyObject_RichCompareBool(shape, args[2], Py_EQ);
+    if (same > 0)
+        same = PyObject_RichCompareBool(dtype, args[3], Py_EQ);
+    if (same > 0)
+        view = PyMemoryView_FromObject(args[0]);
+    Py_XDECREF(shape);
+    Py_XDECREF(dtype);
+    if (same < 0 || (same && view == NULL))
+        return NULL;
+    if (same) {
+        Py_buffer *buffer = PyMemoryView_GET_BUFFER(view);
+        if (buffer->len && !buffer->readonly && PyBuffer_IsContiguous(buffer, 'C'))
+            return view;
+        Py_DECREF(view);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef module_methods[] = {
+    {"fits", (PyCFunction)(void (*)(void))fits, METH_FASTCALL, NULL},
+    {NULL},
+};
+
 static int intern_names(void)
 {
 #define INTERN(name) \
@@ -39,6 +75,7 @@ static int module_exec(PyObject *module)
     return intern_names() || add_type(module, &stream_spec, &Stream_Type)
                    || add_type(module, &wait_spec, &Wait_Type)
                    || add_type(module, &lane_spec, &Lane_Type)
+                   || add_type(module, &slot_spec, &Slot_Type)
                ? -1
                : 0;
 }
@@ -53,7 +90,7 @@ static struct PyModuleDef module_def = {
     "gpuremote._native",
     "What every small message goes through, in C.",
     0,
-    NULL,
+    module_methods,
     module_slots,
     NULL,
     NULL,

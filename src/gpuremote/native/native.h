@@ -9,6 +9,8 @@
        Stream  gpuremote.transport._stream
        Lane    gpuremote.rpc.lane
        Wait    gpuremote.client.waits
+       Slot    gpuremote.server.storage
+       fits    gpuremote.memory.host
 
    No code here runs without the interpreter lock, apart from a receive that waits, so that a
    step is one step for other threads and for signals. */
@@ -43,16 +45,16 @@ typedef struct {
 #define NAMES(X) \
     X(_broken) X(_ended) X(_failed) X(_finish) X(_gone) X(_left) X(_parse) X(_receive) \
     X(_release) X(_report_if_due) X(_send) X(_settle_up_to) X(_whole) X(abort) X(acquire) \
-    X(dispatch) X(done) X(lost) X(on_message) X(pending_output) X(receive) \
-    X(release) X(send) X(set_result)
+    X(dispatch) X(done) X(dtype) X(lost) X(on_message) X(pending_output) X(receive) \
+    X(release) X(send) X(set_result) X(shape)
 #define DECLARE(name) extern PyObject *name_##name;
 NAMES(DECLARE)
 #undef DECLARE
 
 enum taken { FAILED = -1, NOTHING, MESSAGE, OTHER };
 
-extern PyTypeObject *Stream_Type, *Lane_Type, *Wait_Type;
-extern PyType_Spec stream_spec, lane_spec, wait_spec;
+extern PyTypeObject *Stream_Type, *Lane_Type, *Wait_Type, *Slot_Type;
+extern PyType_Spec stream_spec, lane_spec, wait_spec, slot_spec;
 
 /* Receive once. MESSAGE: one message without payload and nothing else is in the buffer, *size
    bytes with its frame. OTHER: *other is what Stream._receive or _parse gave (None: nothing
@@ -82,6 +84,9 @@ int wait_takes(PyObject *wait, const char *data, Py_ssize_t size);
 
 /* Tell whoever waits that it is done. -1: error. */
 int wait_finish(PyObject *wait);
+
+/* What is in a Slot (borrowed); NULL or None if nothing is. */
+PyObject *slot_value(PyObject *slot);
 
 /* Call a method with the given arguments (NULL at their end), whose result does not matter. */
 int tell(PyObject *object, PyObject *name, ...);

@@ -70,6 +70,16 @@ class PythonLane:
         Waits by their name.
     batches : int
         Messages that were batches.
+    table : dict of int to Slot, or None
+        What handles name, where this side answers for them.
+    turn : int
+        Number of the record that comes next.
+    queue : deque
+        Records that have not run.
+    small : int
+        Bytes up to which an array may travel inside a message.
+    direct : bool
+        A small array may be sent at once while the queue is empty: the part in C does.
     copied : int
         Bytes that it has put in place so.
     """
@@ -80,6 +90,11 @@ class PythonLane:
     wait_type: Callable[[int, str, memoryview | None], Any]
     trips: dict[str, int]
     batches: int
+    table: dict[int, Any] | None
+    turn: int
+    queue: deque[Any] | None
+    small: int
+    direct: bool
     copied: int
     sent: int
     credit: int

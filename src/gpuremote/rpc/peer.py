@@ -23,6 +23,7 @@ from gpuremote.transport.base import Connection, Incoming, Region
 from gpuremote.wire.caps import (
     ACK_BYTES,
     ACK_MESSAGES,
+    INLINE_PAYLOAD,
     MAX_BULK,
     OVERRUN_BYTES,
     WINDOW_BYTES,
@@ -146,6 +147,11 @@ class Peer(Lane):
         self.waits = None
         self.trips = {}
         self.batches = 0
+        self.table = None
+        self.turn = 1
+        self.queue = None
+        self.small = INLINE_PAYLOAD
+        self.direct = False
         self.copied = 0
         # Sending side.
         self.sent = 0

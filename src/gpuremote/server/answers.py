@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from gpuremote.server.storage import STALLED, Failure, Slot
 from gpuremote.transport.base import Region
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Answers"]
 
-_RESULT: Final = int(Kind.RESULT)
 _pack_number = NUMBER.pack
 
 
@@ -23,9 +22,6 @@ class Answers:
 
     def __init__(self, session: WorkerSession) -> None:
         self._session = session
-        self._peer = session.peer
-        self._post = session.peer.post
-        self._small_bytes = session.backend.small_bytes
 
     def report(self, failure: Failure, number: int = 0) -> None:
         """Tell of a failure; with ``number``, as the answer to that record."""
@@ -62,17 +58,20 @@ class Answers:
                 self.info(number, [list(slot.meta.shape), slot.meta.wire_dtype])
         return None
 
-    def send_small(self, number: int, slot: Slot) -> bool | None:
-        """Answer at once with a small array that is there; what the peer says of that, or None
-        if it has to queue."""
+    def send_small(self, number: int, slot: Slot) -> bool:
+        """Answer at once with a small array that is there; False if it has to queue."""
+        meta = slot.meta
         value = slot.value
-        if value is None or slot.meta.nbytes > INLINE_PAYLOAD or self._peer.credit <= 0:  # type: ignore[union-attr]
-            return None
+        session = self._session
+        peer = session.peer
+        if value is None or meta is None or meta.nbytes > INLINE_PAYLOAD or peer.credit <= 0:
+            return False
         try:
-            data = self._small_bytes(value)
+            data = session.backend.small_bytes(value)
         except Exception:
-            return None  # the longer way reports it
-        return self._post(_RESULT, _pack_number(number) + data)
+            return False  # the longer way reports it
+        peer.post(Kind.RESULT, _pack_number(number) + data)
+        return True
 
     def send_array(self, number: int, slot: Slot) -> object:
         """Item: answer with the array's bytes."""

@@ -100,6 +100,7 @@ class Ordering:
 
     def _stream_use(self, number: int, ident: int) -> None:
         self.current = self._stream(ident)
+        self._direct()
 
     def _stream_new(self, number: int, ident: int, device: int) -> None:
         if ident == 0 or ident in self.streams or self.count > caps.MAX_STREAMS:
@@ -118,6 +119,15 @@ class Ordering:
             self.stir,
             self._stream_ended,
         )
+        self._direct()
+
+    def _direct(self) -> None:
+        """Whether a small array may be sent before anybody looks at the queues."""
+        self._session.peer.direct = (
+            self.current is self.default
+            and not self.streams
+            and self._session.backend.exports_memory
+        )
 
     def _stream_drop(self, number: int, ident: int) -> None:
         stream = self._stream(ident)
@@ -126,12 +136,14 @@ class Ordering:
         if self.current is stream:
             self.current = self.default
         stream.close()
+        self._direct()
 
     def _stream_ended(self, stream: StreamThread) -> bool:
         with self._session.lock:
             if stream.queue:
                 return False  # a SYNC of all streams, for one
             self.streams.pop(stream.ident, None)
+            self._direct()
         self._wake()
         return True
 

@@ -7,7 +7,6 @@ lock held), and the threads of the streams run items (without it, except where t
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -39,9 +38,6 @@ __all__ = ["WorkerSession"]
 
 _HANDLES: Final = NUMBER
 _BATCH: Final = int(Kind.BATCH)
-_GET: Final = int(Op.GET)
-_unpack_get = struct.Struct("<QIQ").unpack
-_GET_SIZE: Final = struct.calcsize("<QIQ")
 
 
 class WorkerSession:
@@ -79,14 +75,14 @@ class WorkerSession:
         self.answers = Answers(self)
         self.ordering = Ordering(self, wake)
         self.default = self.ordering.default
-        self._default_queue = self.default.queue
-        self._send_small = self.answers.send_small
         self.streams = self.ordering.streams
         self._plans: dict[int, Executable] = {}
         self._table: dict[int, Slot] = {}
         self._expected: dict[bytes, tuple[int, Slot, memoryview]] = {}
         self._arriving: dict[int, tuple[Slot, Any, memoryview, Storage, Meta]] = {}
-        self._next = 1
+        self.peer.table = self._table
+        self.peer.queue = self.default.queue
+        self.peer.direct = backend.exports_memory
         self._devices = len(backend.devices())
         self._records: dict[int, Callable[..., object]] = {
             Op.DEFINE: self._define,
@@ -113,15 +109,9 @@ class WorkerSession:
 
     def on_message(self, kind: int, arg: int, body: memoryview) -> bool:
         if kind == _BATCH:
-            if len(body) == _GET_SIZE:
-                number, op, handle = _unpack_get(body)
-                if op == _GET and number == self._next:
-                    # A program that waits for one array: the commonest batch of all.
-                    self._next = number + 1
-                    return self._get(number, handle)
             self._batch(body)
         elif kind == Kind.GOODBYE:
-            self.default.queue.append((self._next, self._say_goodbye, ()))
+            self.default.queue.append((self.peer.turn, self._say_goodbye, ()))
         else:
             raise ProtocolError(f"a client does not send messages of kind {kind}")
         return False
@@ -177,7 +167,7 @@ class WorkerSession:
         """A client executes nothing."""
 
     def executed(self) -> int:
-        return self.ordering.executed(self._next - 1)
+        return self.ordering.executed(self.peer.turn - 1)
 
     # -- records --------------------------------------------------------------------------------
 
@@ -186,14 +176,14 @@ class WorkerSession:
         records = self._records
         backlog = 0
         for number, op, values in decode(body, self._plans):
-            if number != self._next:
-                raise ProtocolError(f"record {number} came where {self._next} was due")
+            if number != self.peer.turn:
+                raise ProtocolError(f"record {number} came where {self.peer.turn} was due")
             if isinstance(op, Executable):
-                self._next = number + op.step
+                self.peer.turn = number + op.step
                 self._call(number, op, values, table)
                 backlog += 1
             else:
-                self._next = number + 1
+                self.peer.turn = number + 1
                 records[op](number, *values)  # type: ignore[index]
         if len(table) > caps.MAX_HANDLES:
             raise LimitExceeded(
@@ -253,18 +243,12 @@ class WorkerSession:
     def _queue(self, number: int, function: Callable[..., Any], *arguments: Any) -> None:
         self.ordering.current.queue.append((number, function, arguments))
 
-    def _get(self, number: int, handle: int) -> bool:
-        """True if it has been answered, and there is nothing to see to."""
+    def _get(self, number: int, handle: int) -> None:
         slot = self._table.get(handle) or self.slot(handle)
-        queue = self.ordering.current.queue
-        if not queue and queue is self._default_queue:
-            out = self._send_small(number, slot)
-            if out is not None:
-                return out
-        queue.append((number, self.answers.send_array, (slot,)))
-        if self.streams:
-            self.ordering.wake_threads()
-        return False
+        stream = self.ordering.current
+        if stream is self.default and not stream.queue and self.answers.send_small(number, slot):
+            return
+        stream.queue.append((number, self.answers.send_array, (slot,)))
 
     def _meta(self, number: int, handle: int) -> None:
         self._queue(number, self.answers.send_meta, self.slot(handle))
@@ -456,7 +440,7 @@ class WorkerSession:
         """Counters of this session on the server; bytes where not said otherwise."""
         return {
             "ops": self.ops_executed,
-            "records": self._next - 1,
+            "records": self.peer.turn - 1,
             "handles": len(self._table),
             "plans": len(self._plans),
             "streams": self.ordering.count,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from gpuremote._speed import native
 from gpuremote.errors import GpuRemoteError, OutOfDeviceMemory
 from gpuremote.ops.meta import Meta
 
@@ -106,7 +107,7 @@ class Storage:
             self._quota.release(self._nbytes)
 
 
-class Slot:
+class PythonSlot:
     """What a handle names: a value, or the failure in its place, or neither yet."""
 
     __slots__ = ("failure", "meta", "storage", "value")
@@ -126,17 +127,21 @@ class Slot:
     def pending(self) -> bool:
         return self.value is None and self.failure is None
 
-    def fill(self, value: Any, meta: Meta, storage: Storage) -> None:
+    def fill(self, value: Any, meta: Meta, storage: Storage, /) -> None:
         # The value last: another stream's thread looks at it without a lock.
         self.meta = meta
         self.storage = storage
         self.value = value
 
-    def poison(self, failure: Failure) -> None:
+    def poison(self, failure: Failure, /) -> None:
         self.failure = failure
         self.value = None
         self.storage = None
 
+
+Slot = PythonSlot
+if not TYPE_CHECKING and native is not None:
+    Slot = native.Slot
 
 STALLED: Final = object()
 """What a queued item returns when it can't run yet."""

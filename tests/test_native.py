@@ -1,0 +1,278 @@
+"""The part in C: what it knows of the layouts is what the rest says, and both ways agree."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpuremote._speed import NATIVE, native
+from gpuremote.client.waits import PythonWait, Wait
+from gpuremote.memory import host
+from gpuremote.rpc.lane import Lane, PythonLane
+from gpuremote.rpc.peer import Peer
+from gpuremote.server.storage import Failure, PythonSlot, Slot
+from gpuremote.transport._framing import FRAME, MESSAGE
+from gpuremote.transport._stream import PythonStream, Stream
+from gpuremote.transport.tcp import pair
+from gpuremote.wire.batch import Op
+from gpuremote.wire.frames import HEADER, Kind, ResultForm
+from tests.rpc.test_peer import End, connect
+
+BOTH_WAYS = [
+    pytest.param(False, id="python"),
+    pytest.param(
+        True, id="native", marks=pytest.mark.skipif(native is None, reason=f"_native: {NATIVE}")
+    ),
+]
+SOURCES = Path(__file__).parent.parent / "src/gpuremote/native"
+
+
+def test_it_is_used_where_it_can_be_built() -> None:
+    """A machine with a compiler and Python's headers has it, unless it is switched off."""
+    if os.environ.get("GPUREMOTE_NATIVE") == "0":
+        assert "GPUREMOTE_NATIVE" in NATIVE
+        return
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    compiler = subprocess.run(["cc", "--version"], capture_output=True, check=False).returncode
+    if header.exists() and compiler == 0:
+        assert NATIVE == "used"
+        assert (Wait, Lane, Stream, Slot) == (
+            native.Wait,
+            native.Lane,
+            native.Stream,
+            native.Slot,
+        )
+
+
+def test_switched_off() -> None:
+    program = (
+        "import gpuremote.client.waits as w, gpuremote._speed as s; "
+        "assert s.native is None and w.Wait is w.PythonWait; print(s.NATIVE)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "GPUREMOTE_NATIVE": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "switched off by GPUREMOTE_NATIVE=0\n"
+
+
+def test_the_layouts_that_c_knows() -> None:
+    defined = {}
+    for source in [*SOURCES.glob("*.c"), *SOURCES.glob("*.h")]:
+        for line in source.read_text().splitlines():
+            if line.startswith("#define ") and len(line.split()) > 2:
+                name, value = line.split()[1:3]
+                defined[name] = value
+    assert defined["BATCH"] == str(int(Kind.BATCH))
+    assert defined["RESULT"] == str(int(Kind.RESULT))
+    assert defined["BYTES"] == str(int(ResultForm.BYTES))
+    assert defined["GET"] == str(int(Op.GET))
+    assert defined["KINDS"] == str(max(Kind))
+    assert defined["HEADER"] == str(HEADER.size)
+    assert defined["FRAME"] == str(FRAME.size)
+    assert FRAME.pack(5, MESSAGE, 0, 0) == ((1 << 32) + 5).to_bytes(8, "little")
+    assert HEADER.pack(1, 2, 0, 3, 4, 5) == (
+        b"\1\2\0\0" + (3).to_bytes(4, "little") + b"".join(n.to_bytes(8, "little") for n in (4, 5))
+    )
+
+
+@pytest.mark.parametrize("fast", BOTH_WAYS)
+def test_wait(fast: bool) -> None:
+    make: Any = native.Wait if fast else PythonWait
+    wait = make(7, "get")
+    assert (wait.number, wait.kind, wait.into, wait.done, wait.cancelled) == (
+        7,
+        "get",
+        None,
+        False,
+        False,
+    )
+    assert (wait.value, wait.error, wait.notify, wait.future, wait.entries) == (None,) * 5
+    assert (wait.left, wait.refusal, wait.posted) == (0, None, False)
+    told = []
+    wait.notify = lambda: told.append(1)
+    wait.finish([1])
+    wait.finish([2])
+    assert told == [1]
+    assert wait.result() == [1]
+    failed = make(1 << 40, "put", into=memoryview(bytearray(3)))
+    failed.finish(error=ValueError("no"))
+    assert failed.done
+    with pytest.raises(ValueError, match="no"):
+        failed.result()
+    assert failed.error is None
+    again = make(number=1, kind="x", into=None)
+    again.finish(error=KeyError("k"))
+    assert isinstance(again.take_error(), KeyError)
+    with pytest.raises(TypeError):
+        make()
+    again.value = again  # a circle
+    again.notify = weakref.WeakSet([PythonSlot]).clear
+    del again
+    gc.collect()
+
+
+@pytest.mark.parametrize("fast", BOTH_WAYS)
+def test_slot(fast: bool) -> None:
+    slot: Any = native.Slot() if fast else PythonSlot()
+    assert (slot.value, slot.meta, slot.storage, slot.failure) == (None,) * 4
+    assert slot.pending
+    slot.fill("value", "meta", "storage")
+    assert (slot.value, slot.meta, slot.storage, slot.pending) == (
+        "value",
+        "meta",
+        "storage",
+        False,
+    )
+    failure = Failure(1, 2, "text", "op")
+    slot.poison(failure)
+    assert (slot.value, slot.storage, slot.failure, slot.pending) == (None, None, failure, False)
+    slot.value = None
+    assert slot.value is None
+
+
+@pytest.mark.parametrize("fast", BOTH_WAYS)
+def test_fits(fast: bool) -> None:
+    fits: Any = native.fits if fast else host._python_fits
+    out = np.zeros((2, 3))
+    view = fits(out, np.ndarray, (2, 3), out.dtype)
+    assert view.nbytes == 48
+    view.cast("B")[:8] = np.float64(5).tobytes()
+    assert out[0, 0] == 5
+    scalar = np.zeros(())
+    assert fits(scalar, np.ndarray, (), scalar.dtype).nbytes == 8
+    fixed = np.zeros(3)
+    fixed.flags.writeable = False
+    refused = [
+        (out, np.ndarray, (3, 2), out.dtype),
+        (out, np.ndarray, (2, 3), np.dtype("f4")),
+        (fixed, np.ndarray, (3,), fixed.dtype),
+        (out.T, np.ndarray, (3, 2), out.dtype),
+        (np.zeros(0), np.ndarray, (0,), out.dtype),
+        (bytearray(48), np.ndarray, (2, 3), out.dtype),
+        (np.ma.masked_array(out), np.ndarray, (2, 3), out.dtype),
+    ]
+    for arguments in refused:
+        assert fits(*arguments) is None
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    """One of two that are connected."""
+    a, b = End(), End()
+    connect(a, b)
+    connections = [a.peer.connection, b.peer.connection]
+    yield a.peer
+    for connection in connections:
+        assert connection is not None
+        connection.abort()
+
+
+def test_messages_are_kept_until_they_are_acknowledged(peer: Peer) -> None:
+    for number in range(50):
+        assert peer.post(Kind.BATCH, b"%d" % number)
+    assert peer.kept_count == 50
+    assert [item[0] for item in peer.kept()] == list(range(1, 51))
+    assert [bytes(item[4]) for item in peer.kept()] == [b"%d" % n for n in range(50)]
+    peer.settle(20)
+    assert [item[0] for item in peer.kept()] == list(range(21, 51))
+    for number in range(50, 90):  # the ring has to grow with its beginning in the middle
+        peer.post(Kind.BATCH, b"%d" % number)
+    assert [bytes(item[4]) for item in peer.kept()] == [b"%d" % n for n in range(20, 90)]
+    peer.settle(1 << 60)
+    assert peer.kept() == []
+
+
+def test_the_kept_body_is_the_one_that_was_given(peer: Peer) -> None:
+    body = bytearray(b"as it is")
+    peer.post(Kind.BATCH, body, 3, 128)
+    assert peer.kept() == [(1, Kind.BATCH, 128, 3, body)]
+    assert peer.kept()[0][4] is body
+
+
+def test_post_tells_what_is_to_be_seen_to(peer: Peer) -> None:
+    assert peer.post(Kind.BATCH, b"out")
+    peer.credit = 10
+    assert not peer.post(Kind.BATCH, b"no credit for more")
+    peer.credit = 1 << 30
+    while peer.post(Kind.BATCH, bytes(4000)):
+        assert peer.kept_count < 10_000, "the kernel takes everything"
+    connection = peer.connection
+    assert connection is not None
+    assert connection.pending_output
+    assert not peer.post(Kind.BATCH, b"behind others")
+    connection.abort()
+    assert not peer.post(Kind.BATCH, b"no connection")
+    assert peer.connection is None
+    assert not peer.post(Kind.BATCH, b"no connection any more")
+
+
+def test_take_refuses_nonsense(peer: Peer) -> None:
+    with pytest.raises(TypeError):
+        peer.take()  # type: ignore[call-arg]
+    with pytest.raises((TypeError, AttributeError)):
+        peer.take(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        peer.post(Kind.BATCH, "text")  # type: ignore[arg-type]
+    assert peer.kept() == [] or native is None
+
+
+def test_counters_of_a_connection() -> None:
+    """The same whichever way a message went."""
+    here, there = pair(blocking=False)
+    try:
+        for _ in range(3):
+            here.send(b"small")
+            assert there.receive() is not None
+        stats = here.stats
+        assert (stats.messages_sent, stats.sends, stats.bytes_sent) == (3, 3, 3 * 13)
+        here.send(bytes(5000))
+        assert there.receive() is not None
+        assert (here.stats.messages_sent, here.stats.bytes_sent) == (4, 3 * 13 + 5008)
+        assert (there.stats.messages_received, there.stats.bytes_received) == (4, 3 * 13 + 5008)
+        assert there.stats is there.stats
+    finally:
+        here.abort()
+        there.abort()
+
+
+def test_nothing_is_sent_over_a_descriptor_that_was_given_back() -> None:
+    here, there = pair(blocking=False)
+    here.abort()
+    other, end = socket.socketpair()  # may well get the same number
+    with other, end, pytest.raises(ConnectionError):
+        here.send(b"not for you")
+    with pytest.raises(ConnectionError):
+        here.receive()
+    there.abort()
+
+
+def test_the_twins_have_the_same_names() -> None:
+    if native is None:
+        pytest.skip(f"_native: {NATIVE}")
+    for twin, fast in (
+        (PythonWait, native.Wait),
+        (PythonSlot, native.Slot),
+    ):
+        names = {n for n in (*vars(twin), *getattr(twin, "__annotations__", ())) if n[0] != "_"}
+        assert names <= set(dir(fast)), (twin, names - set(dir(fast)))
+    lane = {n for n in PythonLane.__annotations__ if n != "_skip"} | {
+        n for n in vars(PythonLane) if not n.startswith("_")
+    }
+    assert lane - {"dispatch", "lost"} <= set(dir(native.Lane))
+    stream = set(PythonStream.__annotations__) | {"send", "receive"}
+    assert stream - {"_sock"} <= set(dir(native.Stream))
