@@ -288,7 +288,7 @@ SENTENCES = [
     ("architecture", f"kept ({core.MAX_FAILURES} of them)"),
     ("architecture", f"Up to {caps.INLINE_PAYLOAD // KIB} KiB go into the batch"),
     ("architecture", f"sends up to {core.GROUP} arrays"),
-    ("architecture", f"up to {worker.LOOKS} times"),
+    ("architecture", f"up to {worker.LOOKS} times ({worker.PYTHON_LOOKS} without"),
     ("architecture", f"more than {worker.BUSY_AFTER * 1000:.0f} ms"),
     ("architecture", f"{link.MAX_PAUSE:.0f} s at most"),
     ("architecture", f"URL's `grace` ({Target('gpu').grace:.0f} s)"),

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from gpuremote._speed import NATIVE, native
 from gpuremote._version import __version__
 from gpuremote.backend.registry import probe_all
 from gpuremote.cli._console import say, show
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
     report: dict[str, Any] = {
         "gpuremote": __version__,
         "python": platform.python_version(),
+        "native": {"used": native is not None, "reason": NATIVE},
         "packages": {name: _version(name) for name in PACKAGES},
         "transports": [
             {"name": c.name, "available": c.available, "reason": c.reason} for c in probe()
@@ -149,6 +151,7 @@ def _print(report: dict[str, Any]) -> None:
     say(f"gpuremote {report['gpuremote']}, Python {report['python']}")
     packages = report["packages"].items()
     say("packages: " + ", ".join(f"{name} {found or 'missing'}" for name, found in packages))
+    say(f"part in C: {report['native']['reason']}")
     for column in ("transport", "backend"):
         say("")
         show((column, "works", "why"), _verdicts(report[column + "s"]))

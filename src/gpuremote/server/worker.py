@@ -38,8 +38,10 @@ __all__ = ["main"]
 
 WAIT: Final = 1.0
 """Seconds of one wait of the main thread."""
-LOOKS: Final = 32 if native is None else 100
-"""Receives that do not wait, some 40 µs of them, before one that does."""
+LOOKS: Final = 100
+PYTHON_LOOKS: Final = 32
+"""Receives that do not wait, some 40 µs of them, before one that does; with and without the part
+in C."""
 MESSAGES_PER_TURN: Final = 64
 BUSY_AFTER: Final = 0.02
 """Seconds in an op after which the control thread takes the connection over."""
@@ -121,10 +123,11 @@ class Worker:
     def _serve_quietly(self, connection: Connection) -> None:
         """Take messages one by one, in one blocking receive each, while it stays that quiet."""
         session, receiving = self.session, self._receiving
+        looks = PYTHON_LOOKS if native is None else LOOKS
         take, arriving, queue = session.peer.take, session.peer.arriving, session.default.queue
         while not self._over:
             with receiving:
-                taken = take(connection, WAIT, 0 if arriving else LOOKS)
+                taken = take(connection, WAIT, 0 if arriving else looks)
             if not taken:
                 if arriving:
                     continue  # more of a payload is in place
