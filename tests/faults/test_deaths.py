@@ -132,6 +132,23 @@ def test_a_warm_worker_that_was_killed_is_not_handed_out() -> None:
                 assert session.devices[0].ones(2).get().tolist() == [1, 1]
 
 
+def test_a_worker_that_is_killed_before_it_answers(side: Side) -> None:
+    """The client has heard nothing of it, and gets another one."""
+    with device_server("--warm", "1") as server:
+        (waiting,) = children(server.process.pid)
+        os.kill(waiting, signal.SIGSTOP)
+
+        def end() -> None:
+            time.sleep(0.2)
+            kill(waiting)
+
+        killer = threading.Thread(target=end)
+        killer.start()
+        with side.session(server.url) as session:
+            assert side.do(session.devices[0].ones(2).get()).tolist() == [1, 1]
+        killer.join()
+
+
 def test_a_copy_whose_sender_is_killed_fails_at_the_receiver(side: Side) -> None:
     with (
         device_server() as first,

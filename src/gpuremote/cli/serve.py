@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> None:
         "--memory-limit",
         default="0",
         metavar="SIZE",
-        help="device memory per session, such as 8GiB (default: 80%% of this machine's memory)",
+        help="device memory per session, such as 8GiB (default: 80%% of what the devices have)",
     )
     parser.add_argument(
         "--grace",

@@ -308,7 +308,7 @@ class Core(Issuer):
             return None
         if wait.into.nbytes != sizes[0]:
             raise ProtocolError(f"{sizes[0]} bytes came for an array of {wait.into.nbytes}")
-        return [wait.into], wait
+        return [wait.into.cast("B")], wait
 
     def on_payload_done(self, token: object) -> None:
         assert isinstance(token, Wait)

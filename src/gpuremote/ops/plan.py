@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -135,9 +135,7 @@ class Plan:
         self.operands = operands
         self.params = params
         self.device = device
-        self.layout = struct.Struct(
-            "<I" + "".join("Q" if isinstance(o, Meta) else SCALAR_FORMATS[o] for o in operands)
-        )
+        self.layout = layout_of(operands)
         changing = spec.data_dependent or (spec.indexed and not spec.inplace and "i" in operands)
         self.bounds = bounds
         self.outputs = None if changing else bounds
@@ -163,20 +161,46 @@ class Plan:
         """
         if self.plain:
             return list(map(arrays, fields[1:]))
-        found: list[Any] = []
-        at = 1
-        for operand in self.operands:
-            field = fields[at]
+        return arguments_of(self.operands, fields, arrays)
+
+
+def layout_of(operands: Sequence[Operand]) -> struct.Struct:
+    """How a call with these operands is packed, the plan's id first."""
+    return struct.Struct(
+        "<I" + "".join("Q" if isinstance(o, Meta) else SCALAR_FORMATS[o] for o in operands)
+    )
+
+
+def arguments_of(
+    operands: Sequence[Operand], fields: Sequence[Any], arrays: Callable[[int], Any]
+) -> list[Any]:
+    """As ``Plan.arguments``."""
+    found: list[Any] = []
+    at = 1
+    for operand in operands:
+        field = fields[at]
+        at += 1
+        if isinstance(operand, Meta):
+            field = arrays(field)
+        elif operand == "c":
+            field = complex(field, fields[at])
             at += 1
-            if isinstance(operand, Meta):
-                field = arrays(field)
-            elif operand == "c":
-                field = complex(field, fields[at])
-                at += 1
-            elif operand not in WEAK:
-                field = np.frombuffer(field, DTYPES[operand])[0]
-            found.append(field)
-        return found
+        elif operand not in WEAK:
+            field = np.frombuffer(field, DTYPES[operand])[0]
+        found.append(field)
+    return found
+
+
+class Outline(NamedTuple):
+    """A definition that came over the wire, well-formed and not yet looked up: its calls can be
+    told apart, whether or not there is such an op here."""
+
+    id: int
+    name: str
+    device: int
+    operands: tuple[Operand, ...]
+    params: dict[str, Any]
+    dtypes: tuple[Any, ...]
 
 
 def define(
@@ -247,15 +271,39 @@ def encode_definition(plan: Plan) -> list[Any]:
 
 
 def decode_definition(obj: Any, metas: MetaTable, caps: PlanCaps | None = None) -> Plan:
-    """Make a plan from a definition that came over the wire.
+    """Make a plan from a definition that came over the wire: both of the steps below."""
+    return plan_of(decode_outline(obj, metas, caps), metas)
+
+
+def plan_of(outline: Outline, metas: MetaTable) -> Plan:
+    """Make a plan from what came over the wire.
+
+    Raises
+    ------
+    OpError
+        A definition that the op refuses, of an op that does not exist, or whose results have
+        other dtypes here than at the peer.
+    """
+    plan_id, name, device, operands, params, dtypes = outline
+    plan = define(plan_id, find(name), operands, params, device, metas)
+    here = [meta.wire_dtype for meta in plan.bounds]
+    if here != list(dtypes):
+        raise DTypeError(
+            f"the peer expects results of dtypes {', '.join(map(repr, dtypes))} and they would "
+            f"be {', '.join(here)} here (NumPy {np.__version__}); use the same version of NumPy "
+            "and of gpuremote at both ends",
+            op=name,
+        )
+    return plan
+
+
+def decode_outline(obj: Any, metas: MetaTable, caps: PlanCaps | None = None) -> Outline:
+    """Read a definition that came over the wire.
 
     Raises
     ------
     ProtocolError
         Not a definition (LimitExceeded: one that is over a cap).
-    OpError
-        A definition that the op refuses, of an op that does not exist, or whose results have
-        other dtypes here than at the peer.
     """
     caps = caps or PlanCaps()
     if not isinstance(obj, list | tuple) or len(obj) != 6:
@@ -274,18 +322,8 @@ def decode_definition(obj: Any, metas: MetaTable, caps: PlanCaps | None = None) 
     if not isinstance(dtypes, list | tuple) or len(dtypes) > MAX_NDIM:
         raise ProtocolError("the result dtypes of a plan have to be a short list")
     _check_values(params, caps)
-    spec = find(name)
-    found = [_decode_operand(operand, metas, device) for operand in operands]
-    plan = define(plan_id, spec, found, params, device, metas)
-    here = [meta.wire_dtype for meta in plan.bounds]
-    if here != list(dtypes):
-        raise DTypeError(
-            f"the peer expects results of dtypes {', '.join(map(repr, dtypes))} and they would "
-            f"be {', '.join(here)} here (NumPy {np.__version__}); use the same version of NumPy "
-            "and of gpuremote at both ends",
-            op=name,
-        )
-    return plan
+    found = tuple(_decode_operand(operand, metas, device) for operand in operands)
+    return Outline(plan_id, name, device, found, params, tuple(dtypes))
 
 
 def _frozen(value: Any) -> Any:

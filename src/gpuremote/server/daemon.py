@@ -27,7 +27,7 @@ from gpuremote.errors import (
     WorkerDied,
 )
 from gpuremote.server.options import ServerOptions
-from gpuremote.server.stock import Stock, WorkerProcess
+from gpuremote.server.stock import ATTEMPTS, Stock, WorkerProcess
 from gpuremote.transport.select import choose, probe
 from gpuremote.wire.hello import Hello, HelloReader, Refusal, choose_version
 
@@ -224,8 +224,21 @@ class DeviceServer:
                     f"all {self.options.max_sessions} sessions of this server are taken; "
                     "try again later or raise --max-sessions"
                 )
-            session = await self._open()
+            session = None
         host, port = sock.getsockname()[:2]
+        for left in reversed(range(ATTEMPTS)):
+            opened = session or await self._open()
+            try:
+                await self._hand_over(opened, sock, hello, _join(host, port))
+                return
+            except WorkerDied:
+                if session is not None or not left:
+                    raise
+                # It had not begun with this one, so another can.
+
+    async def _hand_over(
+        self, session: _Session, sock: socket.socket, hello: Hello, address: str
+    ) -> None:
         request = {
             "event": "connection",
             "hello": hello.encode(),
@@ -233,13 +246,9 @@ class DeviceServer:
             "session": session.ident,
             "secret": session.secret,
             "choice": choose(hello.transports),
-            "advertise": self.options.advertise or _join(host, port),
+            "advertise": self.options.advertise or address,
         }
-        try:
-            session.worker.tell(request, sock)
-        except OSError as error:
-            await session.worker.wait(1.0)  # its channel is gone; the process takes a moment
-            raise self._died(session.worker) from error
+        await session.worker.hand_over(request, sock, HANDSHAKE_TIMEOUT)
 
     async def _open(self) -> _Session:
         ident = secrets.token_bytes(16)
@@ -270,14 +279,11 @@ class DeviceServer:
             # A ticket is proved to the worker, which alone knows it.
             if session.worker.alive:
                 return session
-            raise self._died(session.worker)
+            raise session.worker.died()
         raise SessionLost(
             "the server does not know this session (any more): its grace period passed, or the "
             "server was restarted"
         )
-
-    def _died(self, worker: WorkerProcess) -> WorkerDied:
-        return WorkerDied(f"the session's worker process {worker.pid} {worker.describe_end()}")
 
     def _worker_ended(self, worker: WorkerProcess) -> None:
         session = self._by_worker.pop(worker.pid, None)
@@ -286,7 +292,7 @@ class DeviceServer:
         del self._sessions[session.ident]
         if worker.process.returncode != 0 and not self._stopping:
             log.warning("worker %d %s", worker.pid, worker.describe_end())
-            self._tombstones[session.ident] = (session.secret, self._died(worker).message)
+            self._tombstones[session.ident] = (session.secret, worker.died().message)
             while len(self._tombstones) > MAX_TOMBSTONES:
                 self._tombstones.popitem(last=False)
         if not self._sessions:

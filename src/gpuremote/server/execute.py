@@ -7,9 +7,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpuremote.backend.base import Backend
-from gpuremote.errors import InternalError, ProtocolError, ShapeError
+from gpuremote.errors import InternalError, OpError, ProtocolError, ShapeError
 from gpuremote.ops.meta import Meta, MetaTable
-from gpuremote.ops.plan import Plan, decode_definition, upper_bound_nbytes
+from gpuremote.ops.plan import (
+    Outline,
+    Plan,
+    arguments_of,
+    decode_outline,
+    layout_of,
+    plan_of,
+    upper_bound_nbytes,
+)
 from gpuremote.server.storage import STALLED, Failure, Slot, Storage
 
 if TYPE_CHECKING:
@@ -73,19 +81,23 @@ class Executable:
         if self.outputs is not None and len(self.outputs) == 1 and not self.view:
             self.simple = self.outputs[0]
 
-    @classmethod
-    def from_wire(cls, blob: Any, metas: MetaTable, backend: Backend, devices: int) -> Executable:
+    @staticmethod
+    def from_wire(blob: Any, metas: MetaTable, backend: Backend, devices: int) -> Executable:
         """Build from a DEFINE record.
 
         Raises
         ------
-        ProtocolError, OpError
-            The definition is malformed, or one that the op's own rules refuse.
+        ProtocolError
+            The definition is malformed.
         """
-        plan = decode_definition(blob, metas)
-        if not 0 <= plan.device < devices:
-            raise ProtocolError(f"plan {plan.id} is for device {plan.device}, of {devices}")
-        return cls(plan, backend.compile(plan))
+        outline = decode_outline(blob, metas)
+        if not 0 <= outline.device < devices:
+            raise ProtocolError(f"plan {outline.id} is for device {outline.device}, of {devices}")
+        try:
+            plan = plan_of(outline, metas)
+            return Executable(plan, backend.compile(plan))
+        except OpError as error:
+            return RefusedPlan(outline, error)
 
     def operands(
         self, fields: tuple[Any, ...], table: dict[int, Slot], missing: Callable[[int], Slot]
@@ -95,6 +107,43 @@ class Executable:
             return self.plan.arguments(fields, table.__getitem__)
         except KeyError:
             return self.plan.arguments(fields, missing)
+
+
+class RefusedPlan(Executable):
+    """A plan that can't run here: an op of a newer client's, or one that promotes differently.
+
+    Its calls fail, one by one, and the session goes on.
+    """
+
+    __slots__ = ("_kinds",)
+
+    def __init__(self, outline: Outline, error: OpError) -> None:
+        self._kinds = outline.operands
+        self.ident = outline.id
+        self.layout = layout_of(outline.operands)
+        self.n_out = len(outline.dtypes)
+        self.step = self.n_out or 1
+        self.name = outline.name[:64]
+        self.view = False
+        self.inplace = not outline.dtypes and isinstance(next(iter(self._kinds), None), Meta)
+        self.outputs = None
+        self.reserve = 0
+        self.checks = []
+        self.simple = None
+        # Not the error itself: with its traceback it would hold on to what it passed.
+        kind, message = type(error), error.message
+
+        def refuse(_: Sequence[Any]) -> Any:
+            raise kind(message, op=self.name)
+
+        self.function = refuse
+
+    def operands(
+        self, fields: tuple[Any, ...], table: dict[int, Slot], missing: Callable[[int], Slot]
+    ) -> list[Any]:
+        return arguments_of(
+            self._kinds, fields, lambda handle: table.get(handle) or missing(handle)
+        )
 
 
 def run_plan(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from gpuremote.errors import ConfigError
@@ -23,7 +22,7 @@ class ServerOptions:
     devices : int
         Logical devices to offer (0: all that the backend has; NumPy: 1).
     memory_limit : int
-        Device memory in bytes that one session may hold; 0: 80 % of this machine's memory.
+        Device memory in bytes that one session may hold; 0: 80 % of what the devices have.
     grace : float
         Seconds for which a session outlives a lost connection.
     max_sessions : int
@@ -49,25 +48,20 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         for name in ("devices", "memory_limit", "grace", "max_sessions", "warm", "drain"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
+            if not getattr(self, name) >= 0:  # NaN is neither
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port {self.port} is not in 0..65535")
 
     def worker_arguments(self) -> list[str]:
         """The command line of a worker process, without its channel."""
-        limit = self.memory_limit or int(0.8 * _machine_memory())
         return [
             "--backend",
             self.backend,
             "--devices",
             str(self.devices),
             "--memory-limit",
-            str(limit),
+            str(self.memory_limit),
             "--grace",
             str(self.grace),
         ]
-
-
-def _machine_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

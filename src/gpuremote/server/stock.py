@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from gpuremote.errors import ServerBusy
+from gpuremote.errors import ServerBusy, WorkerDied
 from gpuremote.server import control
 from gpuremote.server.options import ServerOptions
 
@@ -46,6 +47,8 @@ class WorkerProcess:
         self.stats: dict[str, Any] = {}
         self._on_exit = on_exit
         self._loop = loop
+        self._numbers = itertools.count()
+        self._handed: dict[int, asyncio.Future[None]] = {}
         try:
             self.process = subprocess.Popen(
                 [
@@ -86,6 +89,33 @@ class WorkerProcess:
         """
         control.send(self.channel, request, sock)
 
+    async def hand_over(
+        self, request: dict[str, Any], sock: socket.socket, patience: float
+    ) -> None:
+        """Give the worker a connection, and wait until it is about to answer there (or for
+        ``patience`` seconds).
+
+        Raises
+        ------
+        WorkerDied
+            It ended before: whoever is at the other end has heard nothing.
+        """
+        number = next(self._numbers)
+        taken = self._handed[number] = self._loop.create_future()
+        try:
+            self.tell({**request, "number": number}, sock)
+            await asyncio.wait([taken], timeout=patience)
+        except OSError as error:
+            await self.wait(1.0)  # its channel is gone; the process takes a moment
+            raise self.died() from error
+        finally:
+            del self._handed[number]
+        if taken.done():
+            taken.result()
+
+    def died(self) -> WorkerDied:
+        return WorkerDied(f"the session's worker process {self.pid} {self.describe_end()}")
+
     def describe_end(self) -> str:
         """How the process ended, for people."""
         code = self.process.poll()
@@ -111,26 +141,36 @@ class WorkerProcess:
             await asyncio.sleep(0.01)
         return True
 
-    def _from_worker(self) -> None:
+    def _from_worker(self) -> bool:
+        """Take one message in; False if there is none."""
         try:
             message, _ = control.receive(self.channel)
         except BlockingIOError:
-            return
+            return False
         except (EOFError, OSError):
             self._loop.remove_reader(self.channel.fileno())
-            return
+            return False
         if message.get("event") == "ready" and not self.ready.done():
             self.ready.set_result(None)
+        elif message.get("event") == "answering":
+            taken = self._handed.get(message.get("number", -1))
+            if taken is not None and not taken.done():
+                taken.set_result(None)
         elif message.get("event") == "closed":
             self.stats = message.get("stats", {})
+        return True
 
     def _exited(self) -> None:
         self.process.wait()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
-        self._from_worker()
+        while self._from_worker():
+            pass
         self._loop.remove_reader(self.channel.fileno())
         self.channel.close()
+        for taken in self._handed.values():
+            if not taken.done():
+                taken.set_exception(self.died())
         if not self.ready.done():
             error = ServerBusy(f"a worker process could not be started: it {self.describe_end()}")
             self.ready.set_exception(error)

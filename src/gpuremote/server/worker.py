@@ -22,6 +22,7 @@ from typing import Any, Final
 from gpuremote import _clock
 from gpuremote._speed import native
 from gpuremote.backend import registry
+from gpuremote.backend.base import Backend
 from gpuremote.errors import ConnectionLost, GpuRemoteError
 from gpuremote.rpc.dial import host_identity
 from gpuremote.server import control
@@ -65,8 +66,8 @@ class Worker:
         self.state = SessionState()
         self._wake_main = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake_control = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.session = WorkerSession(self.backend, options.memory_limit, self._wake)
-        self.session.peer.on_lost = self._detached
+        limit = options.memory_limit or _default_limit(self.backend)
+        self.session = WorkerSession(self.backend, limit, self._wake)
         self.copies = PeerCopies(self.session, self._wake)
         self.session.send_to = self.copies.send
         self.session.copying = lambda: self.copies.active
@@ -182,10 +183,6 @@ class Worker:
         self._parked = False
         os.eventfd_write(self._wake_control, 1)
 
-    def _detached(self, connection: Connection) -> None:
-        """The peer gave the connection up, maybe while sending: wait for another one."""
-        self._attached.clear()
-
     def _lost(self, connection: Connection, error: BaseException) -> None:
         with self.session.lock:
             if self.session.peer.connection is connection:
@@ -295,6 +292,7 @@ class Worker:
         hello = HelloReader("daemon").feed(request["hello"])
         assert isinstance(hello, Hello)
         if hello.ticket:
+            control.send(self.channel, {"event": "answering", "number": request["number"]})
             self.copies.receive(sock, hello)
             return
         with self.session.lock:
@@ -305,6 +303,7 @@ class Worker:
             if not resumed and hello.memory_limit:
                 self.session.quota.limit = min(self.session.quota.limit, hello.memory_limit)
             try:
+                control.send(self.channel, {"event": "answering", "number": request["number"]})
                 sock.settimeout(5.0)
                 sock.sendall(self._welcome(hello, request).encode())
                 reason = tune(sock)
@@ -345,6 +344,12 @@ class Worker:
             advertise=request["advertise"],
             worker=os.getpid(),
         )
+
+
+def _default_limit(backend: Backend) -> int:
+    """80 % of what the devices have; logical ones on the host share its memory."""
+    memory = [device.memory_bytes for device in backend.devices()]
+    return int(0.8 * (max(memory) if backend.exports_memory else sum(memory)))
 
 
 def _drain(descriptor: int) -> None:
