@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import socket
 import subprocess
 import sys
 import sysconfig
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -276,3 +280,60 @@ def test_the_twins_have_the_same_names() -> None:
     assert lane - {"dispatch", "lost"} <= set(dir(native.Lane))
     stream = set(PythonStream.__annotations__) | {"send", "receive"}
     assert stream - {"_sock"} <= set(dir(native.Stream))
+
+
+def test_no_message_is_lost_to_a_signal() -> None:
+    """One that comes together with a message: it is taken in, or the connection is given up, and
+    then it comes again over the next one."""
+
+    def interrupt(number: int, stack: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        for _ in range(60):
+            here, there = End(), End()
+            first, second = pair(blocking=True)
+            here.peer.attach(first, there.peer.receipt())
+            there.peer.attach(second, here.peer.receipt())
+            while not here.peer.take(first, 1.0):
+                pass
+
+            def send(end: End = there) -> None:
+                end.peer.post(Kind.BATCH, b"message")
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+            sender = threading.Thread(target=send)
+            try:
+                sender.start()
+                while not here.messages:
+                    here.peer.take(first, 1.0)
+                while True:
+                    time.sleep(0.01)
+            except KeyboardInterrupt:
+                pass
+            sender.join()
+            assert first.closed or here.messages or here.peer.take(first, 1.0)
+            assert first.closed or here.messages == [(Kind.BATCH, 0, b"message")]
+            first.abort()
+            second.abort()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_credit_beyond_every_number(peer: Peer) -> None:
+    peer.grant((1 << 64) - 1)
+    assert peer.credit > 1 << 60
+    assert peer.post(Kind.BATCH, b"goes out")
+
+
+def test_a_lane_that_was_not_set_up() -> None:
+    if native is None:
+        pytest.skip(f"_native: {NATIVE}")
+    here, there = pair(blocking=False)
+    with pytest.raises(AttributeError):
+        native.Lane().take(here)
+    with pytest.raises(AttributeError):
+        native.Stream().send(b"x")
+    here.abort()
+    there.abort()

@@ -161,12 +161,10 @@ class BlockingDriver:
 
     def _push(self, connection: Connection) -> None:
         """Send on: the thread that receives may sleep in that, and not see to it for a while."""
-        fd = connection.fileno()
-        if fd >= 0:
-            poller = select.poll()
-            poller.register(fd, select.POLLOUT)
-            poller.poll(1000 * PUSH)
         try:
+            poller = select.poll()
+            poller.register(connection.fileno(), select.POLLOUT)
+            poller.poll(1000 * PUSH)
             with self.core.lock:
                 if self.core.peer.connection is connection:
                     connection.flush()
@@ -212,10 +210,7 @@ class BlockingDriver:
             seconds = min(seconds, due)
         poller = select.poll()
         wanted = select.POLLIN | (select.POLLOUT if connection.pending_output else 0)
-        fd = connection.fileno()
-        if fd < 0:
-            return  # another thread has given it up; the receive says so
-        poller.register(fd, wanted)
+        poller.register(connection.fileno(), wanted)
         poller.poll(max(0.0, 1000 * seconds))
         with self.core.lock:
             connection.flush()

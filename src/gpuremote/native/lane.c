@@ -290,15 +290,26 @@ static PyObject *lane_settle(PyObject *self, PyObject *number)
 static PyObject *lane_kept(PyObject *self, PyObject *unused)
 {
     Lane *l = (Lane *)self;
-    PyObject *list = PyList_New((Py_ssize_t)l->count);
-    for (size_t k = 0; list != NULL && k < l->count; k++) {
-        Kept *m = at(l, k);
-        PyObject *item = Py_BuildValue("(KIIIO)", m->seq, m->kind, m->flags, m->arg, m->body);
-        if (item == NULL)
-            Py_CLEAR(list);
-        else
-            PyList_SET_ITEM(list, (Py_ssize_t)k, item);
+    size_t count = l->count, made = 0;
+    Kept *copies = PyMem_New(Kept, count ? count : 1);
+    if (copies == NULL)
+        return PyErr_NoMemory();
+    /* First copied: making objects may run finalisers, which may change the ring. */
+    for (size_t k = 0; k < count; k++) {
+        copies[k] = *at(l, k);
+        Py_INCREF(copies[k].body);
     }
+    PyObject *list = PyList_New(0);
+    for (; list != NULL && made < count; made++) {
+        Kept *m = &copies[made];
+        PyObject *item = Py_BuildValue("(KIIIO)", m->seq, m->kind, m->flags, m->arg, m->body);
+        if (item == NULL || PyList_Append(list, item) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(item);
+    }
+    for (size_t k = 0; k < count; k++)
+        Py_DECREF(copies[k].body);
+    PyMem_Free(copies);
     return list;
 }
 
@@ -316,7 +327,11 @@ static PyObject *lane_get_lock(PyObject *self, void *unused)
 static int lane_set_lock(PyObject *self, PyObject *lock, void *unused)
 {
     Lane *l = (Lane *)self;
-    PyObject *acquire = lock == NULL ? NULL : PyObject_GetAttr(lock, name_acquire);
+    if (lock == NULL) {
+        PyErr_SetString(PyExc_AttributeError, "lock");
+        return -1;
+    }
+    PyObject *acquire = PyObject_GetAttr(lock, name_acquire);
     PyObject *release = acquire == NULL ? NULL : PyObject_GetAttr(lock, name_release);
     if (release == NULL) {
         Py_XDECREF(acquire);
@@ -497,16 +512,6 @@ static enum taken receive(PyObject *connection, double wait, Py_ssize_t *size, P
     return found;
 }
 
-/* Give up the connection, with an exception set, which stays. */
-static void undo(PyObject *connection)
-{
-    PyObject *type, *error, *traceback;
-    PyErr_Fetch(&type, &error, &traceback);
-    if (tell(connection, name_abort, NULL) < 0)
-        PyErr_Clear();
-    PyErr_Restore(type, error, traceback);
-}
-
 /* Release the lock; an exception that is set stays. */
 static int let_go(Lane *l)
 {
@@ -530,6 +535,11 @@ static PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t cou
     Lane *l = (Lane *)self;
     if (count < 1 || count > 3) {
         PyErr_SetString(PyExc_TypeError, "take() takes a connection, wait and looks");
+        return NULL;
+    }
+    if (l->acquire == NULL || l->sink == NULL || l->bulk == NULL || !PyDict_CheckExact(l->bulk)
+        || l->arriving == NULL || !PyDict_CheckExact(l->arriving)) {
+        PyErr_SetString(PyExc_AttributeError, "this lane has not been set up");
         return NULL;
     }
     PyObject *connection = args[0];
@@ -559,11 +569,17 @@ static PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t cou
         PyObject *held = PyObject_CallNoArgs(l->acquire);
         if (held == NULL) {
             /* Ctrl-C in the wait for the lock: the message comes again over the next one. */
-            undo(connection);
+            stream_undo(connection);
             Py_XDECREF(incoming);
             return NULL;
         }
         Py_DECREF(held);
+        if (PyErr_CheckSignals() < 0) {
+            stream_undo(connection);
+            Py_XDECREF(incoming);
+            let_go(l);
+            return NULL;
+        }
         if (found == MESSAGE)
             quiet = take_in(self, connection, total);
         else

@@ -72,6 +72,10 @@ static int add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **type)
 
 static int module_exec(PyObject *module)
 {
+    if (Stream_Type != NULL) {
+        PyErr_SetString(PyExc_ImportError, "gpuremote._native can be loaded once in a process");
+        return -1;
+    }
     return intern_names() || add_type(module, &stream_spec, &Stream_Type)
                    || add_type(module, &wait_spec, &Wait_Type)
                    || add_type(module, &lane_spec, &Lane_Type)
@@ -82,6 +86,9 @@ static int module_exec(PyObject *module)
 
 static PyModuleDef_Slot module_slots[] = {
     {Py_mod_exec, module_exec},
+#ifdef Py_mod_multiple_interpreters
+    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
+#endif
     {0, NULL},
 };
 

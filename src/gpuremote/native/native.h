@@ -64,10 +64,15 @@ enum taken stream_take(Stream *stream, double wait, Py_ssize_t *size, PyObject *
 /* What _take called MESSAGE as a transport.base.Incoming, or NULL. */
 PyObject *stream_whole(Stream *stream, Py_ssize_t size);
 
+/* Give a connection up, with an exception set, which stays: what it brought comes again over the
+   next one. */
+void stream_undo(PyObject *connection);
+
 /* Whether stream_put may be used: nothing is queued, and the connection is open. */
 static inline int stream_clear(Stream *stream)
 {
-    return !(stream->closed || stream->pending || stream->calling || stream->tx_busy);
+    return stream->rx != NULL
+           && !(stream->closed || stream->pending || stream->calling || stream->tx_busy);
 }
 
 /* Send a message whose frame is the first FRAME bytes of data (filled in here). -1: error. */

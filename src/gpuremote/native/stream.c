@@ -113,9 +113,13 @@ enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **othe
             count = recv(s->fd, buffer->buf, (size_t)room, MSG_DONTWAIT);
             reason = errno;
         }
-        if (count < 0 && reason == EINTR && PyErr_CheckSignals() < 0)
-            /* Nothing came: whatever the signal raised, the connection is as good as before. */
-            goto unchanged;
+        if (PyErr_CheckSignals() < 0) {
+            /* Before nothing comes, the connection is as good as it was, whatever the signal
+               raised. What has come must not be lost: it comes again over the next connection. */
+            if (count < 0)
+                goto unchanged;
+            goto over;
+        }
     } while (count < 0 && reason == EINTR);
     if (count < 0) {
         if (reason == EAGAIN || reason == EWOULDBLOCK) {
@@ -157,12 +161,23 @@ unchanged:
     return found;
 }
 
+void stream_undo(PyObject *connection)
+{
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
+    if (tell(connection, name_abort, NULL) < 0)
+        PyErr_Clear();
+    PyErr_Restore(type, error, traceback);
+}
+
 PyObject *stream_whole(Stream *s, Py_ssize_t size)
 {
     PyObject *end = PyLong_FromSsize_t(size);
     PyObject *message =
         end == NULL ? NULL : PyObject_CallMethodOneArg((PyObject *)s, name__whole, end);
     Py_XDECREF(end);
+    if (message == NULL)
+        stream_undo((PyObject *)s);
     return message;
 }
 
@@ -191,6 +206,8 @@ int stream_put(Stream *s, char *data, Py_ssize_t total)
         failed = tell((PyObject *)s, name__left, header, count, NULL);
     Py_XDECREF(header);
     Py_XDECREF(count);
+    if (failed) /* half a frame is out */
+        reword((PyObject *)s, name__broken);
     return failed;
 }
 

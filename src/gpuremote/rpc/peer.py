@@ -45,6 +45,8 @@ __all__ = ["Connection", "Entry", "Peer", "Region", "Sink"]
 _PREFIX: Final = HEADER.size
 _pack = HEADER.pack
 _unpack = HEADER.unpack_from
+MAX_LIMIT: Final = 1 << 62
+"""Message bytes that nobody sends in a lifetime; more is not counted."""
 _LOW_CREDIT: Final = WINDOW_BYTES - ACK_BYTES
 _KINDS: Final = frozenset(int(kind) for kind in Kind)
 
@@ -234,6 +236,7 @@ class Peer(Lane):
 
     def grant(self, limit: int) -> None:
         """The other end takes message bytes up to ``limit`` in total."""
+        limit = min(limit, MAX_LIMIT)
         if limit > self._limit:
             self.credit += limit - self._limit
             self._limit = limit

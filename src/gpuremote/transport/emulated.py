@@ -214,9 +214,9 @@ class EmulatedConnection(Connection):
         self._watch_what_counts(now)
 
     def _pass_on(self, step: Callable[[], object], now: float) -> None:
-        before = self.stats.bytes_sent
+        before = self._inner.stats.bytes_sent
         step()
-        self._out.carry(self.stats.bytes_sent - before, now)
+        self._out.carry(self._inner.stats.bytes_sent - before, now)
         self._cut()
 
     def _call_done(self) -> None:
@@ -257,12 +257,12 @@ class EmulatedConnection(Connection):
         if due is not None and due < wait:
             # Below half a second a connection waits no longer than it is told.
             wait = min(due, 0.4)
-        before = self.stats.bytes_received
+        before = self._inner.stats.bytes_received
         try:
             return inner.receive(wait)
         finally:
             now = _clock.now()
-            self._in.carry(self.stats.bytes_received - before, now)
+            self._in.carry(self._inner.stats.bytes_received - before, now)
             self._cut()
             self._watch_what_counts(now)
 
@@ -292,7 +292,7 @@ class EmulatedConnection(Connection):
                 )
 
     def _cut(self) -> None:
-        through = self.stats.bytes_sent + self.stats.bytes_received
+        through = self._inner.stats.bytes_sent + self._inner.stats.bytes_received
         if self._cut_after is not None and through >= self._cut_after and not self.closed:
             self.abort()
             raise ConnectionLost(
