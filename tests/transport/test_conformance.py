@@ -74,6 +74,7 @@ class TestEmulatedDistance(TransportConformance):
 
 class TestEmulatedNarrowLine(TransportConformance):
     limit = 40.0
+    overtaking = 8 << 20  # a chunk under way, and one that was due before the message
 
     def connection_pair(self) -> Pair:
         here, there = connected("127.0.0.1", blocking=False)

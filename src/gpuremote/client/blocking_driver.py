@@ -193,27 +193,31 @@ class BlockingDriver:
         core = self.core
         left = SLICE if deadline is None else min(SLICE, deadline - _clock.now())
         if connection.pending_output or left < SLICE or connection.due() is not None:
-            self._poll_once(connection, left)
             wait = 0.0
+            there = self._poll_once(connection, left)
         else:
             wait = SLICE
+            there = True
         try:
-            taken = core.peer.take(connection, wait)
+            taken = there and core.peer.take(connection, wait)
         finally:
             self._receives += 1
         if not taken and (core.sources or core.deferred):
             self._tend()
 
-    def _poll_once(self, connection: Connection, seconds: float) -> None:
+    def _poll_once(self, connection: Connection, seconds: float) -> bool:
+        """Wait until something can be sent or received, and send; whether to receive."""
         due = connection.due()
         if due is not None:
             seconds = min(seconds, due)
         poller = select.poll()
         wanted = select.POLLIN | (select.POLLOUT if connection.pending_output else 0)
         poller.register(connection.fileno(), wanted)
-        poller.poll(max(0.0, 1000 * seconds))
+        found = poller.poll(max(0.0, 1000 * seconds))
         with self.core.lock:
             connection.flush()
+        only_room = bool(found) and found[0][1] == select.POLLOUT
+        return not only_room or connection.buffered or due is not None
 
     def _tend(self) -> None:
         """Look after the sessions that copies come from; nobody else may be reading them."""

@@ -37,7 +37,9 @@ typedef struct {
     Py_ssize_t idle;  /* bytes to ask for when nothing is under way */
     Py_ssize_t start, end;
     int fd;
+    unsigned long rx_touching; /* the thread that is writing to lent memory */
     char blocking, closed, plain, pending, calling, rx_busy, tx_busy;
+    char hands_off; /* another thread waits until it no longer does */
     long long sends, receives, messages_sent, messages_received, bytes_sent, bytes_received;
 } Stream;
 

@@ -3,7 +3,12 @@
 #include "native.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
+
+#define DATA 3                /* transport._framing */
+#define MAX_CHUNK (4 << 20)
 
 PyTypeObject *Stream_Type;
 
@@ -254,6 +259,105 @@ static PyObject *stream_receive(PyObject *self, PyObject *args, PyObject *keywor
     }
 }
 
+/* _pull(view, offset, chunk, left, channel, burst, wait): receive into ``view`` from ``offset``
+   on, as long as more is there or comes within ``wait`` seconds. ``chunk`` bytes are missing of the DATA frame under way and ``left`` of
+   the payload; the frames that follow on ``channel`` are taken as well (-1: none, as other payload
+   may come in between). Gives the bytes that are in place, the new ``chunk``, the calls, and the bytes that came in all. */
+static PyObject *stream_pull(PyObject *self, PyObject *args)
+{
+    Stream *s = (Stream *)self;
+    PyObject *view;
+    Py_ssize_t offset, chunk, left, burst, placed = 0, calls = 0, bytes = 0;
+    int channel;
+    double wait;
+    unsigned long me = s->rx_touching;
+    if (!PyArg_ParseTuple(args, "O!nnnind", &PyMemoryView_Type, &view, &offset, &chunk, &left,
+                          &channel, &burst, &wait))
+        return NULL;
+    Py_buffer *into = PyMemoryView_GET_BUFFER(view), *rx = PyMemoryView_GET_BUFFER(s->rx);
+    if (into->readonly || !PyBuffer_IsContiguous(into, 'C') || offset < 0 || chunk <= 0
+        || chunk > left || rx->len < s->idle || s->idle < FRAME) {
+        PyErr_SetString(PyExc_ValueError, "_pull: not what its caller promises");
+        return NULL;
+    }
+    s->start = s->end = 0;
+    s->hands_off = 0;
+    while (placed < burst && !s->closed && !s->hands_off) {
+        Py_ssize_t room = into->len - offset - placed;
+        if (room <= 0)
+            break; /* the next view: not here */
+        struct iovec parts[2];
+        struct msghdr message = {.msg_iov = parts, .msg_iovlen = 1};
+        parts[0].iov_base = (char *)into->buf + offset + placed;
+        parts[0].iov_len = (size_t)(room < chunk ? room : chunk);
+        if (room >= chunk) {
+            /* Behind the chunk comes a frame. What else comes with it would have to be copied. */
+            room = chunk;
+            parts[1].iov_base = rx->buf;
+            parts[1].iov_len = (size_t)(left - placed > chunk || channel < 0 ? FRAME : s->idle);
+            message.msg_iovlen = 2;
+        }
+        Py_ssize_t count;
+        int reason;
+        Py_BEGIN_ALLOW_THREADS;
+        count = recvmsg(s->fd, &message, MSG_DONTWAIT);
+        reason = errno;
+        Py_END_ALLOW_THREADS;
+        calls++;
+        if (PyErr_CheckSignals() < 0)
+            return NULL; /* the connection is given up: what came comes again */
+        if (count < 0) {
+            if (reason == EINTR)
+                continue;
+            if ((reason == EAGAIN || reason == EWOULDBLOCK) && wait > 0) {
+                /* Not while it sleeps: a thread that discards or aborts waits for this one. */
+                struct pollfd watched = {.fd = s->fd, .events = POLLIN};
+                int ready;
+                s->rx_touching = 0;
+                Py_BEGIN_ALLOW_THREADS;
+                ready = poll(&watched, 1, (int)(wait * 1000));
+                Py_END_ALLOW_THREADS;
+                s->rx_touching = me;
+                if (PyErr_CheckSignals() < 0)
+                    return NULL;
+                if (ready > 0)
+                    continue;
+                break;
+            }
+            if (placed || reason == EAGAIN || reason == EWOULDBLOCK)
+                break; /* if it is broken, the next call says so */
+            errno = reason;
+            return PyErr_SetFromErrno(PyExc_OSError);
+        }
+        if (count == 0) {
+            if (placed)
+                break;
+            raise_given(self, name__ended);
+            return NULL;
+        }
+        Py_ssize_t got = count < room ? count : room;
+        bytes += count;
+        s->end = count - got;
+        placed += got;
+        chunk -= got;
+        if (chunk)
+            continue;
+        if (s->end != FRAME || channel < 0 || placed == left)
+            break;
+        uint32_t length;
+        uint16_t next;
+        const unsigned char *frame = rx->buf;
+        memcpy(&length, frame, 4);
+        memcpy(&next, frame + 6, 2);
+        if (frame[4] != DATA || frame[5] || next != channel || length == 0
+            || length > left - placed || length > MAX_CHUNK)
+            break; /* another frame, or none that any sender makes: _parse says which */
+        chunk = length;
+        s->end = 0;
+    }
+    return Py_BuildValue("nnnn", placed, chunk, calls, bytes);
+}
+
 static int add_to(PyObject *stats, const char *name, long long *count)
 {
     if (!*count)
@@ -316,6 +420,8 @@ static PyMemberDef stream_members[] = {
     {"pending_output", T_BOOL, offsetof(Stream, pending), READONLY, NULL},
     {"_pending", T_BOOL, offsetof(Stream, pending), 0, NULL},
     {"_calling", T_BOOL, offsetof(Stream, calling), 0, NULL},
+    {"_rx_touching", T_ULONG, offsetof(Stream, rx_touching), 0, NULL},
+    {"_hands_off", T_BOOL, offsetof(Stream, hands_off), 0, NULL},
     {"_rx_busy", T_BOOL, offsetof(Stream, rx_busy), 0, NULL},
     {"_tx_busy", T_BOOL, offsetof(Stream, tx_busy), 0, NULL},
     {NULL},
@@ -330,6 +436,7 @@ static PyGetSetDef stream_getset[] = {
 
 static PyMethodDef stream_methods[] = {
     {"send", (PyCFunction)(void (*)(void))stream_send, METH_FASTCALL | METH_KEYWORDS, NULL},
+    {"_pull", stream_pull, METH_VARARGS, NULL},
     {"receive", (PyCFunction)(void (*)(void))stream_receive, METH_VARARGS | METH_KEYWORDS, NULL},
     {NULL},
 };

@@ -149,6 +149,11 @@ class Payload(Incoming):
         self._views = None
         self._done = None
 
+    def head(self) -> tuple[memoryview, int] | None:
+        """The view that is being filled, and where its next byte goes; None if they are dropped."""
+        views = self._views
+        return None if views is None else (views[-1], self._offset)
+
     def targets(self, limit: int) -> list[memoryview] | None:
         """Where the next ``limit`` bytes, or some of them, go; None if they are dropped."""
         views = self._views

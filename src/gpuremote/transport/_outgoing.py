@@ -18,14 +18,14 @@ from gpuremote.transport._framing import (
 )
 from gpuremote.transport.base import Region
 
-__all__ = ["Buffer", "Outbox"]
+__all__ = ["CHUNK", "Buffer", "Outbox"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Done: TypeAlias = Callable[[], None]
 
 CHUNK: Final = 2 << 20
-"""Payload bytes of one DATA frame: what a control message waits for at most. Receiving stops
-at every end of a frame; 1 MiB costs 3 % of the throughput of a loopback."""
+"""Payload bytes of one DATA frame: what a control message waits for at most. Each costs some
+work at both ends; 1 MiB costs 3 % of the throughput of a loopback."""
 RUN: Final = 8 << 20
 """Bytes offered to the kernel in one call, about. Only the chunk that is under way when the
 kernel takes no more stays ahead of later messages."""
@@ -51,7 +51,7 @@ class _Piece(NamedTuple):
 class _Stream:
     """Payload that waits to be sent on its channel."""
 
-    __slots__ = ("channel", "done", "left", "offset", "views")
+    __slots__ = ("channel", "chunk", "done", "head", "left", "offset", "views")
 
     def __init__(self, channel: int, views: list[memoryview], left: int, done: Done | None) -> None:
         self.channel = channel
@@ -59,22 +59,68 @@ class _Stream:
         self.left = left
         self.offset = 0
         self.done = done
+        # Of a chunk that was sent in part by ``push``: bytes left, and what is left of its frame.
+        self.chunk = 0
+        self.head = b""
 
-    def cut(self) -> _Piece:
+    def push(
+        self, sendmsg: Callable[[list[Buffer], tuple[()], int], int], flags: int, chunk: int
+    ) -> tuple[int, int, bool]:
+        """Send of the only view that is left what the kernel takes in one call.
+
+        Returns
+        -------
+        sent, payload : int
+            Bytes in all, and of the payload.
+        more : bool
+            Whether the kernel may take more.
+        """
+        view, offset, head = self.views[0], self.offset, self.head
+        if not self.chunk:
+            self.chunk = min(chunk, self.left)
+            self.head = head = _pack(self.chunk, DATA, 0, self.channel)
+        rest = view[offset : offset + self.chunk]
+        size = len(head) + self.chunk
+        try:
+            sent = sendmsg([head, rest] if head else [rest], (), flags)
+        except BlockingIOError:
+            if len(head) == _PREFIX:
+                self.chunk = 0  # nothing of it is out, so other messages may come before it
+            return 0, 0, False
+        payload = max(0, sent - len(head))
+        self.head = head[sent:]
+        self.chunk -= payload
+        self.offset = offset + payload
+        self.left -= payload
+        return sent, payload, sent == size
+
+    def finish_chunk(self) -> _Piece:
+        """The rest of the chunk that ``push`` has begun."""
+        view, chunk, offset = self.views[0], self.chunk, self.offset
+        buffers: list[Buffer] = [self.head, view[offset : offset + chunk]]
+        size = len(self.head) + chunk
+        self.offset = offset + chunk
+        self.left -= chunk
+        self.chunk, self.head = 0, b""
+        if self.left:
+            return _Piece(buffers, size, chunk)
+        return _Piece(buffers, size, chunk, self.channel, self.done)
+
+    def cut(self, chunk: int) -> _Piece:
         """Take the next chunk off."""
         buffers: list[Buffer] = [b""]
         size = 0
         views, offset = self.views, self.offset
-        while views and size < CHUNK and len(buffers) < _PIECE_IOV:
+        while views and size < chunk and len(buffers) < _PIECE_IOV:
             view = views[-1]
             rest = view.nbytes - offset
-            if rest <= CHUNK - size:
+            if rest <= chunk - size:
                 buffers.append(view[offset:] if offset else view)
                 size += rest
                 offset = 0
                 views.pop()
             else:
-                take = CHUNK - size
+                take = chunk - size
                 buffers.append(view[offset : offset + take])
                 size += take
                 offset += take
@@ -92,7 +138,13 @@ class Outbox:
     Keeps what the caller lent, never a copy of it. MESSAGE and OPEN frames go out in the order
     of the sends and before further payload; several payloads take turns, a chunk each.
 
-    Usage: ``fill`` a run, try to send it, tell ``sent`` how much of it went out, always.
+    Usage: ``fill`` a run, try to send it, tell ``sent`` how much of it went out, always. Or, where
+    there is an ``only`` stream, let it ``push``, and tell ``pushed``.
+
+    Parameters
+    ----------
+    chunk : int
+        Payload bytes of one DATA frame.
 
     Attributes
     ----------
@@ -100,8 +152,9 @@ class Outbox:
         Whether anything is left.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, chunk: int = CHUNK) -> None:
         self.pending = False
+        self._chunk = chunk
         self._begun: _Piece | None = None  # went out in part: nothing may come before its rest
         self._resumed: _Piece | None = None  # the same, while it is part of the run
         self._frames: deque[_Piece] = deque()
@@ -164,11 +217,31 @@ class Outbox:
         used.add(channel)
         return channel
 
+    def only(self) -> _Stream | None:
+        """The stream that is all there is to send, if one view of it is left."""
+        if self._frames or self._chunks or self._begun is not None or len(self._streams) != 1:
+            return None
+        stream = self._streams[0]
+        return stream if len(stream.views) == 1 else None
+
+    def pushed(self, stream: _Stream) -> list[Done]:
+        """After ``stream.push``: what is to be called, as it is out completely."""
+        if stream.left:
+            return []
+        self._streams.clear()
+        self._used.discard(stream.channel)
+        self.pending = False
+        return [stream.done] if stream.done is not None else []
+
     def fill(self) -> tuple[list[Buffer], int]:
         """Buffers to send next, and their size; empty if nothing is left."""
         run = self._run
         buffers: list[Buffer] = []
         size = 0
+        if self._streams and self._streams[0].chunk:
+            self._begun = self._streams[0].finish_chunk()
+            if not self._streams[0].left:
+                self._streams.popleft()
         if self._begun is not None:
             piece, self._begun = self._begun, None
             self._resumed = piece
@@ -182,12 +255,15 @@ class Outbox:
             buffers += piece.buffers
             size += piece.size
         # No payload overtakes its own opening: that one would still be among the frames.
-        while (chunks or streams) and not frames and size < RUN and len(buffers) < _IOV:
+        # One payload by itself is better pushed: of it no more than a chunk goes along here.
+        alone = len(streams) == 1 and len(streams[0].views) == 1
+        limit = 1 if alone else RUN
+        while (chunks or streams) and not frames and size < limit and len(buffers) < _IOV:
             if chunks:
                 piece = chunks.popleft()
             else:
                 stream = streams.popleft()
-                piece = stream.cut()
+                piece = stream.cut(self._chunk)
                 if stream.left:
                     streams.append(stream)
             run.append(piece)

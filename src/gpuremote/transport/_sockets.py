@@ -13,7 +13,16 @@ from gpuremote import _clock
 from gpuremote.errors import ConnectionFailed, ConnectionLost
 from gpuremote.transport import congestion
 
-__all__ = ["addresses", "broken", "drain", "flush_until", "join_address", "open_tcp", "tune"]
+__all__ = [
+    "addresses",
+    "broken",
+    "drain",
+    "flush_until",
+    "join_address",
+    "open_tcp",
+    "same_host",
+    "tune",
+]
 
 _OPTIONS: Final = [
     (socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -54,6 +63,16 @@ def _text(address: object) -> str:
     if isinstance(address, str | bytes) and address:
         return f"unix:{os.fsdecode(address)}"
     return "unix"
+
+
+def same_host(sock: socket.socket) -> bool:
+    """Whether both ends of a connected socket have the same address."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return True
+    try:
+        return bool(sock.getsockname()[0] == sock.getpeername()[0])
+    except OSError:
+        return False
 
 
 def tune(sock: socket.socket) -> str:

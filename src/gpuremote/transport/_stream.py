@@ -44,6 +44,8 @@ class PythonStream:
     _pending: bool  # something is queued
     # Receiving side; touched by the receiving thread only.
     _rx_busy: bool
+    _rx_touching: int  # the thread that is writing to lent memory
+    _hands_off: bool  # another thread waits until it no longer does
     _plain: bool  # nothing is under way: the next bytes begin a frame
     _rx: memoryview
     _idle: int  # bytes asked for then
@@ -147,6 +149,20 @@ class PythonStream:
 
     def _receive(self, wait: float) -> Incoming | None:
         """Receive while something is under way."""
+        raise NotImplementedError
+
+    def _pull(
+        self,
+        view: memoryview,
+        offset: int,
+        chunk: int,
+        left: int,
+        channel: int,
+        burst: int,
+        wait: float,
+        /,
+    ) -> tuple[int, int, int, int]:
+        """In C only; see there."""
         raise NotImplementedError
 
     def _whole(self, end: int) -> Message:

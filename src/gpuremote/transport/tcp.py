@@ -16,6 +16,7 @@ from threading import get_ident
 from typing import Final
 
 from gpuremote import _clock
+from gpuremote._speed import native
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost, InternalError, LimitExceeded, ProtocolError
 from gpuremote.transport import congestion
@@ -31,7 +32,7 @@ from gpuremote.transport._framing import (
     decode_sizes,
 )
 from gpuremote.transport._incoming import Message, Payload
-from gpuremote.transport._outgoing import Outbox
+from gpuremote.transport._outgoing import CHUNK, Outbox
 from gpuremote.transport._sockets import (
     addresses,
     broken,
@@ -39,6 +40,7 @@ from gpuremote.transport._sockets import (
     flush_until,
     join_address,
     open_tcp,
+    same_host,
     tune,
 )
 from gpuremote.transport._stream import NOW, Stream
@@ -48,6 +50,8 @@ __all__ = ["MAX_HEADER", "MAX_REGIONS", "TcpConnection", "join_address", "open_t
 
 BURST: Final = 8 << 20
 """Bytes handed over by one step, so that a fast peer does not keep the caller in it."""
+LONG_BURST: Final = 64 << 20
+"""The same where a thread has nothing else to do."""
 BUFFER: Final = 256 << 10
 """Bytes of the receive buffer for headers."""
 IDLE: Final = 64 << 10
@@ -102,11 +106,14 @@ class TcpConnection(Stream, Connection):
         self._tx_touching = 0  # the thread that is reading lent memory
         self._tx_failure: ConnectionLost | None = None
         self._calling = False
-        self._outbox = Outbox()
+        # Within a host what a control message waits for is a fraction of a millisecond.
+        self._chunk_size = MAX_CHUNK if same_host(sock) else CHUNK
+        self._outbox = Outbox(self._chunk_size)
         self._pending = False  # as the outbox says
         # Receiving side; touched by the receiving thread only.
         self._rx_busy = False
-        self._rx_touching = 0  # the thread that is writing to lent memory
+        self._rx_touching = 0
+        self._hands_off = False
         self._rx_failure: ConnectionLost | ProtocolError | None = None
         self._plain = True  # nothing is under way: the next bytes begin a frame
         self._poll: select.poll | None = None
@@ -185,6 +192,7 @@ class TcpConnection(Stream, Connection):
         no call waits while it has such memory."""
         me = get_ident()
         deadline = 0.0
+        self._hands_off = True
         while self._rx_touching not in (0, me) or (
             self._closed and self._tx_touching not in (0, me)
         ):
@@ -249,16 +257,13 @@ class TcpConnection(Stream, Connection):
             try:
                 if self._closed:
                     raise self._gone()
-                run, size = outbox.fill()
                 stats.sends += 1
-                try:
-                    if len(run) > 1:
-                        sent = self._sock.sendmsg(run, (), NOW)
-                    else:
-                        sent = self._sock.send(run[0], NOW)
-                except BlockingIOError:
-                    sent = 0
-                payload, done = outbox.sent(sent)
+                stream = outbox.only()
+                if stream is not None:
+                    sent, payload, more = stream.push(self._sock.sendmsg, NOW, self._chunk_size)
+                    done = outbox.pushed(stream)
+                else:
+                    sent, payload, more, done = self._send_run(outbox)
                 self._pending = outbox.pending
             except BaseException as error:
                 raise self._broken(error) from None
@@ -271,10 +276,23 @@ class TcpConnection(Stream, Connection):
             stats.payload_sent += payload
             if done:
                 self._call(done)
-            if sent < size:
-                return False
+            if not more:
+                return not outbox.pending
             budget -= sent
         return not outbox.pending
+
+    def _send_run(self, outbox: Outbox) -> tuple[int, int, bool, list[Callable[[], None]]]:
+        """Messages and chunks of several payloads, many in one call."""
+        run, size = outbox.fill()
+        try:
+            if len(run) > 1:
+                sent = self._sock.sendmsg(run, (), NOW)
+            else:
+                sent = self._sock.send(run[0], NOW)
+        except BlockingIOError:
+            sent = 0
+        payload, done = outbox.sent(sent)
+        return sent, payload, sent == size, done
 
     def _call(self, callbacks: list[Callable[[], None]]) -> None:
         # What a callback sends is queued: sending it from within could go on without end.
@@ -356,6 +374,8 @@ class TcpConnection(Stream, Connection):
         """One receive call; True if it brought bytes."""
         target = self._target
         if target is not None and not target.dropped:
+            if native is not None:
+                return self._pull_payload(target, wait)
             # Never waits inside the receive call, which has the lent memory: see discard().
             return self._read_payload(target) or (
                 wait > 0 and self._ready(wait) and self._read_payload(target)
@@ -428,6 +448,31 @@ class TcpConnection(Stream, Connection):
         placed = min(count, room)
         self._start, self._end = 0, count - placed
         target.advance(placed)
+        self._account(target, placed)
+        return True
+
+    def _pull_payload(self, target: Payload, wait: float) -> bool:
+        """The same in C: as much as is there, chunk after chunk. While it waits it does not touch
+        the memory either."""
+        channel = target.channel if len(self._channels) == 1 else -1
+        burst = BURST if wait == 0 else LONG_BURST
+        self._rx_touching = get_ident()
+        try:
+            head = target.head()
+            if head is None or self._closed:
+                return False
+            placed, chunk, calls, count = self._pull(
+                *head, self._chunk, target.left, channel, burst, wait
+            )
+        finally:
+            self._rx_touching = 0
+        stats = self.stats
+        stats.receives += calls
+        stats.bytes_received += count
+        if not placed:
+            return False
+        target.advance(placed)
+        self._chunk = chunk + placed
         self._account(target, placed)
         return True
 
