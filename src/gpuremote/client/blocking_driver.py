@@ -212,12 +212,17 @@ class BlockingDriver:
             seconds = min(seconds, due)
         poller = select.poll()
         wanted = select.POLLIN | (select.POLLOUT if connection.pending_output else 0)
-        poller.register(connection.fileno(), wanted)
-        found = poller.poll(max(0.0, 1000 * seconds))
-        with self.core.lock:
-            connection.flush()
-        only_room = bool(found) and found[0][1] == select.POLLOUT
-        return not only_room or connection.buffered or due is not None
+        fd = connection.fileno()
+        poller.register(fd, wanted)
+        until = _clock.now() + seconds
+        while True:
+            found = poller.poll(max(0.0, 1000 * seconds))
+            with self.core.lock:
+                connection.flush()
+            if due is not None or found != [(fd, select.POLLOUT)] or connection.buffered:
+                return True
+            if not connection.pending_output or _clock.now() > until:
+                return False
 
     def _tend(self) -> None:
         """Look after the sessions that copies come from; nobody else may be reading them."""

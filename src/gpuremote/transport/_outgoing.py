@@ -94,6 +94,27 @@ class _Stream:
         self.left -= payload
         return sent, payload, sent == size
 
+    def push_natively(
+        self, push: Callable[..., tuple[int, int, int, int, int, bool]], size: int, burst: int
+    ) -> tuple[int, int, bool, int]:
+        """The same in C, until the kernel takes no more or ``burst`` bytes are out; also gives the
+        number of calls."""
+        payload, sent, head, chunk, calls, more = push(
+            self.views[0],
+            self.offset,
+            len(self.head),
+            self.chunk,
+            self.left,
+            self.channel,
+            size,
+            burst,
+        )
+        self.chunk = chunk
+        self.head = _pack(chunk, DATA, 0, self.channel)[_PREFIX - head :]
+        self.offset += payload
+        self.left -= payload
+        return sent, payload, more, calls
+
     def finish_chunk(self) -> _Piece:
         """The rest of the chunk that ``push`` has begun."""
         view, chunk, offset = self.views[0], self.chunk, self.offset

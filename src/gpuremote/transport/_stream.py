@@ -151,6 +151,21 @@ class PythonStream:
         """Receive while something is under way."""
         raise NotImplementedError
 
+    def _push(
+        self,
+        view: memoryview,
+        offset: int,
+        head: int,
+        chunk: int,
+        left: int,
+        channel: int,
+        size: int,
+        burst: int,
+        /,
+    ) -> tuple[int, int, int, int, int, bool]:
+        """In C only; see there."""
+        raise NotImplementedError
+
     def _pull(
         self,
         view: memoryview,

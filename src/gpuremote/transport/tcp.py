@@ -257,13 +257,17 @@ class TcpConnection(Stream, Connection):
             try:
                 if self._closed:
                     raise self._gone()
-                stats.sends += 1
-                stream = outbox.only()
-                if stream is not None:
-                    sent, payload, more = stream.push(self._sock.sendmsg, NOW, self._chunk_size)
-                    done = outbox.pushed(stream)
-                else:
+                stream, calls = outbox.only(), 1
+                if stream is None:
                     sent, payload, more, done = self._send_run(outbox)
+                else:
+                    size = self._chunk_size
+                    if native is None:
+                        sent, payload, more = stream.push(self._sock.sendmsg, NOW, size)
+                    else:
+                        sent, payload, more, calls = stream.push_natively(self._push, size, budget)
+                    done = outbox.pushed(stream)
+                stats.sends += calls
                 self._pending = outbox.pending
             except BaseException as error:
                 raise self._broken(error) from None
