@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from gpuremote.errors import (
-    DeviceMismatch,
     GpuRemoteError,
     OpFailed,
     OutOfDeviceMemory,
     PeerCopyFailed,
+    SessionClosed,
 )
 from gpuremote.testing.servers import RunningServer, device_server
 from tests.faults.sides import AsyncSide, BlockingSide, Side, pattern, slow
@@ -256,7 +256,7 @@ def test_a_session_that_is_closed_sends_what_it_was_asked_to(
     assert side.do(y.sum().item()) == 2_000_000
     with side.session(server.url) as leaving:
         gone = leaving.devices[0].zeros(3)
-    with pytest.raises(DeviceMismatch, match="over"):
+    with pytest.raises(SessionClosed, match="gone with its session"):
         gone.copy_to(far.devices[0])
 
 

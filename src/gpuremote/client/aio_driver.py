@@ -231,9 +231,13 @@ class AsyncDriver:
         try:
             while core.dead is None and core.peer.connection is None:
                 before = core.stats.reconnects
-                attempt = self._loop.run_in_executor(
-                    None, lambda: link.attempt(core, blocking=False)
-                )
+                try:
+                    attempt = self._loop.run_in_executor(
+                        None, lambda: link.attempt(core, blocking=False)
+                    )
+                except RuntimeError:  # the loop is being closed, and its threads are gone
+                    link.give_up(core, None)
+                    return
                 try:
                     connection, welcome = await asyncio.shield(attempt)
                 except asyncio.CancelledError:

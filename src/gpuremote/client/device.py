@@ -16,7 +16,7 @@ from gpuremote.client.array import RemoteArray
 from gpuremote.client.core import Core
 from gpuremote.client.waits import Wait
 from gpuremote.config import parse_address
-from gpuremote.errors import DeviceMismatch
+from gpuremote.errors import SessionClosed
 from gpuremote.memory.host import HostArray, host_array
 from gpuremote.ops.creation import arange_length
 from gpuremote.ops.meta import check_dtype
@@ -170,7 +170,11 @@ class Device(Generic[A]):
     def _from_other_session(self, source: RemoteArray) -> int:
         meta, core, other = source._meta, self._core, source._core
         if other.dead is not None:
-            raise DeviceMismatch(f"the source array's session is over: {other.dead}")
+            raise SessionClosed(
+                f"the array that is to be copied is gone with its session: {other.dead}",
+                op="copy_to",
+                peer=other.peer_name,
+            )
         ticket = secrets.token_bytes(24)
         blob = [list(meta.shape), meta.wire_dtype, self.index, ticket]
         number = core.record(Op.EXPECT, name="copy_to", blob=blob)

@@ -79,10 +79,11 @@ class Link:
         )
         self.welcome = welcome
         self.explanation = Explanation.of(welcome.choice, connection)
-        if self.require is not None and self.explanation.chosen != self.require:
+        wanted = self.require or self.transport
+        if wanted is not None and self.explanation.chosen != wanted:
             connection.abort()
             raise TransportUnavailable(
-                f"transport {self.require!r} is required and the server chose "
+                f"transport {wanted!r} is asked for and the server chose "
                 f"{self.explanation.chosen!r}",
                 reasons=self.explanation.reasons(),
                 peer=self.name,
@@ -129,7 +130,10 @@ class Link:
         with core.lock:
             receipt = core.peer.receipt()
         hello = self._hello(
-            session=self.welcome.session, secret=self.welcome.secret, receipt=receipt
+            session=self.welcome.session,
+            secret=self.welcome.secret,
+            receipt=receipt,
+            transports=offers(self.transport, self.require),
         )
         timeout = max(0.1, min(self.connect_timeout, self.remaining()))
         if within is not None:
