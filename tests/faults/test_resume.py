@@ -349,7 +349,7 @@ def test_past_the_grace_period_everything_pending_fails(side: Side, proxy: Cutti
             began = time.monotonic()
             with pytest.raises(SessionLost):
                 call()
-            assert time.monotonic() - began < 0.3
+            assert time.monotonic() - began < 0.5  # not another grace period
         proxy.refusing = False
         with side.session(url(proxy)) as another:
             Counter(another, side).run()

@@ -2,33 +2,6 @@
 
 #include "native.h"
 
-#define BATCH 1  /* wire.frames.Kind */
-#define GET 2    /* wire.batch.Op */
-#define RESULT 3
-#define BYTES 0  /* wire.frames.ResultForm */
-#define KINDS 9
-#define MAX_PAUSE 4096 /* messages without looking first */
-
-/* A message without payload that the other end may not have. */
-typedef struct {
-    unsigned long long seq;
-    unsigned kind, flags, arg;
-    PyObject *body;
-} Kept;
-
-typedef struct {
-    PyObject_HEAD
-    PyObject *connection, *lock, *acquire, *release, *sink, *waits, *wait_type, *trips, *table, *queue, *bulk, *arriving;
-    Kept *kept; /* a ring: ``count`` messages from ``first`` on, room for a power of two */
-    size_t first, count, room;
-    long skip, pause;
-    unsigned long long sent, seen, complete, turn;
-    long long small;
-    char direct;
-    long long credit, got, granted, unreported, ack_after, low_credit;
-    long long messages_sent, messages_received, batches, copied;
-} Lane;
-
 PyTypeObject *Lane_Type;
 
 static Kept *at(Lane *l, size_t k)
@@ -36,8 +9,7 @@ static Kept *at(Lane *l, size_t k)
     return &l->kept[(l->first + k) & (l->room - 1)];
 }
 
-/* Let go of the messages up to ``ack``. */
-static void drop(Lane *l, unsigned long long ack)
+void lane_drop(Lane *l, unsigned long long ack)
 {
     while (l->count && at(l, 0)->seq <= ack) {
         PyObject *body = at(l, 0)->body;
@@ -104,7 +76,7 @@ static int lane_clear(PyObject *self)
     Py_CLEAR(l->queue);
     Py_CLEAR(l->acquire);
     Py_CLEAR(l->release);
-    drop(l, ~0ULL);
+    lane_drop(l, ~0ULL);
     Py_CLEAR(l->bulk);
     Py_CLEAR(l->arriving);
     return 0;
@@ -120,8 +92,7 @@ static void lane_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
-/* PyObject_TypeCheck, quick for the one subclass there is. */
-static int is_stream(PyObject *object)
+int is_stream(PyObject *object)
 {
     static PyTypeObject *known;
     if (Py_TYPE(object) == known)
@@ -170,9 +141,7 @@ static int survive(PyObject *self)
     return failed;
 }
 
-/* Send a message, and keep it until the other end has it. 1: it is out, and there is credit for
-   more; 0: see to it; -1: error. */
-static int post(PyObject *self, unsigned kind, PyObject *body, unsigned arg, unsigned flags)
+int lane_send(PyObject *self, unsigned kind, PyObject *body, unsigned arg, unsigned flags)
 {
     Lane *l = (Lane *)self;
     Py_buffer bytes;
@@ -236,7 +205,7 @@ static PyObject *lane_post(PyObject *self, PyObject *const *args, Py_ssize_t cou
     unsigned kind = (unsigned)PyLong_AsUnsignedLong(args[0]);
     unsigned arg = count > 2 ? (unsigned)PyLong_AsUnsignedLong(args[2]) : 0;
     unsigned flags = count > 3 ? (unsigned)PyLong_AsUnsignedLong(args[3]) : 0;
-    int out = PyErr_Occurred() ? -1 : post(self, kind, args[1], arg, flags);
+    int out = PyErr_Occurred() ? -1 : lane_send(self, kind, args[1], arg, flags);
     return out < 0 ? NULL : PyBool_FromLong(out);
 }
 
@@ -264,12 +233,14 @@ static PyObject *lane_ask(PyObject *self, PyObject *const *args, Py_ssize_t coun
     }
     unsigned long long number = PyLong_AsUnsignedLongLong(args[0]);
     unsigned kind = (unsigned)PyLong_AsUnsignedLong(args[3]);
-    PyObject *wait = PyErr_Occurred() || count_trip(l, args[1]) < 0 ? NULL : wait_make(number, args[1], args[2]);
+    PyObject *wait = NULL;
+    if (!PyErr_Occurred() && count_trip(l, args[1]) == 0)
+        wait = wait_make(number, args[1], args[2]);
     if (wait == NULL || PyDict_SetItem(l->waits, args[0], wait) < 0) {
         Py_XDECREF(wait);
         return NULL;
     }
-    int out = post(self, kind, args[4], 0, 0);
+    int out = lane_send(self, kind, args[4], 0, 0);
     if (out < 0)
         Py_CLEAR(wait);
     else
@@ -283,7 +254,7 @@ static PyObject *lane_settle(PyObject *self, PyObject *number)
     unsigned long long ack = PyLong_AsUnsignedLongLong(number);
     if (PyErr_Occurred())
         return NULL;
-    drop((Lane *)self, ack);
+    lane_drop((Lane *)self, ack);
     Py_RETURN_NONE;
 }
 
@@ -341,254 +312,6 @@ static int lane_set_lock(PyObject *self, PyObject *lock, void *unused)
     Py_XSETREF(l->release, release);
     Py_XSETREF(l->lock, Py_NewRef(lock));
     return 0;
-}
-
-/* Call a method with up to three arguments: 1 if it gave True, -1: error. */
-static int ask_whether(PyObject *object, PyObject *name, PyObject *a, PyObject *b, PyObject *c)
-{
-    PyObject *arguments[] = {object, a, b, c};
-    PyObject *given = PyObject_VectorcallMethod(name, arguments, c == NULL ? 3 : 4, NULL);
-    Py_XDECREF(given);
-    return given == NULL ? -1 : given == Py_True;
-}
-
-static int tell_number(PyObject *self, PyObject *method, uint64_t number)
-{
-    PyObject *value = PyLong_FromUnsignedLongLong(number);
-    int failed = value == NULL ? -1 : tell(self, method, value, NULL);
-    Py_XDECREF(value);
-    return failed;
-}
-
-/* The bytes of a small array, for a program that waits for them: 1 if this was it. */
-static int deliver(Lane *l, const char *body, Py_ssize_t size)
-{
-    if (l->waits == NULL || !PyDict_CheckExact(l->waits) || size < 8)
-        return 0;
-    uint64_t number;
-    memcpy(&number, body, 8);
-    PyObject *key = PyLong_FromUnsignedLongLong(number);
-    if (key == NULL)
-        return -1;
-    int taken = 0;
-    PyObject *wait = Py_XNewRef(PyDict_GetItemWithError(l->waits, key));
-    if (wait == NULL)
-        taken = PyErr_Occurred() ? -1 : 0;
-    else if (wait_takes(wait, body + 8, size - 8)) {
-        l->copied += size - 8;
-        taken = PyDict_DelItem(l->waits, key) < 0 || wait_finish(wait) < 0 ? -1 : 1;
-    }
-    Py_XDECREF(wait);
-    Py_DECREF(key);
-    return taken;
-}
-
-/* A batch that asks for one array, which is there and small: answered at once, if nothing runs
-   before it. 1: answered, and nothing is left to see to; 0: answered, or to be taken in as any
-   other (then *other); -1: error. */
-static int serve(PyObject *self, const char *body, Py_ssize_t size, int *other)
-{
-    Lane *l = (Lane *)self;
-    uint64_t turn, handle;
-    uint32_t op;
-    *other = 1;
-    if (size != 20 || !l->direct || l->credit <= 0 || l->table == NULL || l->queue == NULL
-        || !PyDict_CheckExact(l->table) || PyObject_Size(l->queue) != 0)
-        return PyErr_Occurred() ? -1 : 0;
-    memcpy(&turn, body, 8);
-    memcpy(&op, body + 8, 4);
-    memcpy(&handle, body + 12, 8);
-    if (op != GET || turn != l->turn)
-        return 0;
-    PyObject *key = PyLong_FromUnsignedLongLong(handle);
-    PyObject *slot = key == NULL ? NULL : PyDict_GetItemWithError(l->table, key);
-    PyObject *value = slot == NULL ? NULL : slot_value(slot);
-    Py_XDECREF(key);
-    if (value == NULL || value == Py_None)
-        return PyErr_Occurred() ? -1 : 0;
-    Py_buffer bytes;
-    if (PyObject_GetBuffer(value, &bytes, PyBUF_SIMPLE) < 0) {
-        PyErr_Clear(); /* not in one piece: the longer way sees to it */
-        return 0;
-    }
-    PyObject *answer = NULL;
-    if (bytes.len <= l->small && (answer = PyBytes_FromStringAndSize(NULL, 8 + bytes.len))) {
-        memcpy(PyBytes_AS_STRING(answer), &turn, 8);
-        memcpy(PyBytes_AS_STRING(answer) + 8, bytes.buf, (size_t)bytes.len);
-    }
-    PyBuffer_Release(&bytes);
-    if (answer == NULL)
-        return PyErr_Occurred() ? -1 : 0;
-    *other = 0;
-    l->turn = turn + 1;
-    int out = post(self, RESULT, answer, BYTES, 0);
-    Py_DECREF(answer);
-    return out;
-}
-
-/* Take in the message that the buffer holds. 1: take() may go on at once; 0: it returns; -1:
-   error. */
-static int take_in(PyObject *self, PyObject *connection, Py_ssize_t total)
-{
-    Lane *l = (Lane *)self;
-    if (l->connection != connection)
-        return 0; /* given up meanwhile: the message comes again over the next one */
-    const char *message = (const char *)PyMemoryView_GET_BUFFER(((Stream *)connection)->rx)->buf;
-    message += FRAME;
-    Py_ssize_t size = total - FRAME;
-    unsigned kind = size < HEADER ? 0 : (unsigned char)message[0];
-    uint32_t arg = 0;
-    uint64_t seq = 0, ack = 0;
-    if (kind) {
-        memcpy(&arg, message + 4, 4);
-        memcpy(&seq, message + 8, 8);
-        memcpy(&ack, message + 16, 8);
-    }
-    if (kind == 0 || kind > KINDS || message[1] || seq != l->seen + 1 || ack > l->sent) {
-        /* Peer.dispatch knows every kind. */
-        PyObject *incoming = stream_whole((Stream *)connection, total);
-        int quiet = -1;
-        if (incoming != NULL)
-            quiet = ask_whether(self, name_dispatch, incoming, connection, NULL);
-        Py_XDECREF(incoming);
-        return quiet;
-    }
-    l->messages_received++;
-    drop(l, ack);
-    if (PyDict_GET_SIZE(l->bulk) > 0 && tell_number(self, name__settle_up_to, ack) < 0)
-        return -1;
-    /* Counted as here first, so that an answer carries the acknowledgement. */
-    l->seen = seq;
-    l->got += size;
-    l->unreported++;
-    if (PyDict_GET_SIZE(l->arriving) == 0)
-        l->complete = seq;
-    else if (tell_number(self, name__finish, seq) < 0)
-        return -1;
-    int quiet = 0, other = 1;
-    if (kind == RESULT && arg == BYTES) {
-        int delivered = deliver(l, message + HEADER, size - HEADER);
-        if (delivered < 0)
-            return -1;
-        other = !delivered;
-    }
-    else if (kind == BATCH)
-        quiet = serve(self, message + HEADER, size - HEADER, &other);
-    if (quiet < 0)
-        return -1;
-    if (other) {
-        PyObject *body = PySequence_GetSlice(((Stream *)connection)->rx, FRAME + HEADER, total);
-        PyObject *what = PyLong_FromUnsignedLong(kind), *detail = PyLong_FromUnsignedLong(arg);
-        quiet = -1;
-        if (body != NULL && what != NULL && detail != NULL)
-            quiet = ask_whether(l->sink, name_on_message, what, detail, body);
-        Py_XDECREF(body);
-        Py_XDECREF(what);
-        Py_XDECREF(detail);
-        if (quiet < 0)
-            return -1;
-    }
-    if (l->unreported >= l->ack_after || l->granted - l->got < l->low_credit)
-        return tell(self, name__report_if_due, NULL) < 0 ? -1 : quiet;
-    return quiet;
-}
-
-static enum taken receive(PyObject *connection, double wait, Py_ssize_t *size, PyObject **other)
-{
-    enum taken found = FAILED;
-    if (is_stream(connection))
-        found = stream_take((Stream *)connection, wait, size, other);
-    else {
-        PyObject *seconds = PyFloat_FromDouble(wait);
-        if (seconds != NULL)
-            *other = PyObject_CallMethodOneArg(connection, name_receive, seconds);
-        Py_XDECREF(seconds);
-        found = *other == NULL ? FAILED : OTHER;
-    }
-    if (found == OTHER && *other == Py_None) {
-        Py_CLEAR(*other);
-        found = NOTHING;
-    }
-    return found;
-}
-
-/* Release the lock; an exception that is set stays. */
-static int let_go(Lane *l)
-{
-    PyObject *type, *error, *traceback;
-    PyErr_Fetch(&type, &error, &traceback);
-    PyObject *released = PyObject_CallNoArgs(l->release);
-    if (released != NULL)
-        PyErr_Restore(type, error, traceback);
-    else {
-        Py_XDECREF(type);
-        Py_XDECREF(error);
-        Py_XDECREF(traceback);
-    }
-    Py_XDECREF(released);
-    return released == NULL ? -1 : 0;
-}
-
-/* take(connection, wait=0.0, looks=0, /) */
-static PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
-{
-    Lane *l = (Lane *)self;
-    if (count < 1 || count > 3) {
-        PyErr_SetString(PyExc_TypeError, "take() takes a connection, wait and looks");
-        return NULL;
-    }
-    if (l->acquire == NULL || l->sink == NULL || l->bulk == NULL || !PyDict_CheckExact(l->bulk)
-        || l->arriving == NULL || !PyDict_CheckExact(l->arriving)) {
-        PyErr_SetString(PyExc_AttributeError, "this lane has not been set up");
-        return NULL;
-    }
-    PyObject *connection = args[0];
-    double wait = count > 1 ? PyFloat_AsDouble(args[1]) : 0.0;
-    long looks = count > 2 ? PyLong_AsLong(args[2]) : 0;
-    if (PyErr_Occurred())
-        return NULL;
-    int quiet;
-    do {
-        PyObject *incoming = NULL;
-        Py_ssize_t total = 0;
-        enum taken found = NOTHING;
-        if (looks > 0 && l->skip > 0)
-            l->skip--;
-        else if (looks > 0) {
-            for (long k = 0; k < looks && found == NOTHING; k++)
-                found = receive(connection, 0.0, &total, &incoming);
-            l->skip = found == NOTHING ? l->pause : 0;
-            l->pause = found == NOTHING ? Py_MIN(2 * l->pause + looks, MAX_PAUSE) : 0;
-        }
-        if (found == NOTHING)
-            found = receive(connection, wait, &total, &incoming);
-        if (found == FAILED)
-            return NULL;
-        if (found == NOTHING)
-            Py_RETURN_FALSE;
-        PyObject *held = PyObject_CallNoArgs(l->acquire);
-        if (held == NULL) {
-            /* Ctrl-C in the wait for the lock: the message comes again over the next one. */
-            stream_undo(connection);
-            Py_XDECREF(incoming);
-            return NULL;
-        }
-        Py_DECREF(held);
-        if (PyErr_CheckSignals() < 0) {
-            stream_undo(connection);
-            Py_XDECREF(incoming);
-            let_go(l);
-            return NULL;
-        }
-        if (found == MESSAGE)
-            quiet = take_in(self, connection, total);
-        else
-            quiet = ask_whether(self, name_dispatch, incoming, connection, NULL);
-        Py_XDECREF(incoming);
-        if (let_go(l) < 0 || quiet < 0)
-            return NULL;
-    } while (quiet);
-    Py_RETURN_TRUE;
 }
 
 static PyMemberDef lane_members[] = {

@@ -30,6 +30,12 @@
 /* Messages up to this size, frame and all, are put together on the stack. */
 #define SMALL 4096
 
+#define BATCH 1  /* wire.frames.Kind */
+#define RESULT 3
+#define BYTES 0  /* wire.frames.ResultForm */
+#define GET 2    /* wire.batch.Op */
+#define KINDS 9
+
 typedef struct {
     PyObject_HEAD
     PyObject *stats;  /* TransportStats, less what is counted below */
@@ -52,6 +58,26 @@ typedef struct {
 #define DECLARE(name) extern PyObject *name_##name;
 NAMES(DECLARE)
 #undef DECLARE
+
+/* A message without payload that the other end may not have. */
+typedef struct {
+    unsigned long long seq;
+    unsigned kind, flags, arg;
+    PyObject *body;
+} Kept;
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *connection, *lock, *acquire, *release, *sink, *waits, *wait_type, *trips, *table, *queue, *bulk, *arriving;
+    Kept *kept; /* a ring: ``count`` messages from ``first`` on, room for a power of two */
+    size_t first, count, room;
+    long skip, pause;
+    unsigned long long sent, seen, complete, turn;
+    long long small;
+    char direct;
+    long long credit, got, granted, unreported, ack_after, low_credit;
+    long long messages_sent, messages_received, batches, copied;
+} Lane;
 
 enum taken { FAILED = -1, NOTHING, MESSAGE, OTHER };
 
@@ -85,6 +111,19 @@ PyObject *wait_make(unsigned long long number, PyObject *kind, PyObject *into);
 
 /* Set Wait.posted. */
 void wait_posted(PyObject *wait, int posted);
+
+/* Let go of the kept messages up to ``ack``. */
+void lane_drop(Lane *lane, unsigned long long ack);
+
+/* Send a message, and keep it until the other end has it. 1: it is out, and there is credit for
+   more; 0: see to it; -1: error. */
+int lane_send(PyObject *lane, unsigned kind, PyObject *body, unsigned arg, unsigned flags);
+
+/* Lane.take, see taking.c. */
+PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count);
+
+/* PyObject_TypeCheck, quick for the one subclass of Stream there is. */
+int is_stream(PyObject *object);
 
 /* If ``wait`` is a Wait for exactly these bytes: put them in place (1), else 0. */
 int wait_takes(PyObject *wait, const char *data, Py_ssize_t size);
