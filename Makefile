@@ -13,7 +13,8 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 # Tests without an event loop of their own: once is enough.
 LOOPLESS := $(addprefix --ignore=tests/,ops backend wire cli test_docs.py test_examples.py \
-	test_structure.py test_config.py test_benchmarks.py)
+	test_structure.py test_config.py test_benchmarks.py \
+	test_fixtures.py)
 
 NATIVE := $(wildcard src/gpuremote/native/*)
 
