@@ -186,7 +186,7 @@ def test_every_option_of_serve_is_explained() -> None:
         cells = row(text("operations"), f"`{usage}`")
         if action.nargs == 0:
             assert cells[-1] == "off"
-        elif action.default != "":
+        elif action.default not in ("", None):
             assert cells[-1] == f"`{action.default}`"
         shown.discard(option)
     assert shown == set(), "explained nowhere"
@@ -215,7 +215,7 @@ def test_every_option_of_a_url_is_explained() -> None:
 @pytest.mark.parametrize("field", dataclasses.fields(Settings), ids=lambda field: field.name)
 def test_every_variable_is_explained(field: dataclasses.Field[object]) -> None:
     default = row(text("quickstart"), f"`GPUREMOTE_{field.name.upper()}`")[-1]
-    assert default == (f"`{field.default}`" if field.default != "" else "")
+    assert default == (f"`{field.default}`" if field.default not in ("", b"") else "")
 
 
 # -- architecture --------------------------------------------------------------------------------

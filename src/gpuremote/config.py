@@ -10,7 +10,7 @@ import ipaddress
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Final, Literal, TypeAlias, get_args
 from urllib.parse import unquote
@@ -19,11 +19,13 @@ from gpuremote.errors import ConfigError, InvalidURL
 
 __all__ = [
     "DEFAULT_PORT",
+    "MIN_TOKEN",
     "Debug",
     "Download",
     "Scheme",
     "Settings",
     "Target",
+    "check_token",
     "format_address",
     "parse_address",
     "parse_size",
@@ -45,6 +47,8 @@ DEFAULT_PORT: Final = 7700
 DEFAULT_CONNECT_TIMEOUT: Final = 10.0
 """Seconds for name resolution, connect and handshake together."""
 
+MIN_TOKEN: Final = 16
+"""Characters of a token. Whoever has seen a handshake can try out short ones at leisure."""
 DEFAULT_GRACE: Final = 30.0
 """Seconds that a session waits for its client to come back after a lost connection."""
 
@@ -135,6 +139,8 @@ class Settings:
         What an implicit download does (``GPUREMOTE_DOWNLOAD``).
     debug : {"", "sync"}
         ``GPUREMOTE_DEBUG``.
+    token : bytes
+        The secret that a server with ``--token-file`` wants to see proved (``GPUREMOTE_TOKEN``).
     stack : int
         Frames of the caller's stack that are kept with each op, for its error
         (``GPUREMOTE_STACK``); 0 keeps none.
@@ -144,6 +150,7 @@ class Settings:
     download: Download = "error"
     debug: Debug = ""
     stack: int = 2
+    token: bytes = field(default=b"", repr=False)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
@@ -173,7 +180,25 @@ class Settings:
                     f"GPUREMOTE_STACK={stack!r}: expected a number of stack frames from 0 to 64"
                 )
             found["stack"] = int(stack)
+        if token := environ.get("GPUREMOTE_TOKEN", "").strip():
+            found["token"] = check_token(token, "GPUREMOTE_TOKEN")
         return cls(**found)
+
+
+def check_token(token: str, source: str) -> bytes:
+    """The token as bytes.
+
+    Raises
+    ------
+    ConfigError
+        Too short to be a secret; ``source`` says where it came from.
+    """
+    if len(token) < MIN_TOKEN:
+        raise ConfigError(
+            f"{source}: a token of {len(token)} characters can be guessed; at least {MIN_TOKEN}, "
+            'make one with: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+        )
+    return token.encode()
 
 
 def parse_url(url: str) -> Target:

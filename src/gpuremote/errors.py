@@ -11,6 +11,7 @@
     │   ├── NotAGpuRemoteServer
     │   ├── UnsupportedVersion
     │   └── TransportUnavailable
+    ├── AuthenticationFailed (PermissionError)
     ├── HandshakeTimeout (TimeoutError)
     ├── ServerUnavailable (ConnectionError)
     │   ├── ServerDraining
@@ -47,6 +48,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 __all__ = [
+    "AuthenticationFailed",
     "ConfigError",
     "ConnectionFailed",
     "ConnectionLost",
@@ -174,6 +176,12 @@ class NotAGpuRemoteServer(TransportError):
 
     code = 103
     retryable = False
+
+
+class AuthenticationFailed(GpuRemoteError, PermissionError):
+    """One end did not prove that it knows the token that the other one wants."""
+
+    code = 106
 
 
 class UnsupportedVersion(TransportError):

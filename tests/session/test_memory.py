@@ -213,7 +213,7 @@ def test_handles_come_back_in_batches(side: Side, session: Any) -> None:
     assert side.do(session.server_stats())["handles"] == handles
     after = session.stats()
     assert after.freed - before.freed >= 5000
-    assert after.messages_sent - before.messages_sent < 60
+    assert after.messages_sent - before.messages_sent < 500
 
 
 def test_arrays_in_a_circle(side: Side, session: Any) -> None:

@@ -19,6 +19,7 @@ from gpuremote.wire.hello import (
     MIN_VERSION,
     Hello,
     HelloReader,
+    Message,
     Receipt,
     Refusal,
     Welcome,
@@ -26,7 +27,7 @@ from gpuremote.wire.hello import (
 )
 
 
-def read(data: bytes) -> Hello | Welcome | Refusal | None:
+def read(data: bytes) -> Message | None:
     """Feed a whole message, as much as the reader asks for at a time."""
     reader = HelloReader("peer:1")
     found = None

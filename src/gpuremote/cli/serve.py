@@ -11,10 +11,11 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from gpuremote.backend import registry
-from gpuremote.config import parse_address, parse_size
+from gpuremote.config import check_token, parse_address, parse_size
 from gpuremote.errors import ConfigError
 from gpuremote.server.daemon import DeviceServer, new_loop
 from gpuremote.server.options import ServerOptions
@@ -36,10 +37,16 @@ def add_parser(commands: Any) -> None:
         help="where to listen (default %(default)s; port 0 takes a free one)",
     )
     parser.add_argument(
+        "--token-file",
+        metavar="PATH",
+        help="clients have to know the token in this file (GPUREMOTE_TOKEN on their side)",
+    )
+    parser.add_argument(
         "--insecure",
         action="store_true",
-        help="allow an address other hosts can reach: this version has no TLS and no "
-        "authentication, so whoever reaches the port can use the devices",
+        help="allow an address other hosts can reach: this version has no TLS, so everything "
+        "travels in the clear, and without --token-file whoever reaches the port can use the "
+        "devices",
     )
     parser.add_argument("--backend", default="numpy", help="what executes (default %(default)s)")
     parser.add_argument(
@@ -96,9 +103,9 @@ def run(options: argparse.Namespace) -> int:
     host, port = parse_address(options.listen)
     if not options.insecure and not _loopback(host):
         raise ConfigError(
-            f"{host} can be reached by other hosts, and this version has neither TLS nor "
-            "authentication: whoever reaches the port can use the devices. Listen on 127.0.0.1, "
-            "or pass --insecure if the network is yours alone"
+            f"{host} can be reached by other hosts, and this version has no TLS: everything "
+            "travels in the clear. Listen on 127.0.0.1, or pass --insecure if the network is yours "
+            "alone"
         )
     if options.advertise:
         parse_address(options.advertise)
@@ -114,6 +121,7 @@ def run(options: argparse.Namespace) -> int:
         warm=options.warm,
         drain=options.drain,
         advertise=options.advertise,
+        token=_token(options.token_file) if options.token_file else b"",
     )
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING,
@@ -122,13 +130,28 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.insecure and not _loopback(host):
         logging.getLogger("gpuremote").warning(
-            "--insecure: anyone who can reach %s:%d can use these devices, and everything "
-            "travels in the clear",
+            "--insecure: everything to and from %s:%d travels in the clear%s",
             host,
             port,
+            "" if options.token_file else ", and anyone who can reach it can use these devices",
         )
     with asyncio.Runner(loop_factory=new_loop()) as runner:
         return runner.run(_serve(server_options, options))
+
+
+def _token(path: str) -> bytes:
+    """The token in a file, without the white space around it.
+
+    Raises
+    ------
+    ConfigError
+        It can't be read, is no text, or is too short.
+    """
+    try:
+        text = Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--token-file {path}: can't be read: {error}") from error
+    return check_token(text, f"--token-file {path}")
 
 
 async def _serve(server_options: ServerOptions, options: argparse.Namespace) -> int:

@@ -44,6 +44,8 @@ class Link:
         Seconds to try for after a loss; the server's own grace period counts if it is shorter.
     transport, require : str or None
         As in the URL: the only transport to try; the one that must be had.
+    token : bytes
+        What both ends have to know; empty: nothing.
     server_ended : callable
         For a server that this process started: says how it ended, or None while it runs.
     """
@@ -55,6 +57,7 @@ class Link:
     require: str | None = None
     memory_limit: int = 0
     grace: float = 60.0
+    token: bytes = field(default=b"", repr=False)
     server_ended: Callable[[], str | None] = lambda: None
     welcome: Welcome = field(default_factory=Welcome)
     explanation: Explanation = field(default_factory=Explanation)
@@ -75,7 +78,12 @@ class Link:
         offered = offers(self.transport, self.require)
         hello = self._hello(transports=offered, memory_limit=self.memory_limit)
         connection, welcome = dial(
-            self.host, self.port, hello, timeout=self.connect_timeout, blocking=blocking
+            self.host,
+            self.port,
+            hello,
+            timeout=self.connect_timeout,
+            blocking=blocking,
+            token=self.token,
         )
         self.welcome = welcome
         self.explanation = Explanation.of(welcome.choice, connection)
@@ -140,7 +148,9 @@ class Link:
             # A handshake gets a second all the same, or a program that asks again and again
             # with short timeouts would never come back.
             timeout = min(timeout, max(1.0, within))
-        return dial(self.host, self.port, hello, timeout=timeout, blocking=blocking)
+        return dial(
+            self.host, self.port, hello, timeout=timeout, blocking=blocking, token=self.token
+        )
 
     def resumed(self, core: Core, connection: Connection, welcome: Welcome) -> None:
         """Go on over a connection that :meth:`attempt` gave. The session is dead afterwards if

@@ -152,7 +152,9 @@ def make_core(link: Link) -> Core:
 
 
 def make_link(target: Target, host: str, port: int) -> Link:
-    """The link that a URL asks for."""
+    """The link that a URL asks for, with the token of the environment (not to a server that this
+    process has started itself)."""
+    settings = Settings.from_env(os.environ)
     return Link(
         host,
         port,
@@ -161,4 +163,5 @@ def make_link(target: Target, host: str, port: int) -> Link:
         require=target.require,
         memory_limit=target.memory or 0,
         grace=target.grace,
+        token=settings.token if target.scheme != "local" else b"",
     )

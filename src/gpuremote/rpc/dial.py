@@ -7,11 +7,14 @@ executor (a connection is opened once, or after a loss: never on the hot path).
 from __future__ import annotations
 
 import hashlib
+import secrets
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 from gpuremote import _clock
 from gpuremote.errors import (
+    AuthenticationFailed,
     ConnectionLost,
     GpuRemoteError,
     HandshakeTimeout,
@@ -22,7 +25,16 @@ from gpuremote.errors import (
 )
 from gpuremote.transport.base import Connection
 from gpuremote.transport.tcp import TcpConnection, open_tcp, tune
-from gpuremote.wire.hello import Hello, HelloReader, Refusal, Welcome
+from gpuremote.wire.hello import (
+    Challenge,
+    Hello,
+    HelloReader,
+    Message,
+    Proof,
+    Refusal,
+    Welcome,
+)
+from gpuremote.wire.identity import NONCE_SIZE, client_proof, matches, server_proof
 
 __all__ = ["dial", "host_identity", "read_hello"]
 
@@ -37,7 +49,7 @@ def host_identity() -> str:
 
 
 def dial(
-    host: str, port: int, hello: Hello, *, timeout: float, blocking: bool
+    host: str, port: int, hello: Hello, *, timeout: float, blocking: bool, token: bytes = b""
 ) -> tuple[Connection, Welcome]:
     """Connect to ``host:port`` and complete the handshake.
 
@@ -49,6 +61,8 @@ def dial(
         Seconds for name resolution, connect and handshake together.
     blocking : bool
         Whether the connection will be driven by a blocking thread or by an event loop.
+    token : bytes
+        The secret that both ends have to know; empty: none.
 
     Raises
     ------
@@ -60,6 +74,8 @@ def dial(
         Something else answers there.
     UnsupportedVersion
         No common protocol version.
+    AuthenticationFailed
+        The server wants a token that this side does not have, or does not know this side's.
     GpuRemoteError
         Whatever the server refuses with.
     """
@@ -67,7 +83,7 @@ def dial(
     peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     sock = open_tcp(host, port, timeout)
     try:
-        answer = _exchange(sock, hello, deadline, peer)
+        answer = _exchange(sock, hello, deadline, peer, token)
         if isinstance(answer, Refusal):
             raise _refused(answer, peer)
         reason = tune(sock)
@@ -83,10 +99,47 @@ def dial(
         raise
 
 
-def _exchange(sock: socket.socket, hello: Hello, deadline: float, peer: str) -> Welcome | Refusal:
+def _exchange(
+    sock: socket.socket, hello: Hello, deadline: float, peer: str, token: bytes
+) -> Welcome | Refusal:
+    if token:
+        hello = replace(hello, nonce=secrets.token_bytes(NONCE_SIZE))
+    said = hello.encode()
+    _say(sock, said, deadline, peer)
+    answer = read_hello(sock, deadline, peer)
+    if isinstance(answer, Challenge):
+        if not token:
+            raise AuthenticationFailed(
+                "the server wants a token; set GPUREMOTE_TOKEN to what its --token-file holds"
+            )
+        nonce = answer.nonce
+        if len(nonce) < NONCE_SIZE:
+            raise ProtocolError(f"a challenge of {len(nonce)} bytes", peer=peer)
+        _say(sock, Proof(client_proof(token, nonce, said)).encode(), deadline, peer)
+        answer = read_hello(sock, deadline, peer)
+        if isinstance(answer, Proof):
+            if not matches(answer.proof, server_proof(token, nonce, said)):
+                raise AuthenticationFailed(
+                    "what answers there does not know the token: it is not the server that you mean"
+                )
+            answer = read_hello(sock, deadline, peer)
+        elif not isinstance(answer, Refusal):
+            raise AuthenticationFailed("the server took the proof and gave none of its own")
+    elif token and isinstance(answer, Welcome):
+        raise AuthenticationFailed(
+            "GPUREMOTE_TOKEN is set and the server did not ask for a token: start it with "
+            "--token-file, or unset the variable"
+        )
+    if not isinstance(answer, Welcome | Refusal):
+        kind = type(answer).__name__.upper()
+        raise ProtocolError(f"the server answered the handshake with a {kind}", peer=peer)
+    return answer
+
+
+def _say(sock: socket.socket, message: bytes, deadline: float, peer: str) -> None:
     try:
         sock.settimeout(max(0.001, deadline - _clock.now()))
-        sock.sendall(hello.encode())
+        sock.sendall(message)
     except TimeoutError as error:
         raise HandshakeTimeout("the server does not take the handshake", peer=peer) from error
     except OSError as error:
@@ -94,13 +147,9 @@ def _exchange(sock: socket.socket, hello: Hello, deadline: float, peer: str) -> 
             f"the connection broke during the handshake ({error}); is this a gpuremote server?",
             peer=peer,
         ) from error
-    answer = read_hello(sock, deadline, peer)
-    if isinstance(answer, Hello):
-        raise ProtocolError("the server answered with a client's handshake", peer=peer)
-    return answer
 
 
-def read_hello(sock: socket.socket, deadline: float, peer: str) -> Hello | Welcome | Refusal:
+def read_hello(sock: socket.socket, deadline: float, peer: str) -> Message:
     """Read one handshake message from a socket, and not a byte more.
 
     Raises

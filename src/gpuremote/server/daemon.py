@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from gpuremote.errors import (
+    AuthenticationFailed,
     ConnectionFailed,
     GpuRemoteError,
     HandshakeTimeout,
@@ -29,7 +30,15 @@ from gpuremote.errors import (
 from gpuremote.server.options import ServerOptions
 from gpuremote.server.stock import ATTEMPTS, Stock, WorkerProcess
 from gpuremote.transport.select import choose, probe
-from gpuremote.wire.hello import Hello, HelloReader, Refusal, choose_version
+from gpuremote.wire.hello import (
+    Challenge,
+    Hello,
+    HelloReader,
+    Proof,
+    Refusal,
+    choose_version,
+)
+from gpuremote.wire.identity import NONCE_SIZE, client_proof, matches, server_proof
 
 __all__ = ["DeviceServer"]
 
@@ -198,7 +207,7 @@ class DeviceServer:
         try:
             try:
                 async with asyncio.timeout(HANDSHAKE_TIMEOUT):
-                    hello = await _read_hello(sock, peer)
+                    hello = await _read_hello(sock, peer, self.options.token)
                 self._silent.pop(_current_task(), None)
                 choose_version(*hello.versions)
                 await self._route(sock, hello)
@@ -206,7 +215,8 @@ class DeviceServer:
                 error = HandshakeTimeout(f"no complete handshake in {HANDSHAKE_TIMEOUT:.0f} s")
                 await _refuse(sock, error)
             except GpuRemoteError as error:
-                log.info("refused %s: %s", peer, error.message)
+                level = logging.WARNING if isinstance(error, AuthenticationFailed) else logging.INFO
+                log.log(level, "refused %s: %s", peer, error.message)
                 await _refuse(sock, error)
         except OSError as error:
             log.info("%s went away during the handshake: %s", peer, error)
@@ -305,15 +315,45 @@ def _current_task() -> asyncio.Task[None]:
     return task
 
 
-async def _read_hello(sock: socket.socket, peer: str) -> Hello:
+async def _read_hello(sock: socket.socket, peer: str, token: bytes) -> Hello:
+    """The client's HELLO; looked at only when the client has proved that it knows the token."""
+    reader = await _read(sock, peer)
+    if token:
+        await _authenticate(sock, peer, token, reader.raw)
+    found = reader.message()
+    if isinstance(found, Hello):
+        return found
+    raise ProtocolError("a server's handshake message came from a client", peer=peer)
+
+
+async def _authenticate(sock: socket.socket, peer: str, token: bytes, hello: bytes) -> None:
+    """Challenge the client, and then prove the same to it.
+
+    Raises
+    ------
+    AuthenticationFailed
+    """
+    loop = asyncio.get_running_loop()
+    nonce = secrets.token_bytes(NONCE_SIZE)
+    await loop.sock_sendall(sock, Challenge(nonce).encode())
+    try:
+        answer = (await _read(sock, peer)).message()
+    except GpuRemoteError as error:
+        raise AuthenticationFailed(f"no proof of the token came: {error.message}") from None
+    if not isinstance(answer, Proof) or not matches(
+        answer.proof, client_proof(token, nonce, hello)
+    ):
+        raise AuthenticationFailed("the token is not the one that this server knows")
+    await loop.sock_sendall(sock, Proof(server_proof(token, nonce, hello)).encode())
+
+
+async def _read(sock: socket.socket, peer: str) -> HelloReader:
+    """One complete handshake message."""
     loop = asyncio.get_running_loop()
     reader = HelloReader(peer)
-    while True:
-        found = reader.feed(await loop.sock_recv(sock, reader.missing))
-        if isinstance(found, Hello):
-            return found
-        if found is not None:
-            raise ProtocolError("a server's handshake message came from a client", peer=peer)
+    while not reader.fill(await loop.sock_recv(sock, reader.missing)):
+        pass
+    return reader
 
 
 async def _refuse(sock: socket.socket, error: GpuRemoteError) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from gpuremote.errors import ConfigError
 
@@ -31,6 +32,8 @@ class ServerOptions:
         Worker processes that wait for a session.
     drain : float
         Seconds that sessions get to end after SIGTERM.
+    token : bytes
+        What clients and other servers have to know; empty: nothing.
     advertise : str
         ``HOST:PORT`` by which other servers reach this one; empty: what the client used.
     """
@@ -45,6 +48,7 @@ class ServerOptions:
     warm: int = 1
     drain: float = 30.0
     advertise: str = ""
+    token: bytes = field(default=b"", repr=False)
 
     def __post_init__(self) -> None:
         for name in ("devices", "memory_limit", "grace", "max_sessions", "warm", "drain"):
@@ -52,6 +56,13 @@ class ServerOptions:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port {self.port} is not in 0..65535")
+
+    def worker_environment(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """What a worker process finds there: the token, which a command line would show."""
+        found = {key: value for key, value in environ.items() if key != "GPUREMOTE_TOKEN"}
+        if self.token:
+            found["GPUREMOTE_TOKEN"] = self.token.decode()
+        return found
 
     def worker_arguments(self) -> list[str]:
         """The command line of a worker process, without its channel."""

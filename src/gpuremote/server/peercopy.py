@@ -48,8 +48,11 @@ class PeerCopies:
         Copies under way.
     """
 
-    def __init__(self, session: WorkerSession, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, session: WorkerSession, wake: Callable[[], None], token: bytes = b""
+    ) -> None:
         self.active = 0
+        self._token = token
         self._waiting = 0
         self._session = session
         self._wake = wake
@@ -110,7 +113,12 @@ class PeerCopies:
             view, _ = session.backend.send_view(value)
             hello = Hello(session=target["session"], ticket=target["ticket"])
             connection, _ = dial(
-                target["host"], target["port"], hello, timeout=CONNECT_TIMEOUT, blocking=True
+                target["host"],
+                target["port"],
+                hello,
+                timeout=CONNECT_TIMEOUT,
+                blocking=True,
+                token=self._token,
             )
             try:
                 connection.send(NUMBER.pack(view.nbytes), [Region(view)])

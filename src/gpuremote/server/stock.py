@@ -60,6 +60,7 @@ class WorkerProcess:
                     *options.worker_arguments(),
                 ],
                 pass_fds=[theirs.fileno()],
+                env=options.worker_environment(os.environ),
                 stdin=subprocess.DEVNULL,
                 # A terminal's Ctrl-C is for the daemon, which then drains.
                 start_new_session=True,

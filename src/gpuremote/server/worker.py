@@ -68,7 +68,8 @@ class Worker:
         self._wake_control = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         limit = options.memory_limit or _default_limit(self.backend)
         self.session = WorkerSession(self.backend, limit, self._wake)
-        self.copies = PeerCopies(self.session, self._wake)
+        token = os.environ.pop("GPUREMOTE_TOKEN", "").encode()
+        self.copies = PeerCopies(self.session, self._wake, token)
         self.session.send_to = self.copies.send
         self.session.copying = lambda: self.copies.active
         self.session.peer.on_lost = self._gone

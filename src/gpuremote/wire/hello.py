@@ -32,8 +32,11 @@ from gpuremote.wire.frames import pack_info, unpack_info
 __all__ = [
     "MAX_VERSION",
     "MIN_VERSION",
+    "Challenge",
     "Hello",
     "HelloReader",
+    "Message",
+    "Proof",
     "Receipt",
     "Refusal",
     "Welcome",
@@ -52,6 +55,10 @@ class HelloKind(enum.IntEnum):
     HELLO = 1
     WELCOME = 2
     REFUSAL = 3
+    CHALLENGE = 4
+    """Server: prove that you know the token."""
+    PROOF = 5
+    """Client, and then server."""
 
 
 def choose_version(min_version: int, max_version: int) -> int:
@@ -126,6 +133,8 @@ class Hello:
         Each transport that the client could use, with what its probe found.
     memory_limit : int
         Device memory in bytes that the session wants to be held to; 0: the server's limit.
+    nonce : bytes
+        Random, of a client that has a token: makes the server's proof one for this HELLO only.
     versions : tuple of int
         Lowest and highest protocol version that the sender speaks.
     """
@@ -138,6 +147,7 @@ class Hello:
     receipt: Receipt = field(default_factory=Receipt)
     transports: dict[str, str] = field(default_factory=dict)
     memory_limit: int = 0
+    nonce: bytes = b""
     versions: tuple[int, int] = (MIN_VERSION, MAX_VERSION)
 
     def encode(self) -> bytes:
@@ -150,6 +160,7 @@ class Hello:
             "receipt": self.receipt.to_wire(),
             "transports": self.transports,
             "memory_limit": self.memory_limit,
+            "nonce": self.nonce,
         }
         return _frame(HelloKind.HELLO, body, self.versions)
 
@@ -164,6 +175,7 @@ class Hello:
             receipt=Receipt.from_wire(body.get("receipt", [0, []])),
             transports=_texts(body, "transports"),
             memory_limit=_get(body, "memory_limit", int, 0),
+            nonce=_get(body, "nonce", bytes, b""),
             versions=versions,
         )
 
@@ -271,6 +283,37 @@ class Refusal:
         return error_from_wire(self.code, self.message, peer=peer)
 
 
+@dataclass(slots=True)
+class Challenge:
+    """The server wants to be shown that the client knows the token (see ``wire.identity``)."""
+
+    nonce: bytes
+
+    def encode(self) -> bytes:
+        return _frame(HelloKind.CHALLENGE, {"nonce": self.nonce}, (MIN_VERSION, MAX_VERSION))
+
+    @classmethod
+    def decode(cls, body: Mapping[str, Any]) -> Challenge:
+        return cls(_get(body, "nonce", bytes, b""))
+
+
+@dataclass(slots=True)
+class Proof:
+    """The answer to a challenge, and what the server then shows."""
+
+    proof: bytes
+
+    def encode(self) -> bytes:
+        return _frame(HelloKind.PROOF, {"proof": self.proof}, (MIN_VERSION, MAX_VERSION))
+
+    @classmethod
+    def decode(cls, body: Mapping[str, Any]) -> Proof:
+        return cls(_get(body, "proof", bytes, b""))
+
+
+Message = Hello | Welcome | Refusal | Challenge | Proof
+
+
 class HelloReader:
     """Takes the bytes of one handshake message as they come.
 
@@ -292,7 +335,12 @@ class HelloReader:
         length: int = _PREFIX.unpack_from(self._buffer)[4]
         return PREFIX_SIZE + length - len(self._buffer)
 
-    def feed(self, data: BytesIn) -> Hello | Welcome | Refusal | None:
+    @property
+    def raw(self) -> bytes:
+        """What has come."""
+        return bytes(self._buffer)
+
+    def feed(self, data: BytesIn) -> Message | None:
         """Add bytes; returns the message once it is complete.
 
         Raises
@@ -308,6 +356,11 @@ class HelloReader:
         ProtocolError
             Malformed.
         """
+        return self.message() if self.fill(data) else None
+
+    def fill(self, data: BytesIn) -> bool:
+        """Add bytes, and look at nothing but the prefix; whether the message is complete. Raises
+        as ``feed`` does."""
         buffer = self._buffer
         if not data:
             if not buffer:
@@ -326,14 +379,18 @@ class HelloReader:
                 peer=self._peer,
             )
         if len(buffer) < PREFIX_SIZE:
-            return None
-        _, low, high, kind, length = _PREFIX.unpack_from(buffer)
+            return False
+        length: int = _PREFIX.unpack_from(buffer)[4]
         if length > MAX_HELLO:
             raise LimitExceeded(
                 f"a handshake of {length} bytes, at most {MAX_HELLO} are allowed", peer=self._peer
             )
-        if len(buffer) < PREFIX_SIZE + length:
-            return None
+        return len(buffer) == PREFIX_SIZE + length
+
+    def message(self) -> Message:
+        """The complete message. Raises as ``feed`` does."""
+        buffer = self._buffer
+        _, low, high, kind, _ = _PREFIX.unpack_from(buffer)
         body = unpack_info(memoryview(buffer)[PREFIX_SIZE:], MAX_HELLO)
         if not isinstance(body, dict):
             raise ProtocolError("the handshake's body is not a map", peer=self._peer)
@@ -345,6 +402,10 @@ class HelloReader:
                 return Welcome.decode(body)
             case HelloKind.REFUSAL:
                 return Refusal.decode(body)
+            case HelloKind.CHALLENGE:
+                return Challenge.decode(body)
+            case HelloKind.PROOF:
+                return Proof.decode(body)
         raise ProtocolError(f"handshake message of unknown kind {kind}", peer=self._peer)
 
 
