@@ -105,7 +105,7 @@ def _workloads(
         Workload("round_trip", 64, "two", trips),
         Workload("ops", 64, "two", ops),
         *(
-            Workload(kind, size, repeat=max(2, min(8, 256 * MIB // size)))
+            Workload(kind, size, repeat=max(4, min(12, 512 * MIB // size)))
             for size in sizes
             for kind in ("put", "get")
         ),

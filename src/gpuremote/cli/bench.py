@@ -52,7 +52,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, for a first look")
     parser.add_argument(
-        "--rounds", type=_rounds, metavar="N", help="at least 5 (default: 7; with --quick: 5)"
+        "--rounds", type=_rounds, metavar="N", help="at least 5 (default: 15; with --quick: 5)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=run)
@@ -128,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
                 bars,
                 cores=sorted(os.sched_getaffinity(0)),
                 ours=[session.worker_pid] if local else [],
-                rounds=options.rounds or (MIN_ROUNDS if options.quick else 7),
+                rounds=options.rounds or (MIN_ROUNDS if options.quick else 15),
                 trips=100 if options.quick else 300,
             ),
             sizes,
