@@ -569,7 +569,8 @@ def test_a_server_that_vanishes_in_the_middle_of_a_payload(side: Side, way: str)
         CuttingProxy(server.host, server.port, bandwidth=60e6) as proxy,
     ):
         session = side.do(side.connect(f"gpu://127.0.0.1:{proxy.port}?grace=0.5"))
-        data = pattern(24 << 20)
+        # Far more than the buffers on the way hold: that arrives whatever becomes of the server.
+        data = pattern(96 << 20)
         array = session.devices[0].zeros(data.shape, np.uint8)
         side.do(array.wait())
         killer = threading.Timer(0.15, server.kill)
