@@ -147,6 +147,19 @@ class Incoming(abc.ABC):
         touches the buffers given to :meth:`into`.
         """
 
+    def adopt(self) -> list[memoryview] | None:
+        """Keep the payload where it already lies, in place of :meth:`into`.
+
+        Returns
+        -------
+        list of memoryview or None
+            One writable flat view per size, complete, that stays valid for as long as it or
+            anything made from it lives (also after the connection). The other end may still
+            read and write that memory. None where the payload is not in memory that both ends
+            see: call ``into`` or ``discard``.
+        """
+        return None
+
 
 class Connection(abc.ABC):
     """An established path to one peer.
@@ -181,6 +194,14 @@ class Connection(abc.ABC):
             No buffer protocol, or not C-contiguous.
         """
         return Region(buffer)
+
+    def allocate(self, nbytes: int) -> memoryview | None:
+        """Writable flat memory from which this connection sends without copying.
+
+        It goes back when the view and everything made from it is gone and the other end is
+        through with it; the contents are whatever was there. None where there is no such memory.
+        """
+        return None
 
     @abc.abstractmethod
     def fileno(self) -> int:
