@@ -9,7 +9,7 @@ import time
 import pytest
 
 from gpuremote.errors import ConnectionFailed, ConnectionLost
-from gpuremote.transport import congestion, select
+from gpuremote.transport import congestion
 from gpuremote.transport.tcp import TcpConnection, join_address, open_tcp, pair, tune
 
 
@@ -132,16 +132,3 @@ def test_mode_of_the_socket() -> None:
     assert seconds == 1
     first.close()
     second.close()
-
-
-def test_probe() -> None:
-    found = {candidate.name: candidate for candidate in select.probe()}
-    assert found["tcp"].available
-    assert not found["shm"].available
-    assert found["rdma"].reason
-
-
-def test_choice() -> None:
-    chosen = select.choose({"tcp": "", "rdma": "a card"})
-    assert chosen["chosen"] == "tcp"
-    assert {candidate["name"] for candidate in chosen["candidates"]} >= {"shm", "rdma", "tcp"}

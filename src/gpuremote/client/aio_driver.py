@@ -8,6 +8,7 @@ import select
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+from gpuremote import _clock
 from gpuremote.client.core import Core
 from gpuremote.client.hangup import Hangup
 from gpuremote.client.link import MAX_PAUSE, Link
@@ -20,6 +21,10 @@ __all__ = ["AsyncDriver"]
 MESSAGES_PER_TURN: Final = 64
 """Messages taken in before the loop gets its turn again."""
 BYTES_PER_TURN: Final = 8 << 20
+BUSY_PAUSE: Final = 0.05
+"""Seconds until a busy session is looked at again for a moment to change the transport."""
+PATIENCE: Final = 2.0
+"""Seconds after which one that is always busy has to change it all the same."""
 
 
 class AsyncDriver:
@@ -43,6 +48,7 @@ class AsyncDriver:
         self._flush_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._resuming: asyncio.Task[None] | None = None
+        self._improving: asyncio.TimerHandle | None = None
         self._closed = False
         self._hangup = Hangup(self._loop, self._readable)
         core.wait = self.wait
@@ -239,7 +245,7 @@ class AsyncDriver:
                     link.give_up(core, None)
                     return
                 try:
-                    connection, welcome = await asyncio.shield(attempt)
+                    found = await asyncio.shield(attempt)
                 except asyncio.CancelledError:
                     attempt.add_done_callback(_abort_result)
                     raise
@@ -255,17 +261,35 @@ class AsyncDriver:
                     continue
                 if core.stats.reconnects != before:
                     # ``_pump`` was faster: what this attempt told the server is out of date.
-                    connection.abort()
+                    found.connection.abort()
                     continue
                 # Watched before it is used, so that a loss while catching up is noticed.
-                self._watch(connection)
-                link.resumed(core, connection, welcome)
+                self._watch(found.connection)
+                link.resumed(core, found)
                 self._output()
+                self._seek_better()
                 return
         finally:
             self._resuming = None
             if core.peer.connection is None and core.dead is None and not self._closed:
                 self._loop.call_soon(self._start_resuming)
+
+    def _seek_better(self) -> None:
+        """Have a transport that was lost tried again when its time has come."""
+        at = self.link.better_at
+        if at is not None and self._improving is None:
+            self._improving = self._loop.call_later(max(0.0, at - _clock.now()), self._improve)
+
+    def _improve(self) -> None:
+        self._improving = None
+        connection, at = self.core.peer.connection, self.link.better_at
+        if connection is None or self._closed or at is None:
+            return
+        if (self.core.waiting or connection.pending_output) and _clock.now() < at + PATIENCE:
+            # Something is on its way; a short while later there may be nothing.
+            self._improving = self._loop.call_later(BUSY_PAUSE, self._improve)
+        else:
+            self.link.leave(self.core)
 
     def _stalled(self) -> None:
         """Issuing has run ahead of the server: catch up here and now.
@@ -287,7 +311,7 @@ class AsyncDriver:
             if connection is None:
                 link.lost(core)
                 try:
-                    found, welcome = link.attempt(core, blocking=False)
+                    found = link.attempt(core, blocking=False)
                 except GpuRemoteError as error:
                     if link.final(error) or link.remaining() <= 0:
                         link.give_up(core, error if link.final(error) else None)
@@ -295,8 +319,8 @@ class AsyncDriver:
                     pause = min(2 * pause, MAX_PAUSE)
                 else:
                     pause = 0.02
-                    self._watch(found)
-                    link.resumed(core, found, welcome)
+                    self._watch(found.connection)
+                    link.resumed(core, found)
                 continue
             poller = select.poll()
             wanted = select.POLLIN | (select.POLLOUT if connection.pending_output else 0)
@@ -308,6 +332,9 @@ class AsyncDriver:
     async def close(self) -> None:
         """Stop everything that belongs to this driver."""
         self._closed = True
+        if self._improving is not None:
+            self._improving.cancel()
+            self._improving = None
         if self._resuming is not None:
             self._resuming.cancel()
             with contextlib.suppress(asyncio.CancelledError):

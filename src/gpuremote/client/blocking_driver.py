@@ -58,6 +58,7 @@ class BlockingDriver:
         self._leading = threading.Lock()
         self._receives = 0
         self._followers: set[threading.Event] = set()
+        self._better_at: float | None = None
         core.wait = self.wait
         core.on_stall = self._stalled
         core.on_sync = self._synced
@@ -74,6 +75,9 @@ class BlockingDriver:
         GpuRemoteError
             The answer is an error, or the session is lost.
         """
+        if self._better_at is not None and _clock.now() > self._better_at:
+            self._better_at = None
+            self.link.leave(self.core)
         if timeout is None:
             self._wait_simply(wait)
         if not wait.done:
@@ -280,7 +284,7 @@ class BlockingDriver:
         while deadline is None or _clock.now() < deadline:
             try:
                 left = None if deadline is None else deadline - _clock.now()
-                connection, welcome = link.attempt(core, blocking=True, within=left)
+                found = link.attempt(core, blocking=True, within=left)
             except GpuRemoteError as error:
                 if link.final(error):
                     link.give_up(core, error)
@@ -291,7 +295,8 @@ class BlockingDriver:
                 threading.Event().wait(min(pause, max(0.0, link.remaining())))
                 pause = min(2 * pause, MAX_PAUSE)
                 continue
-            link.resumed(core, connection, welcome)
+            link.resumed(core, found)
+            self._better_at = link.better_at
             return
 
     def _cancel(self, wait: Wait) -> None:

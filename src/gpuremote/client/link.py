@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -10,6 +11,7 @@ from gpuremote import _clock
 from gpuremote._version import __version__
 from gpuremote.client.core import Core
 from gpuremote.errors import (
+    ConnectionLost,
     GpuRemoteError,
     NotAGpuRemoteServer,
     ProtocolError,
@@ -20,13 +22,16 @@ from gpuremote.errors import (
     UnsupportedVersion,
     WorkerDied,
 )
-from gpuremote.rpc.dial import dial, host_identity
+from gpuremote.rpc.cooldown import Cooldowns
+from gpuremote.rpc.dial import Dialled, dial, host_identity
 from gpuremote.rpc.peer import Connection
-from gpuremote.rpc.transports import Explanation, offers
+from gpuremote.rpc.transports import TCP, Explanation, offers
 from gpuremote.wire.hello import Hello, Welcome
 from gpuremote.wire.state import State, Stimulus
 
 __all__ = ["Link"]
+
+log = logging.getLogger("gpuremote.transport")
 
 MAX_PAUSE: Final = 1.0
 """Longest pause between two attempts to come back, in seconds."""
@@ -46,6 +51,9 @@ class Link:
         As in the URL: the only transport to try; the one that must be had.
     token : bytes
         What both ends have to know; empty: nothing.
+    on_transport : list of callable
+        Called with the explanation whenever the transport changes, in whichever thread opens
+        connections.
     server_ended : callable
         For a server that this process started: says how it ended, or None while it runs.
     """
@@ -61,7 +69,14 @@ class Link:
     server_ended: Callable[[], str | None] = lambda: None
     welcome: Welcome = field(default_factory=Welcome)
     explanation: Explanation = field(default_factory=Explanation)
+    on_transport: list[Callable[[Explanation], None]] = field(default_factory=list)
     _lost_at: float = 0.0
+    _cooldowns: Cooldowns = field(default_factory=Cooldowns)
+    _present: str = ""  # the transport in use
+    _broken: str = ""  # the one that was, when the connection broke
+    _tried: dict[str, str] = field(default_factory=dict)  # in vain, when the session was opened
+    _unusable: dict[str, str] = field(default_factory=dict)
+    _warned: set[tuple[str, str]] = field(default_factory=set)
 
     @property
     def name(self) -> str:
@@ -75,27 +90,10 @@ class Link:
         GpuRemoteError
             See ``rpc.dial.dial``; TransportUnavailable if a required transport can't be had.
         """
-        offered = offers(self.transport, self.require)
-        hello = self._hello(transports=offered, memory_limit=self.memory_limit)
-        connection, welcome = dial(
-            self.host,
-            self.port,
-            hello,
-            timeout=self.connect_timeout,
-            blocking=blocking,
-            token=self.token,
-        )
+        found = self._dial(self.connect_timeout, blocking, memory_limit=self.memory_limit)
+        connection, welcome, _ = found
         self.welcome = welcome
-        self.explanation = Explanation.of(welcome.choice, connection)
-        wanted = self.require or self.transport
-        if wanted is not None and self.explanation.chosen != wanted:
-            connection.abort()
-            raise TransportUnavailable(
-                f"transport {wanted!r} is asked for and the server chose "
-                f"{self.explanation.chosen!r}",
-                reasons=self.explanation.reasons(),
-                peer=self.name,
-            )
+        self._in_use(core, found)
         with core.lock:
             core.session = welcome.session
             core.advertised = welcome.advertise or self.name
@@ -115,13 +113,15 @@ class Link:
             if core.state.value in (State.OPEN, State.CLOSING):
                 self._lost_at = _clock.now()
                 core.state.advance(Stimulus.CONNECTION_LOST)
+                if self._present not in ("", TCP) and not (self.require or self.transport):
+                    self._broken = self._present
+                    self._cooldowns.failed(self._broken, str(core.peer.failure))
+                self._present = ""
             if core.state.value is State.CLOSED and core.dead is None:
                 # Either side closes it after the goodbyes; another thread may have seen that first.
                 core.die(SessionClosed("the session was closed meanwhile", peer=self.name))
 
-    def attempt(
-        self, core: Core, *, blocking: bool, within: float | None = None
-    ) -> tuple[Connection, Welcome]:
+    def attempt(self, core: Core, *, blocking: bool, within: float | None = None) -> Dialled:
         """Try once to come back, for not much longer than ``within`` seconds if that is given.
         Blocks; touches nothing of the core but its receipt.
 
@@ -137,28 +137,27 @@ class Link:
             raise SessionLost(f"the local server {ended}", peer=self.name)
         with core.lock:
             receipt = core.peer.receipt()
-        hello = self._hello(
-            session=self.welcome.session,
-            secret=self.welcome.secret,
-            receipt=receipt,
-            transports=offers(self.transport, self.require),
-        )
         timeout = max(0.1, min(self.connect_timeout, self.remaining()))
         if within is not None:
             # A handshake gets a second all the same, or a program that asks again and again
             # with short timeouts would never come back.
             timeout = min(timeout, max(1.0, within))
-        return dial(
-            self.host, self.port, hello, timeout=timeout, blocking=blocking, token=self.token
+        return self._dial(
+            timeout,
+            blocking,
+            session=self.welcome.session,
+            secret=self.welcome.secret,
+            receipt=receipt,
         )
 
-    def resumed(self, core: Core, connection: Connection, welcome: Welcome) -> None:
+    def resumed(self, core: Core, found: Dialled) -> None:
         """Go on over a connection that :meth:`attempt` gave. The session is dead afterwards if
         the server's receipt makes no sense."""
+        connection, welcome, _ = found
+        self._in_use(core, found)
         with core.lock:
             core.stats.reconnects += 1
             core.state.advance(Stimulus.RESUMED)
-            self.explanation = Explanation.of(welcome.choice, connection)
             try:
                 core.peer.attach(connection, welcome.receipt)
             except ProtocolError as error:
@@ -194,5 +193,64 @@ class Link:
             error, (TransportError, NotAGpuRemoteServer, TimeoutError, ConnectionError)
         )
 
-    def _hello(self, **more: Any) -> Hello:
-        return Hello(software=f"gpuremote {__version__}", host=host_identity(), **more)
+    def _dial(self, timeout: float, blocking: bool, **more: Any) -> Dialled:
+        """Open a connection, over the transport that is wanted if there is one."""
+        wanted = self.require or self.transport
+        resting = {} if wanted else self._tried | self._cooldowns.resting()
+        offered, self._unusable = offers(wanted, resting)
+        hello = Hello(
+            software=f"gpuremote {__version__}", host=host_identity(), transports=offered, **more
+        )
+        found = dial(
+            self.host, self.port, hello, timeout=timeout, blocking=blocking, token=self.token
+        )
+        if wanted in (None, found.connection.name):
+            return found
+        found.connection.abort()
+        explanation = Explanation.of(found.welcome.choice, found.connection, found.failures)
+        reasons = explanation.reasons()
+        raise TransportUnavailable(
+            f"transport {wanted!r} is asked for and can't be had: {reasons.get(wanted)}",
+            reasons=reasons,
+            peer=self.name,
+        )
+
+    def _in_use(self, core: Core, found: Dialled) -> None:
+        """Take note of which transport the session goes on over."""
+        name = found.connection.name
+        before = self.explanation.chosen
+        for failed, reason in found.failures.items():
+            if failed in self._cooldowns.reasons:
+                self._cooldowns.failed(failed, reason)
+            else:
+                self._tried[failed] = reason
+            self._fell_back(core, failed, name, reason)
+        if self._broken and self._broken != name:
+            self._fell_back(core, self._broken, name, self._cooldowns.reasons[self._broken])
+        self._broken = ""
+        if name != TCP:
+            self._cooldowns.used(name)
+        self._present = name
+        unusable = self._unusable | self._cooldowns.reasons | found.failures
+        self.explanation = Explanation.of(found.welcome.choice, found.connection, unusable)
+        if name != before:
+            for told in self.on_transport:
+                told(self.explanation)
+
+    def _fell_back(self, core: Core, name: str, to: str, reason: str) -> None:
+        core.stats.fallbacks += 1
+        if (name, reason) not in self._warned:
+            self._warned.add((name, reason))
+            log.warning("transport %s to %s failed, %s is used: %s", name, self.name, to, reason)
+
+    @property
+    def better_at(self) -> float | None:
+        """When a transport that was lost may be tried again, on ``_clock.now()``; None while
+        there is none."""
+        return None if self._present != TCP else self._cooldowns.due()
+
+    def leave(self, core: Core) -> None:
+        """Give up a connection that works, as the next one may be better."""
+        with core.lock:
+            self._present = ""
+            core.peer.lost(ConnectionLost("left, to try a transport that was lost"))

@@ -39,6 +39,18 @@ class TransportView:
         """Which transport is in use, every candidate, and why (not). Prints well."""
         return self._link.explanation
 
+    def subscribe(self, told: Callable[[Explanation], None]) -> Callable[[], None]:
+        """Have ``told`` called with the new explanation whenever the transport changes: a hook
+        for metrics. It may come from any thread and must not block.
+
+        Returns
+        -------
+        callable
+            Ends it.
+        """
+        self._link.on_transport.append(told)
+        return lambda: self._link.on_transport.remove(told)
+
     def __repr__(self) -> str:
         return f"<transport {self.name}>"
 

@@ -38,6 +38,8 @@ class SessionStats:
     freed : int
         Handles given back.
     reconnects : int
+    fallbacks : int
+        Times that a transport which both ends have did not work, or broke, and another was used.
     credit_waits : int
         Times that issuing had to wait until the server caught up.
     """
@@ -57,6 +59,7 @@ class SessionStats:
     implicit_downloads: int = 0
     freed: int = 0
     reconnects: int = 0
+    fallbacks: int = 0
     credit_waits: int = 0
 
     def as_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import secrets
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from gpuremote import _clock
 from gpuremote.errors import (
@@ -24,6 +25,8 @@ from gpuremote.errors import (
     error_from_wire,
 )
 from gpuremote.transport.base import Connection
+from gpuremote.transport.select import climb
+from gpuremote.transport.setup import Setup
 from gpuremote.transport.tcp import TcpConnection, open_tcp, tune
 from gpuremote.wire.hello import (
     Challenge,
@@ -48,10 +51,27 @@ def host_identity() -> str:
     return hashlib.sha256(boot.encode()).hexdigest()[:32]
 
 
+class Dialled(NamedTuple):
+    """What :func:`dial` brought.
+
+    Attributes
+    ----------
+    connection : Connection
+    welcome : Welcome
+    failures : dict of str to str
+        Transports that were tried and did not work, with the reason.
+    """
+
+    connection: Connection
+    welcome: Welcome
+    failures: dict[str, str]
+
+
 def dial(
     host: str, port: int, hello: Hello, *, timeout: float, blocking: bool, token: bytes = b""
-) -> tuple[Connection, Welcome]:
-    """Connect to ``host:port`` and complete the handshake.
+) -> Dialled:
+    """Connect to ``host:port``, complete the handshake, and go on over the best transport that
+    both ends have and that works between them.
 
     Parameters
     ----------
@@ -82,21 +102,31 @@ def dial(
     deadline = _clock.now() + timeout
     peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     sock = open_tcp(host, port, timeout)
+    connection: Connection | None = None
     try:
         answer = _exchange(sock, hello, deadline, peer, token)
         if isinstance(answer, Refusal):
             raise _refused(answer, peer)
         reason = tune(sock)
-        connection = TcpConnection(sock, blocking=blocking)
-        connection.reason = reason
-        return connection, answer
-    except GpuRemoteError as error:
+        connection = TcpConnection(sock, blocking=blocking, reason=reason)
+        setup = Setup(connection, blocking=blocking, deadline=deadline, secret=answer.secret)
+        connection, failures = climb(setup, _order(answer, hello), client=True)
+        return Dialled(connection, answer, failures)
+    except BaseException as error:
+        if connection is not None:
+            connection.abort()
         sock.close()
-        error.peer = error.peer or peer
+        if isinstance(error, GpuRemoteError):
+            error.peer = error.peer or peer
         raise
-    except BaseException:
-        sock.close()
-        raise
+
+
+def _order(answer: Welcome, hello: Hello) -> list[str]:
+    """The transports to try above tcp."""
+    order = answer.choice.get("order", [])
+    if not isinstance(order, list) or not all(name in hello.transports for name in order):
+        raise ProtocolError("the server wants a transport that was not offered to it")
+    return order
 
 
 def _exchange(

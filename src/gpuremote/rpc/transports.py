@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from gpuremote.errors import TransportUnavailable
 from gpuremote.transport.base import Connection
-from gpuremote.transport.select import probe
+from gpuremote.transport.select import NOT_OFFERED, PREFERENCE, TCP, probe
 
-__all__ = ["Explanation", "offers"]
+__all__ = ["TCP", "Explanation", "offers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,35 @@ class Explanation:
     connection: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, choice: dict[str, Any], connection: Connection) -> Explanation:
-        candidates = tuple(c for c in choice.get("candidates", ()) if isinstance(c, dict))
+    def of(
+        cls, choice: dict[str, Any], connection: Connection, failures: Mapping[str, str]
+    ) -> Explanation:
+        """Of a connection that is up.
+
+        Parameters
+        ----------
+        choice : dict
+            The server's.
+        failures : mapping of str to str
+            Transports that this side can't use at present, or that were tried in vain: why.
+        """
+        candidates = []
+        for candidate in choice.get("candidates", ()):
+            if not isinstance(candidate, dict):
+                continue
+            name = str(candidate.get("name"))
+            here = failures.get(name)
+            # What the server says first counts: without it there this side's finding is moot.
+            if here is not None and str(candidate.get("reason")) in ("", NOT_OFFERED):
+                candidate = {**candidate, "available": False, "reason": f"client: {here}"}
+            elif here is not None and candidate.get("available"):
+                candidate = {**candidate, "available": False, "reason": here}
+            candidates.append(candidate)
+        why = f"the best that both sides have ({' > '.join(PREFERENCE)})"
         return cls(
-            str(choice.get("chosen", connection.name)),
-            f"{choice.get('reason', '')}; {connection.reason}".strip("; "),
-            candidates,
+            connection.name,
+            f"{why}; {connection.reason}".strip("; "),
+            tuple(candidates),
             dict(connection.describe()),
         )
 
@@ -64,8 +88,16 @@ class Explanation:
         return "\n".join(lines)
 
 
-def offers(transport: str | None, require: str | None) -> dict[str, str]:
-    """What this side can do, restricted to what the program wants; by name, with the finding.
+def offers(wanted: str | None, resting: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """What this side can use, restricted to what the program wants, and what it can't: each by
+    name, with the finding.
+
+    Parameters
+    ----------
+    wanted : str or None
+        The only one that the program takes.
+    resting : mapping of str to str
+        Those that failed lately and are left alone for now, with the reason.
 
     Raises
     ------
@@ -73,12 +105,14 @@ def offers(transport: str | None, require: str | None) -> dict[str, str]:
         The one that is wanted can't be had on this side.
     """
     candidates = probe()
-    wanted = require or transport
     if wanted is None:
-        return {c.name: c.reason for c in candidates if c.available}
+        usable = {c.name: c.reason for c in candidates if c.available and c.name not in resting}
+        unusable = {c.name: c.reason for c in candidates if not c.available} | dict(resting)
+        return usable, unusable
     for candidate in candidates:
         if candidate.name == wanted and candidate.available:
-            return {candidate.name: candidate.reason}
+            others = (c.name for c in candidates if c.name != wanted)
+            return {wanted: candidate.reason}, dict.fromkeys(others, f"only {wanted} is wanted")
     raise TransportUnavailable(
         f"transport {wanted!r} can't be had on this machine",
         reasons={c.name: c.reason for c in candidates},

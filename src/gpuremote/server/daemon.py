@@ -27,6 +27,7 @@ from gpuremote.errors import (
     SessionLost,
     WorkerDied,
 )
+from gpuremote.rpc.dial import host_identity
 from gpuremote.server.options import ServerOptions
 from gpuremote.server.stock import ATTEMPTS, Stock, WorkerProcess
 from gpuremote.transport.select import choose, probe
@@ -77,6 +78,7 @@ class DeviceServer:
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
         self.port = 0
+        self._host = host_identity()
         self._sessions: dict[bytes, _Session] = {}
         self._by_worker: dict[int, _Session] = {}
         self._tombstones: OrderedDict[bytes, tuple[bytes, str]] = OrderedDict()
@@ -255,7 +257,7 @@ class DeviceServer:
             "server": self.address,
             "session": session.ident,
             "secret": session.secret,
-            "choice": choose(hello.transports),
+            "choice": choose(hello.transports, same_host=hello.host == self._host),
             "advertise": self.options.advertise or address,
         }
         await session.worker.hand_over(request, sock, HANDSHAKE_TIMEOUT)

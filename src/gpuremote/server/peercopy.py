@@ -112,7 +112,7 @@ class PeerCopies:
         try:
             view, _ = session.backend.send_view(value)
             hello = Hello(session=target["session"], ticket=target["ticket"])
-            connection, _ = dial(
+            connection, *_ = dial(
                 target["host"],
                 target["port"],
                 hello,

@@ -29,6 +29,8 @@ from gpuremote.server import control
 from gpuremote.server.peercopy import PeerCopies
 from gpuremote.server.session import WorkerSession
 from gpuremote.transport.base import Connection
+from gpuremote.transport.select import climb
+from gpuremote.transport.setup import Setup
 from gpuremote.transport.tcp import TcpConnection, tune
 from gpuremote.wire import caps
 from gpuremote.wire.frames import Kind, pack_info
@@ -44,6 +46,8 @@ PYTHON_LOOKS: Final = 32
 """Receives that do not wait, some 40 µs of them, before one that does; with and without the part
 in C."""
 MESSAGES_PER_TURN: Final = 64
+SETUP_TIMEOUT: Final = 5.0
+"""Seconds for answering a client and bringing a transport up with it."""
 BUSY_AFTER: Final = 0.02
 """Seconds in an op after which the control thread takes the connection over."""
 
@@ -296,33 +300,47 @@ class Worker:
             control.send(self.channel, {"event": "answering", "number": request["number"]})
             self.copies.receive(sock, hello)
             return
-        with self.session.lock:
-            peer = self.session.peer
+        session, peer = self.session, self.session.peer
+        with session.lock:
             if peer.connection is not None:
                 peer.lost(ConnectionLost("replaced: the client came back over another connection"))
             resumed = self.state.value is not State.NEW
             if not resumed and hello.memory_limit:
-                self.session.quota.limit = min(self.session.quota.limit, hello.memory_limit)
-            try:
-                control.send(self.channel, {"event": "answering", "number": request["number"]})
-                sock.settimeout(5.0)
-                sock.sendall(self._welcome(hello, request).encode())
-                reason = tune(sock)
-                connection = TcpConnection(sock, blocking=True)
-                connection.reason = reason
+                session.quota.limit = min(session.quota.limit, hello.memory_limit)
+        # Without the lock: what the receipt says stays true, as nothing can come in meanwhile.
+        connection: Connection | None = None
+        try:
+            control.send(self.channel, {"event": "answering", "number": request["number"]})
+            sock.settimeout(SETUP_TIMEOUT)
+            sock.sendall(self._welcome(hello, request).encode())
+            connection = self._best_path(sock, request)
+            with session.lock:
                 self.state.advance(Stimulus.RESUMED if resumed else Stimulus.WELCOME)
                 peer.attach(connection, hello.receipt)
-            except (OSError, GpuRemoteError) as error:
-                # The client will try again within the grace period.
-                print(f"gpuremote worker: a connection came and went: {error}", file=sys.stderr)
-                sock.close()
-                if self.state.value is State.NEW:
-                    os._exit(1)
-                return
-            self._parked = False
-            if peer.connection is not None:  # it may have broken again at once
-                self._attached.set()
-            self._wake()
+        except (OSError, GpuRemoteError) as error:
+            # The client will try again within the grace period.
+            print(f"gpuremote worker: a connection came and went: {error}", file=sys.stderr)
+            if connection is not None:
+                connection.abort()
+            sock.close()
+            if self.state.value is State.NEW:
+                os._exit(1)
+            return
+        self._parked = False
+        if peer.connection is not None:  # it may have broken again at once
+            self._attached.set()
+        self._wake()
+
+    def _best_path(self, sock: socket.socket, request: dict[str, Any]) -> Connection:
+        """A connection over the best transport that works; ``sock`` is its, or closed."""
+        base = TcpConnection(sock, blocking=True, reason=tune(sock))
+        deadline = _clock.now() + SETUP_TIMEOUT
+        setup = Setup(base, blocking=True, deadline=deadline, secret=request["secret"])
+        try:
+            return climb(setup, request["choice"]["order"], client=False)[0]
+        except BaseException:
+            base.abort()
+            raise
 
     def _welcome(self, hello: Hello, request: dict[str, Any]) -> Welcome:
         return Welcome(

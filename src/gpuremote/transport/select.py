@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
 from typing import Any, Final
 
-__all__ = ["GROUP", "PREFERENCE", "Candidate", "choose", "probe"]
+from gpuremote.errors import ProtocolError, TransportUnavailable
+from gpuremote.transport.base import Connection
+from gpuremote.transport.setup import Setup, Upgrade, upgrade
+
+__all__ = ["GROUP", "PREFERENCE", "Candidate", "choose", "climb", "probe"]
 
 GROUP: Final = "gpuremote.transports"
-PREFERENCE: Final = ("shm", "rdma", "tcp")
+TCP: Final = "tcp"
+PREFERENCE: Final = ("shm", "rdma", TCP)
 """Best first."""
+NOT_OFFERED: Final = "client: does not offer it"
 
 _MISSING: Final = {
     "shm": "no shared-memory transport is installed (this version brings tcp)",
@@ -53,43 +59,76 @@ def probe() -> tuple[Candidate, ...]:
             found[entry.name] = Candidate(
                 entry.name, False, f"its probe failed: {type(error).__name__}: {error}"
             )
-    if "tcp" not in found:
+    if TCP not in found:
         # The package runs from a source tree that was never installed.
-        found["tcp"] = Candidate("tcp", True, "sockets always work")
+        found[TCP] = Candidate(TCP, True, "sockets always work")
     for name in PREFERENCE:
         found.setdefault(name, Candidate(name, False, _MISSING.get(name, "not installed")))
     rank = {name: position for position, name in enumerate(PREFERENCE)}
     return tuple(sorted(found.values(), key=lambda c: (rank.get(c.name, len(rank)), c.name)))
 
 
-def choose(offered: Mapping[str, str]) -> dict[str, Any]:
-    """The best transport that both sides have.
+def choose(offered: Mapping[str, str], *, same_host: bool) -> dict[str, Any]:
+    """Which transports two sides try, and why not the others.
 
     Parameters
     ----------
     offered : mapping of str to str
         What the other side can use, with what its probe found.
+    same_host : bool
+        Whether it says that it runs on this host; shared memory proves it later.
 
     Returns
     -------
     dict
-        ``chosen``, ``reason`` and ``candidates`` (each ``name``, ``available``, ``reason``), as
-        it travels in the handshake. Both sides always have tcp, as they are talking over it.
+        ``order`` (what to try above tcp, best first), ``candidates`` (each ``name``,
+        ``available``, ``reason``), as it travels in the handshake. Both sides always have tcp,
+        as they are talking over it.
     """
     candidates = []
-    chosen = ""
+    order = []
     for here in probe():
-        there = offered.get(here.name)
         if not here.available:
             verdict = Candidate(here.name, False, f"server: {here.reason}")
-        elif there is None and here.name != "tcp":
-            verdict = Candidate(here.name, False, "client: does not offer it")
+        elif here.name not in offered and here.name != TCP:
+            verdict = Candidate(here.name, False, NOT_OFFERED)
+        elif here.name == "shm" and not same_host:
+            verdict = Candidate(here.name, False, "the two ends run on different hosts")
         else:
-            verdict = Candidate(here.name, True, here.reason)
-            chosen = chosen or here.name
+            verdict = here
+            if here.name != TCP:
+                order.append(here.name)
         candidates.append(asdict(verdict))
-    return {
-        "chosen": chosen,
-        "reason": f"the best that both sides have ({' > '.join(PREFERENCE)})",
-        "candidates": candidates,
-    }
+    return {"order": order, "candidates": candidates}
+
+
+@functools.cache
+def _upgrades() -> dict[str, type[Upgrade]]:
+    return {entry.name: entry.load() for entry in entry_points(group=GROUP) if entry.name != TCP}
+
+
+def climb(setup: Setup, order: Sequence[str], *, client: bool) -> tuple[Connection, dict[str, str]]:
+    """Bring up the first transport of ``order`` that works; both ends do this at a time.
+
+    Returns
+    -------
+    Connection
+        That transport's, or ``setup.connection``.
+    dict of str to str
+        Why each one that was tried before it did not work.
+
+    Raises
+    ------
+    ConnectionLost, HandshakeTimeout, ProtocolError
+        ``setup.connection`` is of no use any more.
+    """
+    failures: dict[str, str] = {}
+    for name in order:
+        transport = _upgrades().get(name)
+        if transport is None:
+            raise ProtocolError(f"the other end wants the transport {name!r}, unknown here")
+        try:
+            return upgrade(setup, transport, client=client), failures
+        except TransportUnavailable as error:
+            failures[name] = error.message
+    return setup.connection, failures

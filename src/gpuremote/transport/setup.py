@@ -144,7 +144,8 @@ class Setup:
             message = self._receive()
             if "over" in message:
                 self._over = str(message["over"])
-        return self._over
+        theirs, self._over, self._heard = self._over, None, 0
+        return theirs
 
     def _send(self, message: dict[str, Any]) -> None:
         packed = msgpack.packb(message)
@@ -161,7 +162,7 @@ class Setup:
         if incoming.sizes or len(incoming.header) > MAX_MESSAGE or self._heard > MAX_MESSAGES:
             raise ProtocolError("no set-up message of a transport")
         try:
-            message = msgpack.unpackb(incoming.header, max_buffer_size=MAX_MESSAGE)
+            message = msgpack.unpackb(incoming.header)
         except ValueError as error:
             raise ProtocolError(f"a malformed set-up message: {error}") from None
         if not isinstance(message, dict):
