@@ -8,6 +8,7 @@ import pytest
 
 from gpuremote.testing.conformance import Pair, TransportConformance
 from gpuremote.testing.driving import Ends
+from gpuremote.transport import shm
 from gpuremote.transport.emulated import EmulatedConnection
 from gpuremote.transport.tcp import TcpConnection, open_tcp, pair, tune
 
@@ -55,6 +56,35 @@ class TestUnixBlocking(TransportConformance):
 class TestUnixNonBlocking(TransportConformance):
     def connection_pair(self) -> Pair:
         return pair(blocking=False)
+
+
+class TestShmBlocking(TransportConformance):
+    bulk = 128 << 20  # memory is a wide path
+
+    def connection_pair(self) -> Pair:
+        return shm.pair()
+
+
+class TestShmNonBlocking(TransportConformance):
+    bulk = 128 << 20  # memory is a wide path
+
+    def connection_pair(self) -> Pair:
+        return shm.pair(blocking=False)
+
+
+class TestShmWithoutRoom(TransportConformance):
+    """Every payload goes through the socket."""
+
+    def connection_pair(self) -> Pair:
+        return shm.pair(limit=1)
+
+
+class TestShmEmulated(TransportConformance):
+    bulk = 128 << 20  # memory is a wide path
+
+    def connection_pair(self) -> Pair:
+        here, there = shm.pair()
+        return EmulatedConnection(here), EmulatedConnection(there)
 
 
 class TestEmulatedNothing(TransportConformance):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import time
 from contextlib import AbstractContextManager
@@ -17,23 +16,10 @@ from gpuremote.backend.array_namespace import ArrayNamespaceBackend
 from gpuremote.backend.base import DeviceInfo
 from gpuremote.backend.blocks import BlockPool
 from gpuremote.errors import InvalidBuffer
+from gpuremote.memory.host import host_memory
 from gpuremote.ops.operands import DType
 
 __all__ = ["NumpyBackend"]
-
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def _host_memory() -> int:
-    """Bytes of memory that this machine has, or that the container may use."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in _CGROUP_LIMITS:
-        try:
-            with open(path) as file:
-                total = min(total, int(file.read()))
-        except (OSError, ValueError):  # No such file, or "max".
-            pass
-    return total
 
 
 class NumpyBackend(ArrayNamespaceBackend):
@@ -56,7 +42,7 @@ class NumpyBackend(ArrayNamespaceBackend):
         super().__init__(np, devices or 1)
         self._blocks = BlockPool()
         self._devices = [
-            DeviceInfo(i, "cpu", platform.machine() or "cpu", _host_memory())
+            DeviceInfo(i, "cpu", platform.machine() or "cpu", host_memory())
             for i in range(self._wanted)
         ]
 

@@ -29,9 +29,11 @@ from gpuremote.transport._framing import (
     MESSAGE,
     OPEN,
     check_frame,
+    check_header,
     decode_sizes,
 )
 from gpuremote.transport._incoming import Message, Payload
+from gpuremote.transport._loan import SharedPayload
 from gpuremote.transport._outgoing import CHUNK, Outbox
 from gpuremote.transport._sockets import (
     addresses,
@@ -127,7 +129,7 @@ class TcpConnection(Stream, Connection):
         self._chunk = 0  # bytes missing of the DATA frame under way
         self._target: Payload | None = None  # and where they belong
         self._channels: dict[int, Payload] = {}
-        self._question: Payload | None = None  # was into() called?
+        self._question: Payload | SharedPayload | None = None  # was into() called?
 
     @staticmethod
     def probe() -> tuple[bool, str]:
@@ -510,7 +512,10 @@ class TcpConnection(Stream, Connection):
                     return None
                 self._start = self._end = 0
                 self._large = None
-                return self._message(_unpack_from(large), large[_PREFIX:])
+                found = self._message(_unpack_from(large), large[_PREFIX:])
+                if found is not None:
+                    return found
+                continue
             if have < _PREFIX:
                 return None
             frame = _unpack_from(rx, start)
@@ -523,7 +528,7 @@ class TcpConnection(Stream, Connection):
                 self._chunk = length
                 self._start = start + _PREFIX
                 continue
-            check_frame(length, kind, flags, channel)
+            self._check(length, kind, flags, channel)
             size = _PREFIX + length
             if have < size:
                 if size > rx.nbytes:
@@ -536,7 +541,15 @@ class TcpConnection(Stream, Connection):
                 self._start = self._end = 0
             else:
                 self._start = start + size
-            return self._message(frame, rx[start + _PREFIX : start + size])
+            found = self._message(frame, rx[start + _PREFIX : start + size])
+            if found is not None:
+                return found
+
+    # What a transport that adds frames of its own overrides.
+
+    def _check(self, length: int, kind: int, flags: int, channel: int) -> None:
+        """Refuse a frame, other than DATA, that no sender makes."""
+        check_frame(length, kind, flags, channel)
 
     def _copy(self, count: int) -> None:
         target = self._target
@@ -553,12 +566,14 @@ class TcpConnection(Stream, Connection):
     def _whole(self, end: int) -> Message:
         return Message(self._rx[_PREFIX:end])
 
-    def _message(self, frame: tuple[int, int, int, int], body: memoryview) -> Incoming:
+    def _message(self, frame: tuple[int, int, int, int], body: memoryview) -> Incoming | None:
+        """Take in a whole frame other than DATA; the message that it begins, if it does."""
         _, kind, _, channel = frame
         if kind == MESSAGE:
             self.stats.messages_received += 1
             return Message(body)
         sizes, begin = decode_sizes(body)
+        check_header(len(body) - begin)
         payload = Payload(body[begin:], sizes, channel, self._wait_untouched)
         if payload.left:
             if channel in self._channels:
