@@ -28,12 +28,14 @@ from gpuremote.errors import (
     ImplicitTransfer,
     InvalidBuffer,
 )
-from gpuremote.memory.host import output_view
+from gpuremote.memory.host import copy_bytes, output_view
 from gpuremote.wire.batch import ALL_STREAMS, Op
 
 __all__ = ["AsyncArray", "AsyncDevice", "AsyncEvent", "AsyncSession", "AsyncStream", "Connecting"]
 
 CLOSE_TIMEOUT: Final = 10.0
+PIECE: Final = 8 << 20
+"""Bytes copied into shared memory before the loop gets its turn: some 1 ms."""
 
 
 class AsyncArray(RemoteArray):
@@ -41,7 +43,7 @@ class AsyncArray(RemoteArray):
 
     __slots__ = ()
 
-    async def get(self, out: Any = None, *, timeout: float | None = None) -> Any:
+    async def get(self, out: Any = None, *, copy: bool = True, timeout: float | None = None) -> Any:
         """Copy the values to host memory and return it.
 
         Parameters
@@ -49,6 +51,9 @@ class AsyncArray(RemoteArray):
         out : array or buffer, optional
             Filled in place: a writable C-contiguous NumPy array of equal shape and dtype, or
             any buffer of as many bytes. Without it a new NumPy array is made.
+        copy : bool
+            False: a read-only array is good enough. Where both ends see the same memory it lies
+            there, and goes back to the server when the last reference to it is gone.
         timeout : float, optional
             Seconds.
 
@@ -64,9 +69,11 @@ class AsyncArray(RemoteArray):
         SessionLost
         """
         meta = self._meta
-        if out is None:
-            out = np.empty(meta.shape, meta.dtype)
         core = self._core
+        if out is None:
+            if not copy:
+                return self._read_only(await core.wait(self._ask_view(), timeout))
+            out = np.empty(meta.shape, meta.dtype)
         wait = core.ask_bytes(self._id, output_view(out, meta.shape, meta.dtype), "get")
         if timeout is not None or wait.done:
             await core.wait(wait, timeout)
@@ -147,9 +154,12 @@ class AsyncDevice(Device[AsyncArray]):
     ) -> AsyncArray:
         """Upload an array (NumPy, torch, CuPy, DLPack, buffer protocol, numbers, nested lists).
 
-        Returns when the server has the bytes; up to 16 KiB travel with the next batch, and then
-        nothing is waited for. The memory is lent until then. Cancellation and timeout take the
-        upload back before they return, so the memory is free.
+        Returns when the server has the bytes. Nothing is waited for where they are up to 16 KiB,
+        which travel with the next batch, nor where both ends see the memory they are copied to
+        (transport ``shm``); what goes wrong there arrives at the next wait. An array from
+        ``session.empty`` that is put whole is given away: no byte is moved, it is read-only from
+        then on, and shows what the device does to it. The memory is lent until return; cancellation
+        and timeout take the upload back before that.
 
         Raises
         ------
@@ -159,7 +169,13 @@ class AsyncDevice(Device[AsyncArray]):
         DeadlineExceeded
         """
         await self._driver.room()
-        array, wait = self._upload(value, dtype)
+        host = self._host_array(value, dtype)
+        staged = self._staged(value, host)
+        if staged is not None:
+            if staged is not host.view:
+                await _copy(staged, host.view)
+            return self._put_staged(host, staged)
+        array, wait = self._put(host)
         if wait is not None:
             await self._driver.wait(wait, timeout)
         return array
@@ -196,6 +212,14 @@ class AsyncDevice(Device[AsyncArray]):
     def _driver(self) -> AsyncDriver:
         driver: AsyncDriver = self._core.owner._driver
         return driver
+
+
+async def _copy(target: memoryview, source: memoryview) -> None:
+    """Copy, and let the loop have its turn now and then."""
+    for start in range(0, source.nbytes, PIECE):
+        if start:
+            await asyncio.sleep(0)
+        copy_bytes(target[start : start + PIECE], source[start : start + PIECE])
 
 
 class AsyncStream(Stream):

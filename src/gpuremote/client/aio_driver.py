@@ -162,6 +162,7 @@ class AsyncDriver:
                 if not connection.buffered:
                     return
             elif (received := connection.stats.bytes_received) == before or received > limit:
+                self._arm(connection)
                 return
         if connection.buffered:
             self._loop.call_soon(self._readable)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
+from gpuremote._dtypes import check_dtype
+from gpuremote._types import Shape
 from gpuremote.client.array import RemoteArray
 from gpuremote.client.core import Core
 from gpuremote.client.device import Device
@@ -18,6 +23,7 @@ from gpuremote.client.waits import Wait
 from gpuremote.config import Settings, Target
 from gpuremote.memory.host import output_view
 from gpuremote.rpc.transports import Explanation
+from gpuremote.wire.caps import INLINE_PAYLOAD
 
 __all__ = ["SessionBase", "TransportView", "make_core", "make_link"]
 
@@ -106,6 +112,24 @@ class SessionBase(Generic[D]):
     def draining(self) -> bool:
         """Whether the server has said that it is shutting down."""
         return self._core.draining
+
+    def empty(self, shape: int | Shape, dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
+        """A local array to be filled and uploaded, in memory that the transport sends from without
+        copying where there is such memory (``shm``: the server sees it too, and putting the array
+        whole moves no bytes). Its values are whatever lies there.
+
+        Returns
+        -------
+        numpy.ndarray
+            C-contiguous, writable; after ``put`` read-only.
+        """
+        kind = check_dtype(dtype)
+        count = math.prod(shape) if isinstance(shape, tuple) else operator.index(shape)
+        nbytes = count * kind.itemsize
+        block = self._core.allocate(nbytes) if nbytes > INLINE_PAYLOAD else None
+        if block is None:
+            return np.empty(shape, kind)
+        return np.frombuffer(block, kind).reshape(shape)
 
     def flush(self) -> None:
         """Send what was issued, without waiting for anything."""

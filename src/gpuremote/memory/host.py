@@ -13,7 +13,7 @@ from gpuremote._speed import native
 from gpuremote._types import Shape
 from gpuremote.errors import DTypeError, GpuRemoteError, InvalidBuffer
 
-__all__ = ["HostArray", "host_array", "host_memory", "output_view"]
+__all__ = ["HostArray", "copy_bytes", "host_array", "host_memory", "output_view"]
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -45,6 +45,11 @@ class HostArray(NamedTuple):
     dtype: np.dtype[Any]
     view: memoryview
     copied: int
+
+
+def copy_bytes(target: memoryview, source: memoryview) -> None:
+    """Copy flat bytes without the interpreter's lock, which a slice assignment would keep."""
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 def host_array(value: Any, dtype: npt.DTypeLike | None = None) -> HostArray:

@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from threading import Lock
 
-import numpy as np
-
 from gpuremote.errors import InternalError, InvalidBuffer
+from gpuremote.memory.host import copy_bytes
 from gpuremote.transport.base import Incoming, flat_view
 
-__all__ = ["SharedPayload", "copy_bytes"]
+__all__ = ["SharedPayload"]
 
 AT_ONCE = 8 << 20
 """Bytes that ``into`` copies itself, so that most payloads are in place when it returns."""
-
-
-def copy_bytes(target: memoryview, source: memoryview) -> None:
-    """Copy flat bytes without the interpreter's lock, which a slice assignment would keep."""
-    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 class SharedPayload(Incoming):
@@ -169,9 +163,7 @@ class SharedPayload(Incoming):
                     break
                 target, source = pairs.pop()
             size = min(target.nbytes, self.there - self.received, limit - copied)
-            np.copyto(
-                np.frombuffer(target[:size], np.uint8), np.frombuffer(source[:size], np.uint8)
-            )
+            copy_bytes(target[:size], source[:size])
             copied += size
             with self._lock:
                 if self._pairs is not pairs:

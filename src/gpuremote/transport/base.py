@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -267,6 +268,16 @@ class Connection(abc.ABC):
         LimitExceeded
             The header is too large.
         """
+
+    def together(self) -> AbstractContextManager[None]:
+        """A context: what is sent within goes out at its end, in as few system calls as it takes.
+
+        Raises
+        ------
+        ConnectionLost
+            At its end.
+        """
+        return nullcontext()
 
     @abc.abstractmethod
     def flush(self) -> bool:

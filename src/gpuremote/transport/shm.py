@@ -29,7 +29,7 @@ from typing import Final
 
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost, ProtocolError
-from gpuremote.memory.host import host_memory
+from gpuremote.memory.host import copy_bytes, host_memory
 from gpuremote.memory.shared import Arena, Loans, Place, SegmentInfo
 from gpuremote.transport._framing import (
     MAX_OPEN,
@@ -39,7 +39,7 @@ from gpuremote.transport._framing import (
     decode_sizes,
     encode_sizes,
 )
-from gpuremote.transport._loan import SharedPayload, copy_bytes
+from gpuremote.transport._loan import SharedPayload
 from gpuremote.transport.base import Incoming, Region
 from gpuremote.transport.tcp import BURST, TcpConnection
 
@@ -86,12 +86,14 @@ class _Fill:
     def copy(self, limit: int) -> int:
         """Copy about ``limit`` bytes more; the number of those copied."""
         copied = 0
-        while self.pairs and copied < limit:
+        while self.pairs:
             there, here = self.pairs[0]
             if there is None:
                 self.filled += here.nbytes
                 self.pairs.popleft()
                 continue
+            if copied >= limit:
+                break
             size = min(here.nbytes, limit - copied)
             copy_bytes(there[:size], here[:size])
             copied += size
@@ -209,8 +211,7 @@ class ShmConnection(TcpConnection):
         self._next_channel = (channel + 1) & 0xFFFF
         fill = _Fill(channel, pairs, done)
         waiting = self._pending
-        if not waiting:
-            self._copy_in(fill, CHUNK)
+        self._copy_in(fill, 0 if self._fills else CHUNK)
         body = encode_sizes([region.nbytes for region in regions]) + b"".join(places)
         head = body + _NUMBER.pack(fill.filled)
         fill.said = fill.filled

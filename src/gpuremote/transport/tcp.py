@@ -11,7 +11,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import get_ident
 from typing import Final
 
@@ -240,6 +240,16 @@ class TcpConnection(Stream, Connection):
     def _left(self, header: BytesLike, sent: int) -> None:
         self._outbox.add_rest(header, len(header), sent, None)
         self._pending = True
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        outer, self._calling = self._calling, True
+        try:
+            yield
+        finally:
+            self._calling = outer
+        if self._pending and not outer:
+            self.flush()
 
     def flush(self) -> bool:
         if self._tx_failure is not None:
