@@ -20,7 +20,7 @@ LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 LOOP_VARIABLE: Final = "GPUREMOTE_TEST_LOOP"
 
 _FAILED: Final = pytest.StashKey[bool]()
-_LOOP: Final = pytest.StashKey[tuple[str, LoopFactory]]()
+LOOP: Final = pytest.StashKey[tuple[str, LoopFactory]]()
 
 
 def _choose_loop() -> tuple[str, LoopFactory]:
@@ -41,7 +41,7 @@ def _choose_loop() -> tuple[str, LoopFactory]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_LOOP] = _choose_loop()
+    config.stash[LOOP] = _choose_loop()
     mark_descendants()
     # No deadline per example: this runs on busy machines. The same examples every time on CI.
     hypothesis.settings.register_profile(
@@ -51,20 +51,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"event loop: {config.stash[_LOOP][0]}"
+    return f"event loop: {config.stash[LOOP][0]}"
 
 
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, LoopFactory]:
-    name, factory = config.stash[_LOOP]
+    name, factory = config.stash[LOOP]
     return {name.split()[0]: factory}
 
 
 @pytest.fixture(scope="session")
 def loop_factory(pytestconfig: pytest.Config) -> LoopFactory:
     """Makes the event loops of this run, for tests that run one themselves."""
-    return pytestconfig.stash[_LOOP][1]
+    return pytestconfig.stash[LOOP][1]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -139,6 +139,8 @@ class Settings:
         What an implicit download does (``GPUREMOTE_DOWNLOAD``).
     debug : {"", "sync"}
         ``GPUREMOTE_DEBUG``.
+    transport : str or None
+        The only one to use where the URL names none (``GPUREMOTE_TRANSPORT``).
     token : bytes
         The secret that a server with ``--token-file`` wants to see proved (``GPUREMOTE_TOKEN``).
     stack : int
@@ -151,6 +153,7 @@ class Settings:
     debug: Debug = ""
     stack: int = 2
     token: bytes = field(default=b"", repr=False)
+    transport: str | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
@@ -180,6 +183,8 @@ class Settings:
                     f"GPUREMOTE_STACK={stack!r}: expected a number of stack frames from 0 to 64"
                 )
             found["stack"] = int(stack)
+        if transport := environ.get("GPUREMOTE_TRANSPORT", "").strip():
+            found["transport"] = transport
         if token := environ.get("GPUREMOTE_TOKEN", "").strip():
             found["token"] = check_token(token, "GPUREMOTE_TOKEN")
         return cls(**found)

@@ -11,6 +11,7 @@ slower than memory that is in use (the kernel has to find and clear its pages).
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -44,7 +45,19 @@ _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _POPULATE: Final = 23
 """MADV_POPULATE_WRITE (Linux 5.14): get all pages now, in one call."""
 
-Bytes = npt.NDArray[np.uint8]
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
 
 class SegmentInfo(NamedTuple):
@@ -88,38 +101,52 @@ def _new_segment(nbytes: int) -> int:
     return fd
 
 
-def _map(fd: int, info: SegmentInfo) -> tuple[mmap.mmap, npt.NDArray[np.uint32]]:
-    """The mapping of a segment, all its pages there, and its counters."""
-    mapped = mmap.mmap(fd, info.nbytes)
-    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), _POPULATE):
-        if advice is not None:
-            try:
-                mapped.madvise(advice)
-            except OSError:
-                pass  # an older kernel: pages come when they are touched
-    return mapped, np.frombuffer(mapped, np.uint32, info.blocks)
+class _Mapping:
+    """A segment in this process's address space, until nobody refers to it.
+
+    Not ``mmap.mmap``, which keeps a descriptor open for each.
+    """
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.address: int | None = None
+        address = _libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+        if address == _MAP_FAILED:
+            code = ctypes.get_errno()
+            raise OSError(code, f"{nbytes} bytes can't be mapped: {os.strerror(code)}")
+        self.address = address
+        self._unmap = _libc.munmap
+        # Where the kernel is too old for it pages come when they are touched.
+        _libc.madvise(address, nbytes, _POPULATE)
+        self._content: Any = (ctypes.c_ubyte * nbytes).from_address(address)
+
+    def __del__(self) -> None:
+        if self.address is not None:
+            self._unmap(self.address, self.nbytes)
+
+    def counters(self, count: int) -> npt.NDArray[np.uint32]:
+        """The first page; only as long as somebody refers to this mapping."""
+        return np.frombuffer(self._content, np.uint32, count)
+
+    def memory(self, offset: int, nbytes: int, on_gone: Callable[[], object]) -> memoryview:
+        """Bytes that keep the mapping, and tell when the last reference to them goes."""
+        found = np.frombuffer(self._content, np.uint8, nbytes, offset).view(_Memory)
+        found.mapping = self
+        found.on_gone = on_gone
+        view: memoryview = found.data
+        return view
 
 
 class _Memory(np.ndarray[Any, Any]):
-    """Bytes of a mapping that tell when the last reference to them goes.
+    """Never sliced itself: only a memoryview of it is given out, which keeps it alive."""
 
-    Never sliced itself: only a memoryview of it is given out, which keeps it alive.
-    """
-
+    mapping: _Mapping
     on_gone: Callable[[], object]
 
     def __del__(self) -> None:
         gone = self.__dict__.get("on_gone")
         if gone is not None:
             gone()
-
-
-def _memory(
-    mapped: mmap.mmap, offset: int, nbytes: int, on_gone: Callable[[], object]
-) -> memoryview:
-    found = np.frombuffer(mapped, np.uint8, nbytes, offset).view(_Memory)
-    found.on_gone = on_gone
-    return found.data
 
 
 def address_of(view: memoryview) -> int:
@@ -133,8 +160,10 @@ class _Segment:
 
     def __init__(self, info: SegmentInfo, fd: int) -> None:
         self.info = info
-        self.mapped, self.returned = _map(fd, info)
-        self.base = address_of(memoryview(self.mapped)[:1])
+        self.mapping = _Mapping(fd, info.nbytes)
+        self.returned = self.mapping.counters(info.blocks)
+        assert self.mapping.address is not None
+        self.base = self.mapping.address
         self.sent = [0] * info.blocks
         self.used = [0] * info.blocks  # bytes of the block that is out; 0: no reference here
         self.given = [False] * info.blocks  # sent whole: no longer this process's own
@@ -201,7 +230,7 @@ class Arena:
         segment.given[index] = False
         gone, block = self._gone, (segment, index)
         offset = PAGE + index * segment.info.block
-        return _memory(segment.mapped, offset, nbytes, lambda: gone.append(block))
+        return segment.mapping.memory(offset, nbytes, lambda: gone.append(block))
 
     def _grow(self, size: int) -> _Segment | None:
         count = min(MAX_BLOCKS, max(1, SLAB // size))
@@ -304,7 +333,8 @@ class _Borrowed:
 
     def __init__(self, info: SegmentInfo, fd: int) -> None:
         self.info = info
-        self.mapped, self._counters = _map(fd, info)
+        self.mapping = _Mapping(fd, info.nbytes)
+        self._counters = self.mapping.counters(info.blocks)
         self._counts = [0] * info.blocks
         self._pending: deque[int] = deque()
         self._lock = threading.Lock()
@@ -312,7 +342,7 @@ class _Borrowed:
     def view(self, place: Place) -> memoryview:
         offset = PAGE + place.block * self.info.block + place.offset
         index = place.block
-        return _memory(self.mapped, offset, place.nbytes, lambda: self.give_back(index))
+        return self.mapping.memory(offset, place.nbytes, lambda: self.give_back(index))
 
     def give_back(self, index: int) -> None:
         """One that was lent is not needed any more. From any thread, also from a finaliser."""

@@ -57,7 +57,10 @@ class Shm:
     only somebody on the same kernel can have read."""
 
     name = "shm"
-    probe = staticmethod(shared.probe)
+
+    @staticmethod
+    def probe() -> tuple[bool, str]:
+        return shared.probe()
 
     @staticmethod
     def connect(setup: Setup) -> Path:
