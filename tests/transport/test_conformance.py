@@ -59,14 +59,14 @@ class TestUnixNonBlocking(TransportConformance):
 
 
 class TestShmBlocking(TransportConformance):
-    bulk = 128 << 20  # memory is a wide path
+    bulk = 64 << 20  # memory is a wide path
 
     def connection_pair(self) -> Pair:
         return shm.pair()
 
 
 class TestShmNonBlocking(TransportConformance):
-    bulk = 128 << 20  # memory is a wide path
+    bulk = 64 << 20  # memory is a wide path
 
     def connection_pair(self) -> Pair:
         return shm.pair(blocking=False)
@@ -80,7 +80,7 @@ class TestShmWithoutRoom(TransportConformance):
 
 
 class TestShmEmulated(TransportConformance):
-    bulk = 128 << 20  # memory is a wide path
+    bulk = 64 << 20  # memory is a wide path
 
     def connection_pair(self) -> Pair:
         here, there = shm.pair()

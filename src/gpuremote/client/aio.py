@@ -30,6 +30,7 @@ from gpuremote.errors import (
 )
 from gpuremote.memory.host import copy_bytes, output_view
 from gpuremote.wire.batch import ALL_STREAMS, Op
+from gpuremote.wire.caps import INLINE_PAYLOAD
 
 __all__ = ["AsyncArray", "AsyncDevice", "AsyncEvent", "AsyncSession", "AsyncStream", "Connecting"]
 
@@ -202,11 +203,13 @@ class AsyncDevice(Device[AsyncArray]):
         """A new stream: work in it is ordered, and not ordered with other streams."""
         return AsyncStream(self._core, self)
 
-    def _finish_upload(self, wait: Wait) -> None:
-        raise InvalidBuffer(
-            "an index array of more than 16 KiB has to be uploaded first: "
-            "x[await device.put(index)]"
-        )
+    def _upload_small(self, value: npt.NDArray[Any]) -> AsyncArray:
+        if value.nbytes > INLINE_PAYLOAD:
+            raise InvalidBuffer(
+                "an index array of more than 16 KiB has to be uploaded first: "
+                "x[await device.put(index)]"
+            )
+        return super()._upload_small(value)
 
     @property
     def _driver(self) -> AsyncDriver:

@@ -51,6 +51,9 @@ DROPPED: Final = 18
 
 CHUNK: Final = 4 << 20
 """Bytes that are copied before the receiver is told of them, so that both copy at a time."""
+MAX_STAGED: Final = 64 << 20
+"""Bytes of a payload that are copied into shared memory. Of a larger one a second copy would have
+to be there as a whole, so it goes through the socket."""
 ALIGNMENT: Final = 64
 SHARE: Final = 0.5
 """Part of this machine's memory that the segments of one connection may take."""
@@ -239,6 +242,8 @@ class ShmConnection(TcpConnection):
             found.append(place)
             if place is None:
                 room += -(-region.nbytes // ALIGNMENT) * ALIGNMENT
+        if room > MAX_STAGED:
+            return None
         block: memoryview | None = None
         origin: Place | None = None
         if room:
