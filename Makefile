@@ -10,13 +10,13 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # For instance: make test PYTEST_ARGS="-n 0 -x -k transport"
 PYTEST_ARGS ?=
-# One test process per core, up to four: each starts device servers of its own. A file, or what it
-# tests of one driver, stays in one process: its tests share a server (tests/conftest.py).
-SPREAD := -n logical --maxprocesses 4 --dist loadfile
+# A test process per core, up to four, as each starts device servers of its own. The tests of a
+# file share a server and stay together. The order is kept: the last files are short ones.
+SPREAD := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 # Tests without an event loop of their own: once is enough.
 LOOPLESS := $(addprefix --ignore=tests/,ops backend wire cli test_docs.py test_examples.py \
-	test_structure.py test_config.py test_benchmarks.py \
+	test_structure.py test_config.py test_benchmarks.py transport/test_cutting.py \
 	test_fixtures.py)
 
 # The tests start some hundred servers; what was compiled for one need not be for the next.
