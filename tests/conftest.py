@@ -4,6 +4,7 @@ gpuremote blocks no event loop."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -48,6 +49,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "gpuremote", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True
     )
     hypothesis.settings.load_profile("gpuremote")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is there before the first test stays: each search for garbage would go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header(config: pytest.Config) -> str:

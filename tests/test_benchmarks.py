@@ -26,6 +26,8 @@ MOVING = (*OURS, "sockets", "streams", "pyzmq")
 
 Results = dict[str, Any]
 
+pytestmark = pytest.mark.timeout(180)  # the quick run, on a machine that does other things as well
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -36,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=170,
     )
     assert done.returncode == 0, done.stderr
     assert "100% done" in done.stderr

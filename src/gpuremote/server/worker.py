@@ -83,6 +83,8 @@ class Worker:
         """The main thread sleeps, so the control thread need not look after it."""
         self._last_idle = 0.0
         self._attached = threading.Event()
+        self._welcomed = threading.Event()
+        """Its client may know of this session, connected or not."""
         self._over = False
 
     # -- main thread ----------------------------------------------------------------------------
@@ -93,7 +95,7 @@ class Worker:
         gc.freeze()
         control.send(self.channel, {"event": "ready"})
         threading.Thread(target=self._control, name="gpuremote-control", daemon=True).start()
-        self._attached.wait()
+        self._welcomed.wait()
         session, peer = self.session, self.session.peer
         while not self._over:
             connection = peer.connection
@@ -313,9 +315,13 @@ class Worker:
             control.send(self.channel, {"event": "answering", "number": request["number"]})
             sock.settimeout(SETUP_TIMEOUT)
             sock.sendall(self._welcome(hello, request).encode())
+            if not resumed:
+                # From here on the client may have a session, also if this connection breaks now.
+                self.state.advance(Stimulus.WELCOME)
             connection = self._best_path(sock, request)
             with session.lock:
-                self.state.advance(Stimulus.RESUMED if resumed else Stimulus.WELCOME)
+                if resumed:
+                    self.state.advance(Stimulus.RESUMED)
                 peer.attach(connection, hello.receipt)
         except (OSError, GpuRemoteError) as error:
             # The client will try again within the grace period.
@@ -325,8 +331,12 @@ class Worker:
             sock.close()
             if self.state.value is State.NEW:
                 os._exit(1)
+            if self.state.value is State.OPEN:
+                self.state.advance(Stimulus.CONNECTION_LOST)
+            self._welcomed.set()
             return
         self._parked = False
+        self._welcomed.set()
         if peer.connection is not None:  # it may have broken again at once
             self._attached.set()
         self._wake()
