@@ -55,6 +55,7 @@ def _answer(contender: Contender, request: dict[str, Any]) -> dict[str, Any]:
             "kinds": sorted(contender.kinds),
             "facts": contender.facts(),
             "processes": contender.processes,
+            "restless": contender.restless,
         }
     return {"values": perform(contender, Workload(**request["workload"]), request["turn"])}
 

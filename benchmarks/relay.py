@@ -247,8 +247,10 @@ class Relay:
         pairs = set(self._pairs.values())
         due = min((pair.due() for pair in pairs), default=float("inf"))
         wait = min(wait, max(0.0, due - time.monotonic()))
+        # select counts in microseconds, epoll in milliseconds: too coarse for a short way.
+        select.select([self._epoll], [], [], wait)
         readable = set()
-        for descriptor, events in self._epoll.poll(wait):
+        for descriptor, events in self._epoll.poll(0):
             if descriptor == self._listener.fileno():
                 self._accept()
             elif events & ~select.EPOLLOUT:

@@ -213,7 +213,15 @@ CONTENDERS: Final = {
             "bench-mooncake",
             _RDMA_LIKE,
         ),
-        _peer("grpc", "grpcio, streams of 4 MiB", "grpc_calls", "Grpc", "grpc", "bench-grpc", _RPC),
+        _peer(
+            "grpc",
+            "grpcio, streams of 4 MiB",
+            "grpc_calls",
+            "Grpc",
+            "grpc",
+            "bench-grpc",
+            Traits("TCP", False, NONE, FRESH, "fresh pieces, joined in the caller's array"),
+        ),
         _peer(
             "flight", "pyarrow Flight", "arrow_flight", "Flight", "pyarrow", "bench-flight", _RPC
         ),

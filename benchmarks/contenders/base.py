@@ -101,6 +101,8 @@ class Contender(abc.ABC):
     """
 
     kinds: ClassVar[frozenset[Kind]] = ALL
+    restless: ClassVar[bool] = False
+    """It polls while it has nothing to do, and is stopped while others are measured."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup

@@ -22,6 +22,7 @@ class Mooncake(Contender):
     """``transfer_sync_write`` and ``transfer_sync_read``."""
 
     kinds = TRANSFERS | {"round_trip"}
+    restless = True
 
     def open(self) -> None:
         self._peer = Peer("mooncake_engine", self.setup.congestion)

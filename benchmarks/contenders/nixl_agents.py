@@ -24,6 +24,7 @@ class Nixl(Contender):
     """A transfer is posted once per call from handles that are made before."""
 
     kinds = TRANSFERS | {"round_trip"}
+    restless = True
 
     def open(self) -> None:
         os.environ.update(UCX[self.setup.option])

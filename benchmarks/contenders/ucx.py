@@ -72,6 +72,7 @@ class Ucxx(Contender):
     """``tag_send`` and ``tag_recv``."""
 
     kinds = TRANSFERS | {"round_trip"}
+    restless = True
 
     def open(self) -> None:
         os.environ.update(UCX[self.setup.option])
