@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     if stored is not None:
         results: dict[str, Any] = json.loads(stored.read_text())
     else:
+        # What was started and stopped is ended and woken by the ends of blocks.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         family = FAMILIES[options.family]
         with _progress() as progress:
             results = run(
@@ -80,7 +83,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="exit with 1 if a limit is not kept, or was not measured",
     )
-    parser.add_argument("--rounds", type=int, metavar="N", help="default 9 (peers: 7, distance: 3), with --quick 1")
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="default 9 (peers: 7, distance: 3), with --quick 1"
+    )
     parser.add_argument(
         "--only",
         nargs="+",

@@ -89,7 +89,6 @@ def _intact(contender: Contender, workload: Workload) -> dict[str, float]:
     return {"intact": 1.0}
 
 
-
 def _ops(contender: Contender, workload: Workload) -> dict[str, float]:
     count = workload.repeat
     contender.ops(workload.size, 1)  # what has to travel once has travelled

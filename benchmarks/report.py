@@ -68,10 +68,7 @@ _TABLES: Final[tuple[tuple[str, _Columns], ...]] = (
     (
         "GB/s of gets until memory of the library's own is handed out, before the copy into the "
         "caller's array",
-        [
-            (f"get {size} MiB", f"get/{size}MiB", "handed_gb_per_s")
-            for size in (1, 8, 16, 64, 256)
-        ],
+        [(f"get {size} MiB", f"get/{size}MiB", "handed_gb_per_s") for size in (1, 8, 16, 64, 256)],
     ),
     *(
         (

@@ -267,16 +267,20 @@ def _drivers(
     progress: Callable[[str, float], None],
 ) -> Iterator[dict[str, Driver]]:
     drivers = {name: Driver(name, setup) for name in names}
+    # Other libraries one by one: some give up where many start together, some poll at once.
+    peers = [[name] for name in names if CONTENDERS[name].extra]
+    groups = [*peers, [name for name in names if not CONTENDERS[name].extra]]
     try:
-        # All at once, as most of it is waiting for others.
-        for step in (Driver.begin, Driver.open):
-            for name, driver in drivers.items():
-                progress(f"starting {CONTENDERS[name].title}", 0.0)
-                try:
-                    if not left_out[name]:
-                        step(driver)
-                except DriverFailed as error:
-                    left_out[name] = str(error)
+        for group in groups:
+            # All at once, as most of it is waiting for others.
+            for step in (Driver.begin, Driver.open):
+                for name in group:
+                    progress(f"starting {CONTENDERS[name].title}", 0.0)
+                    try:
+                        if not left_out[name]:
+                            step(drivers[name])
+                    except DriverFailed as error:
+                        left_out[name] = str(error)
         yield drivers
     finally:
         for driver in drivers.values():

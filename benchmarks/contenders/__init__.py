@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias
 
 from benchmarks.contenders.base import Contender, Setup
+from benchmarks.machine import allowed_congestion
 from benchmarks.workloads import FamilyName
 from gpuremote.config import parse_url
 from gpuremote.errors import GpuRemoteError
@@ -66,6 +67,10 @@ def _shared(traits: Traits) -> Traits:
 def _no_shm() -> str:
     found = next(candidate for candidate in probe() if candidate.name == "shm")
     return "" if found.available else found.reason
+
+
+def _no_bbr() -> str:
+    return "" if "bbr" in allowed_congestion() else "bbr may not be set on this system"
 
 
 def _no_lanes() -> str:
@@ -183,10 +188,9 @@ CONTENDERS: Final = {
             families=_PEERS,
             traits=_OURS,
             option="bbr",
+            lacks=_no_bbr,
         ),
-        Entry(
-            "sockets", "blocking sockets", "sockets", "Sockets", families=_ALL, traits=_SOCKETS
-        ),
+        Entry("sockets", "blocking sockets", "sockets", "Sockets", families=_ALL, traits=_SOCKETS),
         Entry("uvloop-echo", "raw uvloop echo, awaited", "uvloop_echo", "Awaited", "uvloop"),
         Entry("uvloop-callbacks", "raw uvloop echo", "uvloop_echo", "CalledBack", "uvloop"),
         Entry("streams", "asyncio streams", "streams", "Streams"),
@@ -200,16 +204,16 @@ CONTENDERS: Final = {
             traits=Traits("TCP", False, NONE, FRESH, FRESH_COPIED),
         ),
         _peer("gloo", "gloo (torch.distributed)", "gloo", "Gloo", "torch", "bench-gloo", _SOCKETS),
+        _peer("ucxx-tcp", "ucxx, core API, tcp", "ucx", "Ucxx", "ucxx", "bench-ucxx", _SOCKETS),
         _peer(
-            "ucxx-tcp", "ucxx, core API, tcp", "ucx", "Ucxx", "ucxx", "bench-ucxx", _SOCKETS
+            "nixl-tcp", "nixl (UCX), tcp", "nixl_agents", "Nixl", "nixl", "bench-nixl", _RDMA_LIKE
         ),
-        _peer("nixl-tcp", "nixl (UCX), tcp", "nixl_agents", "Nixl", "nixl", "bench-nixl", _RDMA_LIKE),
         _peer(
             "mooncake",
             "mooncake-transfer-engine",
             "mooncake_engine",
             "Mooncake",
-            "mooncake",
+            "mooncake.engine",
             "bench-mooncake",
             _RDMA_LIKE,
         ),
@@ -234,7 +238,9 @@ CONTENDERS: Final = {
             "bench-ray",
             Traits("TCP", False, "each node's object store", "the object store", VIEW_COPIED),
         ),
-        _peer("dask", "dask distributed, comm", "dask_comm", "Dask", "distributed", "bench-dask", _RPC),
+        _peer(
+            "dask", "dask distributed, comm", "dask_comm", "Dask", "distributed", "bench-dask", _RPC
+        ),
         Entry(
             "gpuremote-shm",
             "gpuremote, shared memory",
@@ -280,9 +286,7 @@ CONTENDERS: Final = {
             "Ray",
             "ray",
             "bench-ray",
-            Traits(
-                "same-host memory", False, "the object store", "the object store", VIEW_COPIED
-            ),
+            Traits("same-host memory", False, "the object store", "the object store", VIEW_COPIED),
         ),
         Entry(
             "memfd",

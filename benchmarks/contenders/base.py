@@ -32,9 +32,7 @@ __all__ = [
 
 Bytes = npt.NDArray[np.uint8]
 
-TRANSFERS: Final[frozenset[Kind]] = frozenset(
-    {"put", "get", "put_memory", "get_memory", "intact"}
-)
+TRANSFERS: Final[frozenset[Kind]] = frozenset({"put", "get", "put_memory", "get_memory", "intact"})
 ALL: Final[frozenset[Kind]] = TRANSFERS | {"round_trip", "ops"}
 """What a contender does that can move bytes."""
 

@@ -82,7 +82,10 @@ class Ray(Contender):
     def processes(self) -> list[int]:
         nodes = self._cluster.list_all_nodes()
         daemons = [
-            info.process.pid for node in nodes for all_ in node.all_processes.values() for info in all_
+            info.process.pid
+            for node in nodes
+            for all_ in node.all_processes.values()
+            for info in all_
         ]
         return [os.getpid(), self._pid, *daemons]
 
