@@ -5,12 +5,12 @@ Streams of 4 MiB are faster than single messages of the whole size, which it cop
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-import grpc
 import numpy as np
 
 from benchmarks.contenders.base import TRANSFERS, Bytes, Contender, Peer, now
@@ -18,6 +18,7 @@ from benchmarks.workloads import MIB
 
 __all__ = ["Grpc", "serve"]
 
+grpc: Final[Any] = importlib.import_module("grpc")
 PIECE: Final = 4 * MIB
 OPTIONS: Final = [
     ("grpc.max_send_message_length", -1),

@@ -140,7 +140,7 @@ def serve(_congestion: str, ready: Callable[[int], None]) -> None:
     kept: Bytes = np.empty(0, np.uint8)
     while True:
         line.receive(request)
-        what, count, size = REQUEST.unpack(request)
+        what, count, size = REQUEST.unpack(request.data)
         if what == ECHO:
             buffer = np.zeros(size, np.uint8)
             for _ in range(count):
