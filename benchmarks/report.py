@@ -153,9 +153,10 @@ def _network(results: Mapping[str, Any]) -> str:
     if results.get("family", "core") == "core":
         return ""
     congestion = results["machine"]["congestion"]
-    if congestion["own_network"]:
-        return ", the default of a network of this run's own"
-    return f", the system's default (no network of this run's own: {congestion['shared']})"
+    text = ", the default of a network of this run's own"
+    if not congestion["own_network"]:
+        text = f", the system's default (no network of this run's own: {congestion['shared']})"
+    return f"{text}; load average before it began: {results['machine']['load_average']}"
 
 
 def _print_traits(console: Console, contenders: Sequence[Mapping[str, Any]]) -> None:
