@@ -1,0 +1,725 @@
+"""An RDMA connection at work; ``rdma`` brings it up. Private."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, TypeAlias, TypeVar
+
+from gpuremote import _clock
+from gpuremote._types import BytesLike
+from gpuremote.errors import (
+    ConnectionLost,
+    GpuRemoteError,
+    InternalError,
+    LimitExceeded,
+    ProtocolError,
+)
+from gpuremote.transport import _rdma_frames as frames
+from gpuremote.transport._framing import MAX_HEADER, MAX_REGIONS
+from gpuremote.transport._incoming import Message
+from gpuremote.transport._rdma_control import Control, Frame
+from gpuremote.transport._rdma_lanes import PIECES, InLane, OutLane
+from gpuremote.transport._rdma_memory import Slabs
+from gpuremote.transport._rdma_payload import (
+    EagerIncoming,
+    InPiece,
+    Outgoing,
+    OutPiece,
+    RdmaIncoming,
+    eager,
+)
+from gpuremote.transport._rdma_rail import Owner, Rail
+from gpuremote.transport.base import Connection, Incoming, Region, TransportStats, flat_view
+from gpuremote.transport.verbs.base import Completion, VerbsError
+from gpuremote.transport.verbs.explain import explain_errno, explain_status
+
+__all__ = ["STRIPED", "WATCH", "RdmaConnection"]
+
+WATCH: Final = 1.0
+"""Seconds after which the completion queues are looked at although no event came."""
+STRIPED: Final = 8 << 20
+"""Bytes of a payload from which on it is cut for all lanes."""
+SMALLEST: Final = 1 << 20
+"""Bytes of a piece that is cut for that reason."""
+READY: Final = 64
+"""Messages taken out of the ring ahead of ``receive``, so that what comes behind them (where a
+payload goes) is seen by a side that only sends."""
+REAPED: Final = 256
+"""Completions in one step."""
+_MODULUS: Final = 1 << 32
+
+CALLS: Final = 64
+"""Rounds of callbacks after one step, each of which may send."""
+
+_Received: TypeAlias = Message | EagerIncoming | RdmaIncoming
+_Lane = TypeVar("_Lane", InLane, OutLane)
+
+
+class RdmaConnection(Connection):
+    """A connection over reliable queue pairs that were brought up and tried.
+
+    Parameters
+    ----------
+    base : Connection
+        The first connection, owned from now on: its end is this one's. Nothing else travels there.
+    rails : sequence of Rail
+        Owned from now on.
+    control : Control
+        On the first rail.
+    out_lanes, in_lanes : sequence
+    stats : TransportStats
+    blocking : bool
+        Whether a thread waits in ``receive``; False for an event loop.
+    piece : int
+        Bytes of a payload that are asked for at a time; two pieces for each lane are under way.
+    reason : str
+
+    Notes
+    -----
+    Steps are made under one lock by any thread; callbacks are called without it. Every step looks
+    at the completion queues first, and none waits. ``Incoming.discard`` takes memory back at once,
+    by unregistering it. If the peer was writing there, the lane for that is made anew, and the
+    connection goes on.
+    """
+
+    name = "rdma"
+
+    def __init__(
+        self,
+        base: Connection,
+        rails: Sequence[Rail],
+        control: Control,
+        out_lanes: Sequence[OutLane],
+        in_lanes: Sequence[InLane],
+        stats: TransportStats,
+        *,
+        blocking: bool,
+        piece: int,
+        reason: str,
+    ) -> None:
+        self.local_address = base.local_address
+        self.peer_address = base.peer_address
+        self.reason = reason
+        self.stats = stats
+        self._base = base
+        self._rails = rails
+        self._control = control
+        self._out_lanes = out_lanes
+        self._in_lanes = in_lanes
+        self._blocking = blocking
+        self._piece = piece
+        self._slabs = Slabs([rail.registry for rail in rails])
+        self._lock = threading.RLock()
+        self._closed = False
+        self._closing = False  # what comes in no longer counts
+        self._failure: ConnectionLost | ProtocolError | None = None
+        self._verbs = True  # not given back yet
+        # Sending.
+        self._channel = 0
+        self._outgoing: dict[int, Outgoing] = {}
+        self._sent: deque[Callable[[], None]] = deque()  # to be called
+        self._calling = 0  # the thread that is in such a callback
+        # Receiving.
+        self._ready: deque[tuple[_Received, Frame]] = deque()
+        self._held: tuple[_Received, Frame] | None = None  # the program looks at its header
+        self._asking: deque[RdmaIncoming] = deque()  # not asked for completely
+        self._dropping: dict[int, RdmaIncoming] = {}
+        self._incoming: dict[int, RdmaIncoming] = {}
+        self._arrived: deque[RdmaIncoming] = deque()  # their callbacks are to be called
+        self._number = 0
+        # Waiting.
+        self._waiting = 0
+        self._looked = _clock.now()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll = select.epoll()
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._base_fd = base.fileno()
+        self._epoll.register(self._base_fd, select.EPOLLIN)
+        self._queues = {rail.queue.fileno(): rail.queue for rail in rails}
+        for descriptor, queue in self._queues.items():
+            self._epoll.register(descriptor, select.EPOLLIN)
+            queue.arm()
+        for out_lane in out_lanes:
+            out_lane.finished = self._written
+        for in_lane in in_lanes:
+            in_lane.arrived = self._in_place
+
+    # -- what it tells -------------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        if self._closed:
+            raise self._gone()
+        return self._epoll.fileno()
+
+    @property
+    def pending_output(self) -> bool:
+        return not self._closed and (
+            self._control.pending
+            or any(out.unposted and not out.dropped for out in list(self._outgoing.values()))
+        )
+
+    @property
+    def buffered(self) -> bool:
+        return bool(self._ready or self._arrived or self._control.unread)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def due(self) -> float | None:
+        due = self._base.due()
+        if self._blocking:
+            return due  # its thread comes by itself, at least once in WATCH
+        left = max(0.0, self._looked + WATCH - _clock.now())
+        return left if due is None else min(left, due)
+
+    def allocate(self, nbytes: int) -> memoryview | None:
+        with self._lock:
+            return self._slabs.allocate(nbytes) if self._verbs else None
+
+    def describe(self) -> dict[str, object]:
+        return {
+            **super().describe(),
+            "devices": [rail.device.name for rail in self._rails],
+            "lanes": len(self._out_lanes),
+        }
+
+    def _gone(self) -> ConnectionLost:
+        return ConnectionLost("the connection was closed on this side", peer=self.peer_address)
+
+    def _check(self) -> None:
+        if self._closed:
+            raise self._gone()
+        if self._failure is not None:
+            raise self._failure
+
+    # -- sending -------------------------------------------------------------------------------
+
+    def send(
+        self,
+        header: BytesLike,
+        regions: Sequence[Region] = (),
+        done: Callable[[], None] | None = None,
+    ) -> None:
+        if type(header) is memoryview:
+            header = flat_view(header)
+        if len(header) > MAX_HEADER:
+            raise LimitExceeded(
+                f"a message header of {len(header)} bytes; at most {MAX_HEADER} are sent"
+            )
+        if len(regions) > MAX_REGIONS:
+            raise LimitExceeded(f"{len(regions)} regions; a message takes {MAX_REGIONS}")
+        with self._lock:
+            self._check()
+            waiting = self._control.pending
+            if regions:
+                self._send_payload(header, regions, done)
+            else:
+                self._control.add(frames.MESSAGE, header, done=done)
+            self.stats.messages_sent += 1
+            # Behind others it has to wait for room anyway.
+            if not waiting and self._calling != threading.get_ident():
+                self._guarded(self._drive)
+        self._call_sent()
+
+    def _send_payload(
+        self, header: BytesLike, regions: Sequence[Region], done: Callable[[], None] | None
+    ) -> None:
+        sizes = [region.nbytes for region in regions]
+        views = [region.view for region in regions if region.nbytes]
+        if eager(len(header), sizes):
+            begin = frames.encode_eager(len(header), sizes)
+            self._control.add(frames.EAGER, begin, header, *views, done=done)
+            self.stats.payload_sent += sum(sizes)
+            return
+        channel = self._channel
+        self._channel = (channel + 1) % _MODULUS
+        self._outgoing[channel] = Outgoing(channel, views, done)
+        self._control.add(frames.OPEN, frames.encode_open(channel, sizes), header)
+
+    def flush(self) -> bool:
+        with self._lock:
+            self._check()
+            self._guarded(self._look)
+            if self._failure is not None or self._ready or self._arrived:
+                self._rouse()  # it is for receive() to tell
+        self._call_sent()
+        self._check()
+        return not self.pending_output
+
+    def _call_sent(self) -> None:
+        # Not from within such a callback: what that one sends could go on without end.
+        me = threading.get_ident()
+        if self._calling == me:
+            return
+        for _ in range(CALLS):
+            while self._sent and not self._closed:
+                try:
+                    done = self._sent.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                self._calling = me
+                try:
+                    done()
+                finally:
+                    self._calling = 0
+            if self._closed or not self._control.pending:
+                return
+            with self._lock:
+                self._guarded(self._drive)
+            if not self._sent:
+                return
+        self._rouse()
+
+    # -- receiving -----------------------------------------------------------------------------
+
+    def receive(self, wait: float = 0.0) -> Incoming | None:
+        with self._lock:
+            if self._closed:
+                raise self._gone()
+            self._let_go_of_held()
+            before = self.stats.bytes_received
+            self._guarded(self._advance)
+            if not self._ready and not self._arrived:
+                self._guarded(self._look)
+        called = self._call_arrived()
+        self._call_sent()
+        found = self._next()
+        if found is not None or called or wait <= 0 or self.stats.bytes_received != before:
+            return found
+        self._wait(min(wait, WATCH))
+        with self._lock:
+            if self._closed:
+                raise self._gone()
+            self._guarded(self._look)
+        self._call_arrived()
+        self._call_sent()
+        return self._next()
+
+    def _let_go_of_held(self) -> None:
+        if self._held is None:
+            return
+        incoming, frame = self._held
+        if not isinstance(incoming, Message) and incoming.undecided:
+            raise InternalError("receive() before into() or discard() of the message before")
+        self._held = None
+        self._control.let_go(frame)
+
+    def _next(self) -> Incoming | None:
+        with self._lock:
+            if self._closed:
+                raise self._gone()
+            if not self._ready and self._failure is not None:
+                self._take_in()  # what came before the loss
+            if self._ready:
+                self._held = self._ready.popleft()
+                self.stats.messages_received += 1
+                return self._held[0]
+            if self._failure is not None:
+                raise self._failure
+            return None
+
+    def _call_arrived(self) -> bool:
+        called = False
+        while self._arrived and not self._closed:
+            try:
+                incoming = self._arrived.popleft()
+            except IndexError:
+                break
+            called = True
+            with self._lock:
+                done, incoming.done = incoming.done, None
+                incoming.reported = True
+            if done is not None:
+                done(incoming)
+        return called
+
+    def _wait(self, seconds: float) -> None:
+        with self._lock:
+            if self._closed:
+                raise self._gone()
+            self._waiting += 1
+        try:
+            self._epoll.poll(seconds)
+        finally:
+            with self._lock:
+                self._waiting -= 1
+                if self._closed:
+                    self._close_descriptors()
+
+    def _rouse(self) -> None:
+        """Make the descriptor readable."""
+        if self._wake >= 0:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_write(self._wake, 1)
+
+    # -- steps, under the lock -----------------------------------------------------------------
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        """Make a step; what goes wrong in it is the end of the connection."""
+        if self._failure is not None or self._closed:
+            return
+        try:
+            step()
+        except (ConnectionLost, ProtocolError) as error:
+            self._lose(error)
+        except VerbsError as error:
+            self._lose(ConnectionLost(explain_errno(error), peer=self.peer_address))
+        except BaseException:
+            # Nobody knows how far it came.
+            self.abort()
+            raise
+
+    def _look(self) -> None:
+        """Take in what the descriptors tell."""
+        self._looked = _clock.now()
+        over = False
+        for descriptor, _ in self._epoll.poll(0):
+            if descriptor == self._base_fd:
+                over = True
+            elif descriptor == self._wake:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake)
+            else:
+                self._queues[descriptor].arm()
+        self._advance()
+        if over and self._failure is None:
+            self._hear_base()
+
+    def _hear_base(self) -> None:
+        """The first connection has something to say: most likely that the peer is gone."""
+        try:
+            incoming = self._base.receive(0.0)
+        except ConnectionLost as error:
+            # What the peer had sent before is here by now.
+            self._advance()
+            if self._failure is None:
+                raise ConnectionLost(error.message, peer=self.peer_address) from None
+            return
+        if incoming is not None:
+            text = bytes(incoming.header[:1000]).decode(errors="replace")
+            raise ConnectionLost(f"the peer gave RDMA up: {text}", peer=self.peer_address)
+
+    def _advance(self) -> None:
+        self._reap()
+        self._take_in()
+        if self._failure is None:
+            self._drive()
+
+    def _reap(self) -> None:
+        budget = REAPED
+        for rail in self._rails:
+            while budget > 0:
+                found = rail.queue.poll(32)
+                if not found:
+                    break
+                budget -= len(found)
+                for completion in found:
+                    owned = rail.works.pop(completion.work)
+                    if owned is None:
+                        continue  # of a queue pair that was given up
+                    owner, tag = owned
+                    if completion.status:
+                        self._refused(rail, owner, tag, completion)
+                    else:
+                        owner.completed(completion.work, tag, completion)
+        if budget <= 0:
+            self._rouse()  # there may be more
+
+    def _refused(self, rail: Rail, owner: Owner, tag: int, completion: Completion) -> None:
+        """A work request failed; the first one says why, those behind it were flushed."""
+        what = owner.describe(completion.work, tag)
+        if not owner.refused(completion):
+            raise ConnectionLost(
+                f"{what} failed on {rail.device.name} with "
+                f"{explain_status(completion.status)} (vendor error {completion.vendor_error:#x})",
+                peer=self.peer_address,
+            )
+        if isinstance(owner, OutLane):
+            self._count("lanes_renewed")
+            told = frames.encode_lane(owner.number, owner.pair.number, owner.psn)
+            self._control.add(frames.LANE, told)
+
+    def _count(self, name: str) -> None:
+        self.stats.extra[name] = self.stats.extra.get(name, 0) + 1
+
+    def _take_in(self) -> None:
+        """Look at the frames that came."""
+        while len(self._ready) < READY:
+            frame = self._control.take()
+            if frame is None:
+                return
+            if frame.kind in (frames.MESSAGE, frames.OPEN, frames.EAGER):
+                if not self._closing:
+                    self._ready.append((self._incoming_of(frame), frame))
+                    continue
+            elif self._failure is None:
+                self._told(frame.kind, frame.body)
+            self._control.let_go(frame)
+
+    def _incoming_of(self, frame: Frame) -> _Received:
+        if frame.kind == frames.MESSAGE:
+            return Message(frame.body)
+        if frame.kind == frames.EAGER:
+            sizes, header, payload = frames.decode_eager(frame.body)
+            return EagerIncoming(header, sizes, payload, self.stats)
+        channel, sizes, header = frames.decode_open(frame.body)
+        if channel in self._incoming:
+            raise ProtocolError(f"a payload on channel {channel}, which is in use")
+        incoming = self._incoming[channel] = RdmaIncoming(header, sizes, channel, self)
+        return incoming
+
+    def _told(self, kind: int, body: memoryview) -> None:
+        if kind == frames.PIECE:
+            self._asked(frames.decode_piece(body))
+        elif kind == frames.DROP:
+            self._told_to_drop(frames.decode_channel(body))
+        elif kind == frames.DROPPED:
+            self._peer_dropped(frames.decode_channel(body))
+        elif kind == frames.LANE:
+            end = frames.decode_lane(body)
+            lane = self._lane(self._in_lanes, end.lane)
+            lane.renew(end.queue_pair, end.psn)
+            told = frames.encode_lane(lane.number, lane.pair.number, lane.psn, list(lane.pieces))
+            self._control.add(frames.LANE_READY, told)
+        elif kind == frames.LANE_READY:
+            end = frames.decode_lane(body)
+            self._lane(self._out_lanes, end.lane).renew(end.queue_pair, end.psn, end.pieces)
+        else:
+            self._lose(ConnectionLost("the peer closed the connection", peer=self.peer_address))
+
+    def _lane(self, lanes: Sequence[_Lane], number: int) -> _Lane:
+        if number >= len(lanes):
+            raise ProtocolError(f"lane {number} of {len(lanes)}")
+        return lanes[number]
+
+    def _drive(self) -> None:
+        """Ask, write and tell what can be asked, written and told."""
+        if self._asking:
+            self._ask()
+        for lane in self._out_lanes:
+            lane.pump()
+        self._control.pump()
+        if self._control.ended:
+            self._sent.extend(self._control.ended)
+            self._control.ended.clear()
+
+    # -- payload on its way out ----------------------------------------------------------------
+
+    def _asked(self, wanted: frames.Piece) -> None:
+        outgoing = self._outgoing.get(wanted.channel)
+        if outgoing is None or outgoing.dropped:
+            raise ProtocolError(f"a piece of channel {wanted.channel}, which is not open")
+        lane = self._lane(self._out_lanes, wanted.lane)
+        piece = outgoing.cut(wanted, lane.rail.registry, lane.rail.max_message)
+        outgoing.pieces += 1
+        lane.add(piece)
+
+    def _written(self, piece: OutPiece) -> None:
+        outgoing = piece.outgoing
+        for held in piece.held:
+            piece.registry.release(held)
+        outgoing.pieces -= 1
+        outgoing.left -= piece.size
+        if outgoing.dropped:
+            self._end_dropped(outgoing)
+            return
+        self.stats.payload_sent += piece.size
+        if outgoing.left < 0:
+            raise ProtocolError("more of a payload was asked for than there is")
+        if not outgoing.left:
+            del self._outgoing[outgoing.channel]
+            if outgoing.done is not None:
+                self._sent.append(outgoing.done)
+
+    def _told_to_drop(self, channel: int) -> None:
+        outgoing = self._outgoing.get(channel)
+        if outgoing is None:
+            # It was written completely while the peer said so.
+            self._control.add(frames.DROPPED, frames.encode_channel(channel))
+            return
+        outgoing.dropped = True
+        for lane in self._out_lanes:
+            lane.drop_unposted()
+        self._end_dropped(outgoing)
+
+    def _end_dropped(self, outgoing: Outgoing) -> None:
+        if not outgoing.pieces and self._outgoing.pop(outgoing.channel, None) is not None:
+            self._control.add(frames.DROPPED, frames.encode_channel(outgoing.channel))
+            if outgoing.done is not None:
+                self._sent.append(outgoing.done)
+
+    # -- payload on its way in -----------------------------------------------------------------
+
+    def place(self, incoming: RdmaIncoming) -> None:
+        with self._lock:
+            if self._failure is None and not self._closed:
+                self._asking.append(incoming)
+                self._guarded(self._drive)
+                if self._failure is not None:
+                    self._rouse()
+
+    def drop(self, incoming: RdmaIncoming, done: Callable[[Incoming], None] | None) -> None:
+        with self._lock:
+            incoming.undecided = False
+            if incoming.reported or self._failure is not None or self._closed:
+                return
+            incoming.done = done
+            if incoming.dropped or incoming.received == incoming.total:
+                return  # its end is on the way to receive() already
+            incoming.dropped = True
+            self._guarded(lambda: self._take_back(incoming))
+
+    def _take_back(self, incoming: RdmaIncoming) -> None:
+        for piece in list(incoming.pieces.values()):
+            lane = self._in_lanes[piece.lane]
+            for held in piece.held:
+                lane.rail.registry.revoke(held)
+            lane.remove(piece)
+            lane.revoked.add(incoming.channel)
+        incoming.pieces.clear()
+        incoming.let_go()
+        if incoming in self._asking:
+            self._asking.remove(incoming)
+        self._dropping[incoming.channel] = incoming
+        self._control.add(frames.DROP, frames.encode_channel(incoming.channel))
+        self._drive()
+
+    def _peer_dropped(self, channel: int) -> None:
+        incoming = self._dropping.pop(channel, None)
+        if incoming is None:
+            raise ProtocolError(f"channel {channel} was dropped, which nobody had asked for")
+        for lane in self._in_lanes:
+            lane.revoked.discard(channel)
+        del self._incoming[channel]
+        incoming.received = incoming.total
+        self._arrived.append(incoming)
+
+    def _ask(self) -> None:
+        while self._asking:
+            lane = min(self._in_lanes, key=lambda lane: (lane.bytes, len(lane.pieces)))
+            if len(lane.pieces) >= PIECES or lane.bytes > self._piece:
+                return
+            incoming = self._asking.popleft()
+            piece = InPiece(incoming, self._number, lane.number)
+            self._number = (self._number + 1) % _MODULUS
+            wanted = incoming.plan(piece, self._size_of_piece(incoming), lane.rail.registry)
+            lane.add(piece)
+            self._control.add(frames.PIECE, frames.encode_piece(wanted))
+            if incoming.planned < incoming.total:
+                self._asking.append(incoming)
+
+    def _size_of_piece(self, incoming: RdmaIncoming) -> int:
+        if incoming.total < STRIPED:
+            return self._piece
+        share = -(-incoming.total // len(self._in_lanes))
+        return min(self._piece, max(SMALLEST, -(-share // 4096) * 4096))
+
+    def _in_place(self, piece: InPiece) -> None:
+        registry = self._in_lanes[piece.lane].rail.registry
+        for held in piece.held:
+            registry.release(held)
+        incoming = piece.incoming
+        self.stats.bytes_received += piece.size
+        self.stats.payload_received += piece.size
+        if incoming.arrived(piece):
+            incoming.let_go()
+            del self._incoming[incoming.channel]
+            self._arrived.append(incoming)
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def _lose(self, error: ConnectionLost | ProtocolError) -> None:
+        """The connection is of no use any more: no memory that was lent is touched again."""
+        if self._failure is not None or self._closed:
+            return
+        self._failure = error
+        self._give_back()
+        with contextlib.suppress(GpuRemoteError):
+            # So that the other end knows why too.
+            self._base.send(error.message.encode()[:1000])
+        self._base.close(0.0)
+        self._rouse()
+
+    def _give_back(self) -> None:
+        if not self._verbs:
+            return
+        self._verbs = False
+        for descriptor in self._queues:
+            with contextlib.suppress(OSError, ValueError):
+                self._epoll.unregister(descriptor)
+        for rail in self._rails:
+            rail.close()
+        self._control.close()
+        self._sent.clear()
+        self._outgoing.clear()
+        self._asking.clear()
+        self._dropping.clear()
+        self._arrived.clear()
+        for incoming in self._incoming.values():
+            incoming.let_go()
+            incoming.done = None
+        self._incoming.clear()
+        for out_lane in self._out_lanes:
+            out_lane.pieces.clear()
+        for in_lane in self._in_lanes:
+            in_lane.pieces.clear()
+
+    def _close_descriptors(self) -> None:
+        if self._waiting or self._wake < 0:
+            return
+        self._epoll.close()
+        os.close(self._wake)
+        self._wake = -1
+
+    def close(self, timeout: float = 1.0) -> None:
+        deadline = _clock.now() + timeout
+        said = False
+        while True:
+            with self._lock:
+                if self._closed:
+                    return
+                if not self._closing:
+                    self._closing = True
+                    self._drop_ready()
+                self._guarded(self._look)
+                open_still = self._outgoing or self.pending_output
+                if self._failure is None and not said and not open_still:
+                    said = True
+                    self._control.add(frames.BYE)
+                    self._guarded(lambda: self._control.pump(last=True))
+                over = said and self._control.idle
+                if over and self._failure is None:
+                    self._end(self._base.close)
+                    return
+            self._call_sent()
+            left = deadline - _clock.now()
+            if self._failure is not None or left <= 0:
+                self.abort()
+                return
+            # Another thread in receive() may take the event that this one waits for.
+            self._wait(min(left, 0.02))
+
+    def _drop_ready(self) -> None:
+        while self._ready:
+            self._control.let_go(self._ready.popleft()[1])
+
+    def abort(self) -> None:
+        with self._lock:
+            self._end(self._base.abort)
+
+    def _end(self, end_base: Callable[[], None]) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._give_back()
+        self._ready.clear()
+        self._held = None
+        end_base()
+        self._rouse()
+        self._close_descriptors()
