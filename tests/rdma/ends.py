@@ -52,7 +52,7 @@ def connected(
 ) -> tuple[RdmaConnection, RdmaConnection]:
     """Two ends of one connection."""
     firsts = first_pair(host, blocking=blocking)
-    wanted = options or Options(piece=4 << 20)
+    wanted = options or Options(piece=1 << 20)
     used = provider or default_provider()
     deadline = _clock.now() + SECONDS
     setups = [Setup(first, blocking=blocking, deadline=deadline) for first in firsts]

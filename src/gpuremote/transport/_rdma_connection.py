@@ -51,6 +51,7 @@ READY: Final = 64
 payload goes) is seen by a side that only sends."""
 REAPED: Final = 256
 """Completions in one step."""
+ALL: Final = 1 << 30
 _MODULUS: Final = 1 << 32
 
 CALLS: Final = 64
@@ -289,7 +290,7 @@ class RdmaConnection(Connection):
                 self._guarded(self._look)
         called = self._call_arrived()
         self._call_sent()
-        found = self._next()
+        found = self._next(called)
         if found is not None or called or wait <= 0 or self.stats.bytes_received != before:
             return found
         self._wait(min(wait, WATCH))
@@ -297,9 +298,9 @@ class RdmaConnection(Connection):
             if self._closed:
                 raise self._gone()
             self._guarded(self._look)
-        self._call_arrived()
+        called = self._call_arrived()
         self._call_sent()
-        return self._next()
+        return self._next(called)
 
     def _let_go_of_held(self) -> None:
         if self._held is None:
@@ -310,19 +311,27 @@ class RdmaConnection(Connection):
         self._held = None
         self._control.let_go(frame)
 
-    def _next(self) -> Incoming | None:
+    def _next(self, called: bool) -> Incoming | None:
+        """The next message; a loss is told by the call after the one that told of something."""
         with self._lock:
             if self._closed:
                 raise self._gone()
-            if not self._ready and self._failure is not None:
-                self._take_in()  # what came before the loss
+            if not self._ready and isinstance(self._failure, ConnectionLost):
+                self._take_what_was_left()
             if self._ready:
                 self._held = self._ready.popleft()
                 self.stats.messages_received += 1
                 return self._held[0]
-            if self._failure is not None:
+            if self._failure is not None and not called:
                 raise self._failure
             return None
+
+    def _take_what_was_left(self) -> None:
+        """Messages that came before the loss, and were not looked at."""
+        try:
+            self._take_in()
+        except ProtocolError as error:
+            self._failure = error
 
     def _call_arrived(self) -> bool:
         called = False
@@ -397,6 +406,7 @@ class RdmaConnection(Connection):
             incoming = self._base.receive(0.0)
         except ConnectionLost as error:
             # What the peer had sent before is here by now.
+            self._reap(ALL)
             self._advance()
             if self._failure is None:
                 raise ConnectionLost(error.message, peer=self.peer_address) from None
@@ -411,9 +421,9 @@ class RdmaConnection(Connection):
         if self._failure is None:
             self._drive()
 
-    def _reap(self) -> None:
-        budget = REAPED
+    def _reap(self, limit: int = REAPED) -> None:
         for rail in self._rails:
+            budget = limit
             while budget > 0:
                 found = rail.queue.poll(32)
                 if not found:
@@ -428,8 +438,8 @@ class RdmaConnection(Connection):
                         self._refused(rail, owner, tag, completion)
                     else:
                         owner.completed(completion.work, tag, completion)
-        if budget <= 0:
-            self._rouse()  # there may be more
+            if budget <= 0:
+                self._rouse()  # there may be more
 
     def _refused(self, rail: Rail, owner: Owner, tag: int, completion: Completion) -> None:
         """A work request failed; the first one says why, those behind it were flushed."""
@@ -491,6 +501,7 @@ class RdmaConnection(Connection):
             end = frames.decode_lane(body)
             self._lane(self._out_lanes, end.lane).renew(end.queue_pair, end.psn, end.pieces)
         else:
+            self._reap(ALL)  # the last pieces may be reported by another card
             self._lose(ConnectionLost("the peer closed the connection", peer=self.peer_address))
 
     def _lane(self, lanes: Sequence[_Lane], number: int) -> _Lane:
@@ -660,7 +671,6 @@ class RdmaConnection(Connection):
         self._outgoing.clear()
         self._asking.clear()
         self._dropping.clear()
-        self._arrived.clear()
         for incoming in self._incoming.values():
             incoming.let_go()
             incoming.done = None
@@ -719,6 +729,7 @@ class RdmaConnection(Connection):
         self._closed = True
         self._give_back()
         self._ready.clear()
+        self._arrived.clear()
         self._held = None
         end_base()
         self._rouse()

@@ -87,7 +87,7 @@ def exporter_of(view: memoryview) -> Any:
 _Key: TypeAlias = tuple[int, int, int, int]
 
 
-def _note(dead: deque[_Key], key: _Key, owner: object) -> None:
+def _note(dead: deque[_Key], key: _Key, _: object) -> None:
     dead.append(key)
 
 

@@ -25,8 +25,6 @@ EAGER_MANY: Final = 2 << 20
 def eager(header: int, sizes: Sequence[int]) -> bool:
     """Whether a payload travels with its header."""
     total = sum(sizes)
-    if total <= EAGER:
-        return True
     return header + total <= EAGER_MANY and total <= EAGER * len(sizes)
 
 
