@@ -231,7 +231,7 @@ class _Queue:
         os.eventfd_write(self._fd, 1)
 
     def poll(self, wanted: int) -> list[Completion]:
-        found = []
+        found: list[Completion] = []
         while self._found and len(found) < wanted:
             found.append(self._found.popleft())
         return found

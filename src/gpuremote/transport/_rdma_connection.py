@@ -8,7 +8,7 @@ import select
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, TypeAlias
 
 from gpuremote import _clock
 from gpuremote._types import BytesLike
@@ -23,42 +23,31 @@ from gpuremote.transport import _rdma_frames as frames
 from gpuremote.transport._framing import MAX_HEADER, MAX_REGIONS
 from gpuremote.transport._incoming import Message
 from gpuremote.transport._rdma_control import Control, Frame
-from gpuremote.transport._rdma_lanes import PIECES, InLane, OutLane
+from gpuremote.transport._rdma_inbound import Inbound
+from gpuremote.transport._rdma_lanes import InLane, OutLane
 from gpuremote.transport._rdma_memory import Slabs
-from gpuremote.transport._rdma_payload import (
-    EagerIncoming,
-    InPiece,
-    Outgoing,
-    OutPiece,
-    RdmaIncoming,
-    eager,
-)
+from gpuremote.transport._rdma_outbound import Outbound
+from gpuremote.transport._rdma_payload import EagerIncoming, RdmaIncoming
 from gpuremote.transport._rdma_rail import Owner, Rail
 from gpuremote.transport.base import Connection, Incoming, Region, TransportStats, flat_view
 from gpuremote.transport.verbs.base import Completion, VerbsError
 from gpuremote.transport.verbs.explain import explain_errno, explain_status
 
-__all__ = ["STRIPED", "WATCH", "RdmaConnection"]
+__all__ = ["WATCH", "RdmaConnection"]
 
 WATCH: Final = 1.0
 """Seconds after which the completion queues are looked at although no event came."""
-STRIPED: Final = 8 << 20
-"""Bytes of a payload from which on it is cut for all lanes."""
-SMALLEST: Final = 1 << 20
-"""Bytes of a piece that is cut for that reason."""
 READY: Final = 64
 """Messages taken out of the ring ahead of ``receive``, so that what comes behind them (where a
 payload goes) is seen by a side that only sends."""
 REAPED: Final = 256
 """Completions in one step."""
 ALL: Final = 1 << 30
-_MODULUS: Final = 1 << 32
 
 CALLS: Final = 64
 """Rounds of callbacks after one step, each of which may send."""
 
 _Received: TypeAlias = Message | EagerIncoming | RdmaIncoming
-_Lane = TypeVar("_Lane", InLane, OutLane)
 
 
 class RdmaConnection(Connection):
@@ -110,29 +99,19 @@ class RdmaConnection(Connection):
         self._base = base
         self._rails = rails
         self._control = control
-        self._out_lanes = out_lanes
-        self._in_lanes = in_lanes
+        self._lanes = len(out_lanes)
+        self._out = Outbound(control, out_lanes, stats)
+        self._in = Inbound(control, in_lanes, stats, piece=piece, receiver=self)
         self._blocking = blocking
-        self._piece = piece
         self._slabs = Slabs([rail.registry for rail in rails])
         self._lock = threading.RLock()
         self._closed = False
         self._closing = False  # what comes in no longer counts
         self._failure: ConnectionLost | ProtocolError | None = None
         self._verbs = True  # not given back yet
-        # Sending.
-        self._channel = 0
-        self._outgoing: dict[int, Outgoing] = {}
-        self._sent: deque[Callable[[], None]] = deque()  # to be called
         self._calling = 0  # the thread that is in such a callback
-        # Receiving.
         self._ready: deque[tuple[_Received, Frame]] = deque()
         self._held: tuple[_Received, Frame] | None = None  # the program looks at its header
-        self._asking: deque[RdmaIncoming] = deque()  # not asked for completely
-        self._dropping: dict[int, RdmaIncoming] = {}
-        self._incoming: dict[int, RdmaIncoming] = {}
-        self._arrived: deque[RdmaIncoming] = deque()  # their callbacks are to be called
-        self._number = 0
         # Waiting.
         self._waiting = 0
         self._looked = _clock.now()
@@ -145,10 +124,6 @@ class RdmaConnection(Connection):
         for descriptor, queue in self._queues.items():
             self._epoll.register(descriptor, select.EPOLLIN)
             queue.arm()
-        for out_lane in out_lanes:
-            out_lane.finished = self._written
-        for in_lane in in_lanes:
-            in_lane.arrived = self._in_place
 
     # -- what it tells -------------------------------------------------------------------------
 
@@ -159,14 +134,11 @@ class RdmaConnection(Connection):
 
     @property
     def pending_output(self) -> bool:
-        return not self._closed and (
-            self._control.pending
-            or any(out.unposted and not out.dropped for out in list(self._outgoing.values()))
-        )
+        return not self._closed and (self._control.pending or self._out.pending)
 
     @property
     def buffered(self) -> bool:
-        return bool(self._ready or self._arrived or self._control.unread)
+        return bool(self._ready or self._in.arrived or self._control.unread)
 
     @property
     def closed(self) -> bool:
@@ -187,7 +159,7 @@ class RdmaConnection(Connection):
         return {
             **super().describe(),
             "devices": [rail.device.name for rail in self._rails],
-            "lanes": len(self._out_lanes),
+            "lanes": self._lanes,
         }
 
     def _gone(self) -> ConnectionLost:
@@ -219,7 +191,7 @@ class RdmaConnection(Connection):
             self._check()
             waiting = self._control.pending
             if regions:
-                self._send_payload(header, regions, done)
+                self._out.send(header, regions, done)
             else:
                 self._control.add(frames.MESSAGE, header, done=done)
             self.stats.messages_sent += 1
@@ -228,26 +200,11 @@ class RdmaConnection(Connection):
                 self._guarded(self._drive)
         self._call_sent()
 
-    def _send_payload(
-        self, header: BytesLike, regions: Sequence[Region], done: Callable[[], None] | None
-    ) -> None:
-        sizes = [region.nbytes for region in regions]
-        views = [region.view for region in regions if region.nbytes]
-        if eager(len(header), sizes):
-            begin = frames.encode_eager(len(header), sizes)
-            self._control.add(frames.EAGER, begin, header, *views, done=done)
-            self.stats.payload_sent += sum(sizes)
-            return
-        channel = self._channel
-        self._channel = (channel + 1) % _MODULUS
-        self._outgoing[channel] = Outgoing(channel, views, done)
-        self._control.add(frames.OPEN, frames.encode_open(channel, sizes), header)
-
     def flush(self) -> bool:
         with self._lock:
             self._check()
             self._guarded(self._look)
-            if self._failure is not None or self._ready or self._arrived:
+            if self._failure is not None or self._ready or self._in.arrived:
                 self._rouse()  # it is for receive() to tell
         self._call_sent()
         self._check()
@@ -259,9 +216,9 @@ class RdmaConnection(Connection):
         if self._calling == me:
             return
         for _ in range(CALLS):
-            while self._sent and not self._closed:
+            while self._out.ended and not self._closed:
                 try:
-                    done = self._sent.popleft()
+                    done = self._out.ended.popleft()
                 except IndexError:  # another thread was faster
                     return
                 self._calling = me
@@ -273,7 +230,7 @@ class RdmaConnection(Connection):
                 return
             with self._lock:
                 self._guarded(self._drive)
-            if not self._sent:
+            if not self._out.ended:
                 return
         self._rouse()
 
@@ -286,7 +243,7 @@ class RdmaConnection(Connection):
             self._let_go_of_held()
             before = self.stats.bytes_received
             self._guarded(self._advance)
-            if not self._ready and not self._arrived:
+            if not self._ready and not self._in.arrived:
                 self._guarded(self._look)
         called = self._call_arrived()
         self._call_sent()
@@ -335,9 +292,9 @@ class RdmaConnection(Connection):
 
     def _call_arrived(self) -> bool:
         called = False
-        while self._arrived and not self._closed:
+        while self._in.arrived and not self._closed:
             try:
-                incoming = self._arrived.popleft()
+                incoming = self._in.arrived.popleft()
             except IndexError:
                 break
             called = True
@@ -475,102 +432,41 @@ class RdmaConnection(Connection):
     def _incoming_of(self, frame: Frame) -> _Received:
         if frame.kind == frames.MESSAGE:
             return Message(frame.body)
-        if frame.kind == frames.EAGER:
-            sizes, header, payload = frames.decode_eager(frame.body)
-            return EagerIncoming(header, sizes, payload, self.stats)
-        channel, sizes, header = frames.decode_open(frame.body)
-        if channel in self._incoming:
-            raise ProtocolError(f"a payload on channel {channel}, which is in use")
-        incoming = self._incoming[channel] = RdmaIncoming(header, sizes, channel, self)
-        return incoming
+        if frame.kind == frames.OPEN:
+            return self._in.begin(frame.body)
+        sizes, header, payload = frames.decode_eager(frame.body)
+        return EagerIncoming(header, sizes, payload, self.stats)
 
     def _told(self, kind: int, body: memoryview) -> None:
         if kind == frames.PIECE:
-            self._asked(frames.decode_piece(body))
+            self._out.asked(frames.decode_piece(body))
         elif kind == frames.DROP:
-            self._told_to_drop(frames.decode_channel(body))
+            self._out.drop(frames.decode_channel(body))
         elif kind == frames.DROPPED:
-            self._peer_dropped(frames.decode_channel(body))
+            self._in.dropped(frames.decode_channel(body))
         elif kind == frames.LANE:
-            end = frames.decode_lane(body)
-            lane = self._lane(self._in_lanes, end.lane)
-            lane.renew(end.queue_pair, end.psn)
-            told = frames.encode_lane(lane.number, lane.pair.number, lane.psn, list(lane.pieces))
-            self._control.add(frames.LANE_READY, told)
+            self._in.renew(frames.decode_lane(body))
         elif kind == frames.LANE_READY:
-            end = frames.decode_lane(body)
-            self._lane(self._out_lanes, end.lane).renew(end.queue_pair, end.psn, end.pieces)
+            self._out.renewed(frames.decode_lane(body))
         else:
             self._reap(ALL)  # the last pieces may be reported by another card
             self._lose(ConnectionLost("the peer closed the connection", peer=self.peer_address))
 
-    def _lane(self, lanes: Sequence[_Lane], number: int) -> _Lane:
-        if number >= len(lanes):
-            raise ProtocolError(f"lane {number} of {len(lanes)}")
-        return lanes[number]
-
     def _drive(self) -> None:
         """Ask, write and tell what can be asked, written and told."""
-        if self._asking:
-            self._ask()
-        for lane in self._out_lanes:
-            lane.pump()
+        self._in.ask()
+        self._out.pump()
         self._control.pump()
         if self._control.ended:
-            self._sent.extend(self._control.ended)
+            self._out.ended.extend(self._control.ended)
             self._control.ended.clear()
 
-    # -- payload on its way out ----------------------------------------------------------------
-
-    def _asked(self, wanted: frames.Piece) -> None:
-        outgoing = self._outgoing.get(wanted.channel)
-        if outgoing is None or outgoing.dropped:
-            raise ProtocolError(f"a piece of channel {wanted.channel}, which is not open")
-        lane = self._lane(self._out_lanes, wanted.lane)
-        piece = outgoing.cut(wanted, lane.rail.registry, lane.rail.max_message)
-        outgoing.pieces += 1
-        lane.add(piece)
-
-    def _written(self, piece: OutPiece) -> None:
-        outgoing = piece.outgoing
-        for held in piece.held:
-            piece.registry.release(held)
-        outgoing.pieces -= 1
-        outgoing.left -= piece.size
-        if outgoing.dropped:
-            self._end_dropped(outgoing)
-            return
-        self.stats.payload_sent += piece.size
-        if outgoing.left < 0:
-            raise ProtocolError("more of a payload was asked for than there is")
-        if not outgoing.left:
-            del self._outgoing[outgoing.channel]
-            if outgoing.done is not None:
-                self._sent.append(outgoing.done)
-
-    def _told_to_drop(self, channel: int) -> None:
-        outgoing = self._outgoing.get(channel)
-        if outgoing is None:
-            # It was written completely while the peer said so.
-            self._control.add(frames.DROPPED, frames.encode_channel(channel))
-            return
-        outgoing.dropped = True
-        for lane in self._out_lanes:
-            lane.drop_unposted()
-        self._end_dropped(outgoing)
-
-    def _end_dropped(self, outgoing: Outgoing) -> None:
-        if not outgoing.pieces and self._outgoing.pop(outgoing.channel, None) is not None:
-            self._control.add(frames.DROPPED, frames.encode_channel(outgoing.channel))
-            if outgoing.done is not None:
-                self._sent.append(outgoing.done)
-
-    # -- payload on its way in -----------------------------------------------------------------
+    # -- for what arrives ----------------------------------------------------------------------
 
     def place(self, incoming: RdmaIncoming) -> None:
         with self._lock:
             if self._failure is None and not self._closed:
-                self._asking.append(incoming)
+                self._in.place(incoming)
                 self._guarded(self._drive)
                 if self._failure is not None:
                     self._rouse()
@@ -584,64 +480,8 @@ class RdmaConnection(Connection):
             if incoming.dropped or incoming.received == incoming.total:
                 return  # its end is on the way to receive() already
             incoming.dropped = True
-            self._guarded(lambda: self._take_back(incoming))
-
-    def _take_back(self, incoming: RdmaIncoming) -> None:
-        for piece in list(incoming.pieces.values()):
-            lane = self._in_lanes[piece.lane]
-            for held in piece.held:
-                lane.rail.registry.revoke(held)
-            lane.remove(piece)
-            lane.revoked.add(incoming.channel)
-        incoming.pieces.clear()
-        incoming.let_go()
-        if incoming in self._asking:
-            self._asking.remove(incoming)
-        self._dropping[incoming.channel] = incoming
-        self._control.add(frames.DROP, frames.encode_channel(incoming.channel))
-        self._drive()
-
-    def _peer_dropped(self, channel: int) -> None:
-        incoming = self._dropping.pop(channel, None)
-        if incoming is None:
-            raise ProtocolError(f"channel {channel} was dropped, which nobody had asked for")
-        for lane in self._in_lanes:
-            lane.revoked.discard(channel)
-        del self._incoming[channel]
-        incoming.received = incoming.total
-        self._arrived.append(incoming)
-
-    def _ask(self) -> None:
-        while self._asking:
-            lane = min(self._in_lanes, key=lambda lane: (lane.bytes, len(lane.pieces)))
-            if len(lane.pieces) >= PIECES or lane.bytes > self._piece:
-                return
-            incoming = self._asking.popleft()
-            piece = InPiece(incoming, self._number, lane.number)
-            self._number = (self._number + 1) % _MODULUS
-            wanted = incoming.plan(piece, self._size_of_piece(incoming), lane.rail.registry)
-            lane.add(piece)
-            self._control.add(frames.PIECE, frames.encode_piece(wanted))
-            if incoming.planned < incoming.total:
-                self._asking.append(incoming)
-
-    def _size_of_piece(self, incoming: RdmaIncoming) -> int:
-        if incoming.total < STRIPED:
-            return self._piece
-        share = -(-incoming.total // len(self._in_lanes))
-        return min(self._piece, max(SMALLEST, -(-share // 4096) * 4096))
-
-    def _in_place(self, piece: InPiece) -> None:
-        registry = self._in_lanes[piece.lane].rail.registry
-        for held in piece.held:
-            registry.release(held)
-        incoming = piece.incoming
-        self.stats.bytes_received += piece.size
-        self.stats.payload_received += piece.size
-        if incoming.arrived(piece):
-            incoming.let_go()
-            del self._incoming[incoming.channel]
-            self._arrived.append(incoming)
+            self._guarded(lambda: self._in.take_back(incoming))
+            self._guarded(self._drive)
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -667,18 +507,8 @@ class RdmaConnection(Connection):
         for rail in self._rails:
             rail.close()
         self._control.close()
-        self._sent.clear()
-        self._outgoing.clear()
-        self._asking.clear()
-        self._dropping.clear()
-        for incoming in self._incoming.values():
-            incoming.let_go()
-            incoming.done = None
-        self._incoming.clear()
-        for out_lane in self._out_lanes:
-            out_lane.pieces.clear()
-        for in_lane in self._in_lanes:
-            in_lane.pieces.clear()
+        self._out.clear()
+        self._in.clear()
 
     def _close_descriptors(self) -> None:
         if self._waiting or self._wake < 0:
@@ -698,7 +528,7 @@ class RdmaConnection(Connection):
                     self._closing = True
                     self._drop_ready()
                 self._guarded(self._look)
-                open_still = self._outgoing or self.pending_output
+                open_still = self._out.busy or self.pending_output
                 if self._failure is None and not said and not open_still:
                     said = True
                     self._control.add(frames.BYE)
@@ -729,7 +559,7 @@ class RdmaConnection(Connection):
         self._closed = True
         self._give_back()
         self._ready.clear()
-        self._arrived.clear()
+        self._in.arrived.clear()
         self._held = None
         end_base()
         self._rouse()

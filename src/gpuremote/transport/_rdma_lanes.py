@@ -8,8 +8,8 @@ make their queue pair anew, and the pieces that are still wanted are written aga
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
 
 from gpuremote.errors import ProtocolError
 from gpuremote.transport._rdma_payload import InPiece, OutPiece, Write
@@ -17,7 +17,7 @@ from gpuremote.transport._rdma_rail import Rail, random_psn
 from gpuremote.transport.base import TransportStats
 from gpuremote.transport.verbs.base import Completion, Status
 
-__all__ = ["PIECES", "InLane", "OutLane"]
+__all__ = ["PIECES", "InLane", "OutLane", "lane_of"]
 
 SENDS: Final = 64
 """Writes that a card has at a time, for each lane."""
@@ -116,6 +116,12 @@ class OutLane:
             if write.last:
                 del self.pieces[write.piece.number]
                 self.finished(write.piece)
+
+    def clear(self) -> None:
+        """Nothing is written any more."""
+        self.pieces.clear()
+        self._queue.clear()
+        self._posted.clear()
 
     def drop_unposted(self) -> None:
         """End the pieces of dropped payloads of which the card knows nothing."""
@@ -226,3 +232,18 @@ class InLane:
         self._posted = 0
         self._prime()
         self.rail.connect(self.pair, self.psn, queue_pair, psn)
+
+
+_Lane = TypeVar("_Lane", InLane, OutLane)
+
+
+def lane_of(lanes: Sequence[_Lane], number: int) -> _Lane:
+    """
+    Raises
+    ------
+    ProtocolError
+        There is no such lane.
+    """
+    if number >= len(lanes):
+        raise ProtocolError(f"lane {number} of {len(lanes)}")
+    return lanes[number]

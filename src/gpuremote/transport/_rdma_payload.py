@@ -14,7 +14,16 @@ from gpuremote.transport._rdma_memory import Registered, Registry, address_of
 from gpuremote.transport.base import Incoming, TransportStats
 from gpuremote.transport.verbs.base import Access
 
-__all__ = ["EagerIncoming", "InPiece", "OutPiece", "Outgoing", "RdmaIncoming", "Write", "eager"]
+__all__ = [
+    "EagerIncoming",
+    "InPiece",
+    "OutPiece",
+    "Outgoing",
+    "RdmaIncoming",
+    "Receiver",
+    "Write",
+    "eager",
+]
 
 EAGER: Final = 8 << 10
 """Payload bytes that travel with their header, as two copies cost less than a round trip."""
@@ -180,7 +189,7 @@ class InPiece:
         self.held: list[Registered] = []
 
 
-class _Receiver(Protocol):
+class Receiver(Protocol):
     """The connection, as a payload sees it."""
 
     def place(self, incoming: RdmaIncoming) -> None: ...
@@ -221,7 +230,7 @@ class RdmaIncoming(Incoming):
     )
 
     def __init__(
-        self, header: memoryview, sizes: tuple[int, ...], channel: int, receiver: _Receiver
+        self, header: memoryview, sizes: tuple[int, ...], channel: int, receiver: Receiver
     ) -> None:
         self.header = header
         self.sizes = sizes
