@@ -14,6 +14,7 @@ import pytest
 from blockbuster import blockbuster_ctx
 
 from tests.leaks import Snapshot, mark_descendants, settled_leaks
+from tests.rdma.devices import why_not
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -50,8 +51,11 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("gpuremote")
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"event loop: {config.stash[_LOOP][0]}"
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = [f"event loop: {config.stash[_LOOP][0]}"]
+    if reason := why_not():
+        lines.append(f"tests/rdma: not collected, {reason}")
+    return lines
 
 
 def pytest_asyncio_loop_factories(

@@ -12,16 +12,23 @@ from gpuremote.transport.rdma import Options, RdmaConnection, default_provider
 from gpuremote.transport.setup import Setup
 from gpuremote.transport.tcp import TcpConnection, open_tcp
 from gpuremote.transport.verbs.base import VerbsProvider
+from tests.rdma.devices import in_machine
 
 SERVER = "10.77.0.1"
 """The address that the machine of ``machine.py`` gives to its first device."""
+LOOPBACK = "127.0.0.1"
 SECONDS = 60.0
 
 
-def first_pair(host: str, *, blocking: bool) -> tuple[TcpConnection, TcpConnection]:
+def host() -> str:
+    """Where the first connections go to: to a device's address, if it is known."""
+    return SERVER if in_machine() else LOOPBACK
+
+
+def first_pair(over: str, *, blocking: bool) -> tuple[TcpConnection, TcpConnection]:
     """The connections that others are brought up over."""
-    with socket.create_server((host, 0)) as listener:
-        here = open_tcp(host, listener.getsockname()[1], timeout=10)
+    with socket.create_server((over, 0)) as listener:
+        here = open_tcp(over, listener.getsockname()[1], timeout=10)
         there, _ = listener.accept()
     return TcpConnection(here, blocking=blocking), TcpConnection(there, blocking=blocking)
 
@@ -47,11 +54,11 @@ def connected(
     *,
     blocking: bool,
     options: Options | None = None,
-    host: str = SERVER,
+    over: str = "",
     provider: VerbsProvider | None = None,
 ) -> tuple[RdmaConnection, RdmaConnection]:
     """Two ends of one connection."""
-    firsts = first_pair(host, blocking=blocking)
+    firsts = first_pair(over or host(), blocking=blocking)
     wanted = options or Options(piece=1 << 20)
     used = provider or default_provider()
     deadline = _clock.now() + SECONDS

@@ -6,15 +6,16 @@ from gpuremote.testing.conformance import Pair, TransportConformance
 from tests.rdma.ends import connected
 
 
-class TestBlocking(TransportConformance):
-    limit = 120.0
+class OverVerbs(TransportConformance):
+    limit = 150.0  # in an emulated machine
+    bulk = 12 << 20
 
+
+class TestBlocking(OverVerbs):
     def connection_pair(self) -> Pair:
         return connected(blocking=True)
 
 
-class TestNonBlocking(TransportConformance):
-    limit = 120.0
-
+class TestNonBlocking(OverVerbs):
     def connection_pair(self) -> Pair:
         return connected(blocking=False)

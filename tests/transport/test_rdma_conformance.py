@@ -5,17 +5,17 @@ from __future__ import annotations
 from gpuremote.testing.conformance import Pair, TransportConformance
 from gpuremote.testing.fake_verbs import FakeVerbs
 from gpuremote.transport.rdma import Options
-from tests.rdma.ends import connected
+from tests.rdma.ends import LOOPBACK, connected
 
 
 class TestBlocking(TransportConformance):
     def connection_pair(self) -> Pair:
-        return connected(blocking=True, host="127.0.0.1", provider=FakeVerbs())
+        return connected(blocking=True, over=LOOPBACK, provider=FakeVerbs())
 
 
 class TestNonBlocking(TransportConformance):
     def connection_pair(self) -> Pair:
-        return connected(blocking=False, host="127.0.0.1", provider=FakeVerbs())
+        return connected(blocking=False, over=LOOPBACK, provider=FakeVerbs())
 
 
 class TestTwoCards(TransportConformance):
@@ -24,4 +24,4 @@ class TestTwoCards(TransportConformance):
     def connection_pair(self) -> Pair:
         options = Options(lanes=4, rails=2, piece=1 << 20)
         provider = FakeVerbs(("one", "two"))
-        return connected(blocking=True, host="127.0.0.1", provider=provider, options=options)
+        return connected(blocking=True, over=LOOPBACK, provider=provider, options=options)
