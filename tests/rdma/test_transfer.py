@@ -175,11 +175,13 @@ def test_a_link_that_goes_down(pair: Pair) -> None:
     try:
         first = lost(ends)
         assert incoming.received < len(source)
-        assert "RETRY_EXC_ERR" in first.message
-        assert "link" in first.message
+        # RETRY_EXC_ERR from a card, LOC_QP_OP_ERR from software RoCE.
+        assert "_ERR: " in first.message
+        assert "is the link up" in first.message
+        assert "port 1 of rxe0 is down" in first.message
         # Both ends learn it, and why.
         for end in pair:
-            assert "RETRY_EXC_ERR" in receive_until_lost(end, 10).message
+            assert "port 1 of rxe0 is down" in receive_until_lost(end, 10).message
     finally:
         ip("ve0", "up")
     for end in connected(blocking=True, over=LOOPBACK):
@@ -277,7 +279,8 @@ def resident() -> int:
 
 @pytest.mark.timeout(200)
 def test_memory_does_not_grow_over_many_messages(pair: Pair) -> None:
-    """100,000 messages and 1000 payloads that are registered and written."""
+    """20,000 messages and 200 payloads that are registered and written: half a minute of an
+    emulated machine. 100,000 operations are in the test below."""
     here, there = pair
     ends = Ends(here, there, limit=180)
     source, target = bytearray(32_768), bytearray(32_768)
@@ -294,16 +297,15 @@ def test_memory_does_not_grow_over_many_messages(pair: Pair) -> None:
 
     ends.take = take
     sizes = []
-    for number in range(1, 101):
+    for number in range(1, 21):
         for _ in range(1000):
             here.send(b"12345678")
         for _ in range(10):
             here.send(b"", [here.register(source)])
         wanted = {"messages": 1000 * number, "payloads": 10 * number}
         ends.until(partial(counts.__eq__, wanted))
-        if number % 10 == 0:
-            sizes.append(resident())
-    assert sizes[-1] - sizes[1] < 2 * MIB, sizes
+        sizes.append(resident())
+    assert sizes[-1] - sizes[4] < 2 * MIB, sizes
     assert len(here._rails[0].works) < 200
 
 

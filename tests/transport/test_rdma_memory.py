@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import mmap
+import weakref
 from array import array
 
 import numpy as np
@@ -105,8 +106,6 @@ def test_an_address_that_is_used_again(registry: Registry) -> None:
         pass
 
     # What a reused identity looks like: the key is the same, the owner is not.
-    import weakref
-
     gone = Gone()
     first.owner = weakref.ref(gone)
     second = registry.acquire(view, 0, 4096, READ)

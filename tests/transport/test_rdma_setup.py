@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -42,6 +44,10 @@ def setups(firsts: tuple[Connection, Connection], seconds: float = 20.0) -> list
     return [Setup(first, blocking=True, deadline=deadline) for first in firsts]
 
 
+def _given(provider: VerbsProvider) -> VerbsProvider:
+    return provider
+
+
 def attempt(
     firsts: tuple[Connection, Connection],
     here: VerbsProvider,
@@ -55,7 +61,7 @@ def attempt(
             pass
 
         Chosen.options = wanted
-        Chosen.provider = staticmethod(lambda: provider)  # type: ignore[assignment]
+        Chosen.provider = staticmethod(partial(_given, provider))
         return Chosen
 
     one, other = setups(firsts)
@@ -271,11 +277,11 @@ class Failing:
         raise self.error
 
 
-def probed(provider: object) -> tuple[bool, str]:
+def probed(provider: VerbsProvider) -> tuple[bool, str]:
     class Probed(Rdma):
         pass
 
-    Probed.provider = staticmethod(lambda: provider)  # type: ignore[assignment]
+    Probed.provider = staticmethod(partial(_given, provider))
     return Probed.probe()
 
 
@@ -317,10 +323,10 @@ def test_a_machine_without_devices(
         provider()
     (empty / "nodes").mkdir()
     (empty / "nodes" / "uverbs0").touch()
-    monkeypatch.setattr(rdma.os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(TransportUnavailable, match="not permitted"):
         provider()
-    monkeypatch.setattr(rdma.os, "access", lambda *_: True)
+    monkeypatch.setattr(os, "access", lambda *_: True)
 
     def absent() -> None:
         raise ImportError("No module named 'pyverbs'")

@@ -136,6 +136,12 @@ class FakeVerbs:
             for queue in {pair.queue for pair in self.pairs.values()}:
                 queue.signal()
 
+    def forget_who_waits(self) -> None:
+        """No event comes for what is reported next."""
+        with self.lock:
+            for queue in {pair.queue for pair in self.pairs.values()}:
+                queue.disarm()
+
     # -- for its parts -------------------------------------------------------------------------
 
     def next_failure(self) -> int:
@@ -240,6 +246,9 @@ class _Queue:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._fd)
         self._armed = True
+
+    def disarm(self) -> None:
+        self._armed = False
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -359,18 +359,23 @@ class RdmaConnection(Connection):
 
     def _hear_base(self) -> None:
         """The first connection has something to say: most likely that the peer is gone."""
-        try:
-            incoming = self._base.receive(0.0)
-        except ConnectionLost as error:
+        if (loss := self._heard()) is not None:
             # What the peer had sent before is here by now.
             self._reap(ALL)
             self._advance()
             if self._failure is None:
-                raise ConnectionLost(error.message, peer=self.peer_address) from None
-            return
-        if incoming is not None:
-            text = bytes(incoming.header[:1000]).decode(errors="replace")
-            raise ConnectionLost(f"the peer gave RDMA up: {text}", peer=self.peer_address)
+                raise loss
+
+    def _heard(self) -> ConnectionLost | None:
+        """What the first connection says, if that is the end."""
+        try:
+            incoming = self._base.receive(0.0)
+        except ConnectionLost as error:
+            return ConnectionLost(error.message, peer=self.peer_address)
+        if incoming is None:
+            return None
+        text = bytes(incoming.header[:1000]).decode(errors="replace")
+        return ConnectionLost(f"the peer gave RDMA up: {text}", peer=self.peer_address)
 
     def _advance(self) -> None:
         self._reap()
@@ -402,9 +407,12 @@ class RdmaConnection(Connection):
         """A work request failed; the first one says why, those behind it were flushed."""
         what = owner.describe(completion.work, tag)
         if not owner.refused(completion):
+            # Where the peer has given up, that is why, and its reason the better one.
+            if (theirs := self._heard()) is not None:
+                raise theirs
             raise ConnectionLost(
-                f"{what} failed on {rail.device.name} with "
-                f"{explain_status(completion.status)} (vendor error {completion.vendor_error:#x})",
+                f"{what} failed on {rail.device.name} with {explain_status(completion.status)}"
+                f"{rail.trouble()} (vendor error {completion.vendor_error:#x})",
                 peer=self.peer_address,
             )
         if isinstance(owner, OutLane):
@@ -557,10 +565,12 @@ class RdmaConnection(Connection):
         if self._closed:
             return
         self._closed = True
-        self._give_back()
-        self._ready.clear()
-        self._in.arrived.clear()
-        self._held = None
-        end_base()
-        self._rouse()
-        self._close_descriptors()
+        try:
+            self._give_back()
+        finally:
+            self._ready.clear()
+            self._in.arrived.clear()
+            self._held = None
+            end_base()
+            self._rouse()
+            self._close_descriptors()

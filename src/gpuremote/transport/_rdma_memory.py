@@ -7,6 +7,7 @@ to be told apart here.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -144,6 +145,7 @@ class Registry:
         self._limit = limit
         self._entries: OrderedDict[_Key, Registered] = OrderedDict()
         self._bytes = 0
+        self._live: set[Registered] = set()
         # Filled by finalisers, which may run anywhere: nothing else is done there.
         self._dead: deque[_Key] = deque()
         self._slabs: list[tuple[int, int, Registered]] = []
@@ -192,6 +194,7 @@ class Registry:
         elif found is not None:
             self._forget(found)
         entry = Registered(self._register(address, size, access), address, size)
+        self._live.add(entry)
         if owner is not None:
             entry.key = key
             entry.owner = weakref.ref(owner, functools.partial(_note, self._dead, key))
@@ -216,14 +219,14 @@ class Registry:
         """A transfer does not need it any more."""
         entry.users -= 1
         if not entry.users and not entry.kept:
-            entry.close()
+            self._close(entry)
         elif self._bytes > self._limit:
             self._shrink(self._limit)
 
     def revoke(self, entry: Registered) -> None:
         """On return nobody can write there; one that tries loses its queue pair."""
         self._forget(entry)
-        entry.close()
+        self._close(entry)
 
     def tidy(self) -> None:
         """Let go of what belonged to owners that are gone."""
@@ -238,7 +241,11 @@ class Registry:
             del self._entries[entry.key]
             self._bytes -= entry.size
             if not entry.users:
-                entry.close()
+                self._close(entry)
+
+    def _close(self, entry: Registered) -> None:
+        self._live.discard(entry)
+        entry.close()
 
     def _shrink(self, limit: int) -> None:
         for entry in list(self._entries.values()):
@@ -249,9 +256,13 @@ class Registry:
 
     def close(self) -> None:
         """Unregister everything, whoever uses it."""
-        for entry in list(self._entries.values()):
-            self._forget(entry)
-            entry.close()
+        self._entries.clear()
+        self._bytes = 0
+        while self._live:
+            entry = self._live.pop()
+            entry.kept = False
+            with contextlib.suppress(VerbsError):
+                entry.close()
         for _, _, slab in self._slabs:
             slab.close()
         self._slabs.clear()

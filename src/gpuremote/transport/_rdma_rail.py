@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from typing import Any, Final, Protocol
 
@@ -129,6 +130,14 @@ class Rail:
         remote = Remote(number, their_psn, self.far.gid, self.far.lid, mtu)
         pair.connect(self.port, self.gid, psn, remote)
 
+    def trouble(self) -> str:
+        """What the port itself has, to be added to an error; empty if nothing."""
+        try:
+            port = self.device.port(self.port.number)
+        except VerbsError:
+            return f"; {self.device.name} does not answer any more"
+        return "" if port.active else f"; port {port.number} of {self.device.name} is {port.state}"
+
     def discard(self, pair: QueuePair) -> None:
         """A queue pair is of no use any more."""
         self._pairs.remove(pair)
@@ -144,13 +153,16 @@ class Rail:
             while self.queue.poll(64):
                 pass
         self.works.clear()
-        for pair in self._pairs:
-            pair.close()
+        parts: list[_Closes] = [*self._pairs, self.registry, self._sink, self.queue, self.device]
         self._pairs.clear()
-        self.registry.close()
-        self._sink.close()
-        self.queue.close()
-        self.device.close()
+        for part in parts:
+            # One that a broken device does not take back must not keep the others.
+            with contextlib.suppress(VerbsError):
+                part.close()
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
 
 
 def random_psn() -> int:

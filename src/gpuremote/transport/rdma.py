@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -70,7 +71,7 @@ class Rdma:
     """
 
     options: ClassVar[Options] = Options()
-    provider = staticmethod(default_provider)
+    provider: ClassVar[Callable[[], VerbsProvider]] = staticmethod(default_provider)
 
     @classmethod
     def probe(cls) -> tuple[bool, str]:

@@ -35,6 +35,10 @@ _STATUS: Final = {
         "this side's memory is not registered for it",
         "was the memory unmapped while it was lent?",
     ),
+    Status.LOC_QP_OP_ERR: (
+        "this side's card could not carry it out",
+        "is the link up (`rdma link`)?",
+    ),
     Status.LOC_LEN_ERR: ("a message is larger than its buffer", "please report it"),
     Status.FATAL_ERR: ("the card failed", "look at the kernel log (`dmesg`)"),
 }

@@ -204,8 +204,11 @@ class PyverbsDevice:
             ) from error
 
     def close(self) -> None:
-        self._domain.close()
-        self._context.close()
+        try:
+            self._domain.close()
+            self._context.close()
+        except self._error as error:
+            raise VerbsError(f"{self.name} can't be closed", _number(error)) from error
 
 
 class PyverbsMemory:
@@ -284,8 +287,11 @@ class PyverbsCompletionQueue:
             self._closed = True
             if self._events:
                 self._queue.ack_events(self._events)
-            self._queue.close()
-            self._channel.close()
+            try:
+                self._queue.close()
+                self._channel.close()
+            except self._error as error:
+                raise VerbsError("a completion queue can't be closed", _number(error)) from error
 
 
 class PyverbsQueuePair:
@@ -418,8 +424,11 @@ class PyverbsQueuePair:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._pair.close()
             self._requests.close()
+            try:
+                self._pair.close()
+            except self._error as error:
+                raise VerbsError("a queue pair can't be closed", _number(error)) from error
 
 
 _RTR_MASK: Final = 1 | 1 << 7 | 1 << 8 | 1 << 12 | 1 << 15 | 1 << 17 | 1 << 20
