@@ -14,6 +14,8 @@ PYTEST_ARGS ?=
 # file share a server and stay together. The order is kept: the last files are short ones.
 SPREAD := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
+# Seconds for the machine in which the RDMA tests run.
+RDMA_LIMIT ?= 540
 # Tests without an event loop of their own: once is enough.
 LOOPLESS := $(addprefix --ignore=tests/,ops backend wire cli test_docs.py test_examples.py \
 	test_structure.py test_config.py test_benchmarks.py transport/test_cutting.py \
@@ -35,11 +37,11 @@ FIND_PYTHON = for p in $(PYTHON); do \
 	echo "no Python 3.11 or newer with venv among: $(PYTHON)" >&2; \
 	echo "(Debian: apt-get install python3-venv)" >&2; exit 1
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test test-rdma bench lint format clean
 
 help: ## list the targets
 	@echo "gpuremote: the targets of this Makefile"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.stamp-demo ## handwritten digits on a device server, compared with local NumPy
 	@echo "== demo: PCA and a logistic regression of handwritten digits on a device server"
@@ -50,6 +52,12 @@ test: lint ## every check: lint, types, then the test suite on asyncio and on uv
 	@GPUREMOTE_TEST_LOOP=asyncio GPUREMOTE_NATIVE=0 $(BIN)/python -m pytest $(SPREAD) $(LOOPLESS) $(PYTEST_ARGS)
 	@echo "== test: the suite on uvloop, with the part in C"
 	@GPUREMOTE_TEST_LOOP=uvloop $(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
+
+test-rdma: $(VENV)/.stamp-test ## the RDMA tests, in an emulated machine with software RoCE
+	@echo "== test-rdma: real verbs on a kernel that QEMU boots (a few minutes)"
+	@$(BIN)/python tests/rdma/machine.py --limit $(RDMA_LIMIT) -- \
+		$(BIN)/python -m pytest tests/rdma -p no:cacheprovider --timeout 200 \
+		-o faulthandler_timeout=190 $(PYTEST_ARGS)
 
 bench: $(VENV)/.stamp-bench ## every workload with every contender, into benchmarks/results/
 	@echo "== bench: gpuremote beside plain sockets, asyncio streams, pyzmq and memcpy"

@@ -15,6 +15,7 @@ import pytest
 from blockbuster import blockbuster_ctx
 
 from tests.leaks import Snapshot, mark_descendants, settled_leaks
+from tests.rdma.devices import why_not
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -57,8 +58,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"event loop: {config.stash[LOOP][0]}"
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = [f"event loop: {config.stash[LOOP][0]}"]
+    if reason := why_not():
+        lines.append(f"tests/rdma: not collected, {reason}")
+    return lines
 
 
 def pytest_asyncio_loop_factories(

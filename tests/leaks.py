@@ -127,7 +127,9 @@ def _descendants() -> Iterator[tuple[int, Process]]:
             if stat.began < began:
                 continue  # older than this process: most are, and the rest is slow to read
             if stat.parent == me or mark in _read(name, "environ").split(b"\0"):
-                command = _read(name, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+                command = (
+                    _read(name, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+                )
                 text = f"{command or stat.comm} (state {stat.state}, parent {stat.parent})"
                 yield int(name), Process(stat.parent, text)
 

@@ -9,10 +9,34 @@ from typing import Final
 from gpuremote.errors import InternalError, InvalidBuffer
 from gpuremote.transport.base import Incoming, flat_view
 
-__all__ = ["Message", "Payload"]
+__all__ = ["Message", "Payload", "fitting"]
 
 _IOV: Final = 256
 """Buffers of one receive call; fewer than the system's limit of 1024."""
+
+
+def fitting(sizes: Sequence[int], buffers: Sequence[memoryview]) -> list[memoryview]:
+    """Flat views of the buffers that get any bytes, after a look at each of them.
+
+    Raises
+    ------
+    InvalidBuffer
+        One is read-only or of another size, or there are more or fewer than sizes.
+    """
+    if len(buffers) != len(sizes):
+        raise InvalidBuffer(f"{len(buffers)} buffers for a payload of {len(sizes)}")
+    views = []
+    for number, (buffer, size) in enumerate(zip(buffers, sizes, strict=True)):
+        view = flat_view(buffer)
+        if view.nbytes != size:
+            raise InvalidBuffer(
+                f"buffer {number} has {view.nbytes} bytes and the payload brings {size}"
+            )
+        if size:
+            if view.readonly:
+                raise InvalidBuffer(f"buffer {number} is read-only")
+            views.append(view)
+    return views
 
 
 class Message(Incoming):
@@ -103,19 +127,7 @@ class Payload(Incoming):
     ) -> None:
         if self._placed:
             raise InternalError("where this payload goes was already said")
-        if len(buffers) != len(self.sizes):
-            raise InvalidBuffer(f"{len(buffers)} buffers for a payload of {len(self.sizes)}")
-        views = []
-        for number, (buffer, size) in enumerate(zip(buffers, self.sizes, strict=True)):
-            view = flat_view(buffer)
-            if view.nbytes != size:
-                raise InvalidBuffer(
-                    f"buffer {number} has {view.nbytes} bytes and the payload brings {size}"
-                )
-            if size:
-                if view.readonly:
-                    raise InvalidBuffer(f"buffer {number} is read-only")
-                views.append(view)
+        views = fitting(self.sizes, buffers)
         views.reverse()
         self._settle(views, done)
 

@@ -1,0 +1,1 @@
+"""RDMA verbs, as far as this package needs them, whoever provides them."""

@@ -1,0 +1,21 @@
+"""The conformance suite over real verbs."""
+
+from __future__ import annotations
+
+from gpuremote.testing.conformance import Pair, TransportConformance
+from tests.rdma.ends import connected
+
+
+class OverVerbs(TransportConformance):
+    limit = 150.0  # in an emulated machine
+    bulk = 12 << 20
+
+
+class TestBlocking(OverVerbs):
+    def connection_pair(self) -> Pair:
+        return connected(blocking=True)
+
+
+class TestNonBlocking(OverVerbs):
+    def connection_pair(self) -> Pair:
+        return connected(blocking=False)
