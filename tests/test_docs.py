@@ -24,7 +24,18 @@ from gpuremote.ops.meta import DTYPES
 from gpuremote.ops.operands import WEAK
 from gpuremote.ops.plan import PlanCaps
 from gpuremote.server import daemon, stock, worker
-from gpuremote.transport import _framing, _outgoing, congestion, tcp
+from gpuremote.transport import (
+    _framing,
+    _outgoing,
+    _rdma_control,
+    _rdma_inbound,
+    _rdma_memory,
+    _rdma_payload,
+    _rdma_setup,
+    congestion,
+    tcp,
+)
+from gpuremote.transport.verbs import pyverbs_provider
 from gpuremote.wire import caps
 from gpuremote.wire.batch import FIRST_PLAN, Op
 from gpuremote.wire.frames import CANCELLED, CONTINUED, IGNORABLE, Kind
@@ -323,6 +334,20 @@ SENTENCES = [
     ("security", f"silent for {daemon.PATIENCE:.0f} s"),
     ("transports", f"chunks of {_outgoing.CHUNK // MIB} MiB"),
     ("transports", f"up to {tcp.IDLE // KIB} KiB"),
+    ("transports", f"same slot of {_rdma_control.SLOT // KIB} KiB"),
+    ("transports", f"A ring has {_rdma_control.RECEIVES} slots"),
+    (
+        "transports",
+        f"no more than {_rdma_payload.EAGER // KIB} KiB on average "
+        f"({_rdma_payload.EAGER_MANY // MIB} MiB in all)",
+    ),
+    ("transports", f"pieces of {_rdma_setup.PIECE // MIB} MiB"),
+    ("transports", f"payload of {_rdma_inbound.STRIPED // MIB} MiB or more is cut"),
+    ("transports", f"until {_rdma_memory.CACHED_BYTES >> 30} GiB are kept"),
+    (
+        "transports",
+        f"Timeout {pyverbs_provider.TIMEOUT} (67 ms), {pyverbs_provider.RETRIES} retries",
+    ),
     ("transports", f"round trip below {congestion.SHORT_WAY * 1000:.0f} ms"),
 ]
 

@@ -80,17 +80,22 @@ def test_it_ends_with_its_owner(registry: Registry, verbs: FakeVerbs) -> None:
     registry.release(registry.acquire(owned.data, 0, 4096, READ))
     del owned
     gc.collect()
+    # At once: the peer may have the key, and the memory belongs to others now.
+    assert verbs.registered == 0
     registry.tidy()
-    assert verbs.registered == registry.kept == 0
+    assert registry.kept == 0
 
 
 def test_an_owner_that_goes_while_it_is_in_use(registry: Registry, verbs: FakeVerbs) -> None:
     owned = memory()
-    held = registry.acquire(owned.data, 0, 4096, READ)
+    view = owned.data
+    held = registry.acquire(view, 0, 4096, READ)
     del owned
     gc.collect()
     registry.tidy()
-    assert verbs.registered == 4096
+    assert verbs.registered == 4096  # what is in use has a view of it
+    del view
+    gc.collect()
     registry.release(held)
     assert verbs.registered == 0
 

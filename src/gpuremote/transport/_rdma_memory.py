@@ -88,10 +88,6 @@ def exporter_of(view: memoryview) -> Any:
 _Key: TypeAlias = tuple[int, int, int, int]
 
 
-def _note(dead: deque[_Key], key: _Key, _: object) -> None:
-    dead.append(key)
-
-
 class Registered:
     """Memory that is registered, for one user or for several.
 
@@ -117,9 +113,18 @@ class Registered:
         self.kept = False  # in the cache
 
     def close(self) -> None:
+        self.owner = None  # which holds this one
         memory, self._memory = self._memory, None
         if memory is not None:
             memory.close()
+
+
+def _owner_gone(entry: Registered, dead: deque[_Key], _: object) -> None:
+    # Called before the owner's memory is free: a peer that still has the key must not get at what
+    # comes to lie there. Nothing here waits for a lock of this package.
+    with contextlib.suppress(VerbsError):
+        entry.close()
+    dead.append(entry.key)
 
 
 class Registry:
@@ -129,7 +134,8 @@ class Registry:
     where the memory's owner can be watched: until the owner is collected, or until more than
     ``limit`` bytes are kept (those that were used least lately go first, none that is in use).
     Addresses are reused by the system and identities by Python, so an entry counts only for the
-    same range, access and owner, and only while that owner lives. Memory that the peer writes to is
+    same range, access and owner, and only while that owner lives: with it the registration goes, so
+    that a key the peer has never opens memory of anything else. Memory that the peer writes to is
     registered anew for each transfer that overlaps another in time: taking it back must not break
     the other one.
 
@@ -146,7 +152,7 @@ class Registry:
         self._entries: OrderedDict[_Key, Registered] = OrderedDict()
         self._bytes = 0
         self._live: set[Registered] = set()
-        # Filled by finalisers, which may run anywhere: nothing else is done there.
+        # Filled by finalisers, which may run anywhere.
         self._dead: deque[_Key] = deque()
         self._slabs: list[tuple[int, int, Registered]] = []
         self.made = 0
@@ -197,7 +203,7 @@ class Registry:
         self._live.add(entry)
         if owner is not None:
             entry.key = key
-            entry.owner = weakref.ref(owner, functools.partial(_note, self._dead, key))
+            entry.owner = weakref.ref(owner, functools.partial(_owner_gone, entry, self._dead))
             entry.kept = True
             self._entries[key] = entry
             self._bytes += size
