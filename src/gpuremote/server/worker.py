@@ -46,7 +46,7 @@ PYTHON_LOOKS: Final = 32
 """Receives that do not wait, some 40 µs of them, before one that does; with and without the part
 in C."""
 MESSAGES_PER_TURN: Final = 64
-SETUP_TIMEOUT: Final = 5.0
+SETUP_TIMEOUT: Final = 10.0
 """Seconds for answering a client and bringing a transport up with it."""
 BUSY_AFTER: Final = 0.02
 """Seconds in an op after which the control thread takes the connection over."""
