@@ -51,10 +51,10 @@ def random(nbytes: int) -> np.ndarray[Any, Any]:
 def opened(side: Side, url: str) -> Iterator[Any]:
     """A session; its worker may take longer to start than a server waits for one."""
     deadline = time.monotonic() + 150
-    while True:
+    session = None
+    while session is None:
         try:
             session = side.do(side.connect(url))
-            break
         except ServerBusy:
             assert time.monotonic() < deadline
     try:
