@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import socket
+import struct
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ __all__ = [
     "join_address",
     "open_tcp",
     "same_host",
+    "set_blocking",
     "tune",
 ]
 
@@ -73,6 +75,16 @@ def same_host(sock: socket.socket) -> bool:
         return bool(sock.getsockname()[0] == sock.getpeername()[0])
     except OSError:
         return False
+
+
+def set_blocking(sock: socket.socket, seconds: float) -> None:
+    """Have a receive block for that many whole seconds at most; with 0 nothing blocks."""
+    if not seconds:
+        sock.setblocking(False)
+        return
+    sock.settimeout(None)
+    timeout = struct.pack("@ll", int(seconds), 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
 
 
 def tune(sock: socket.socket) -> str:

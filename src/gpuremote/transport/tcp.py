@@ -43,9 +43,10 @@ from gpuremote.transport._sockets import (
     join_address,
     open_tcp,
     same_host,
+    set_blocking,
     tune,
 )
-from gpuremote.transport._stream import NOW, Stream
+from gpuremote.transport._stream import NOW, Line, Stream
 from gpuremote.transport.base import Connection, Incoming, Region, TransportStats, flat_view
 
 __all__ = ["MAX_HEADER", "MAX_REGIONS", "TcpConnection", "join_address", "open_tcp", "pair", "tune"]
@@ -65,8 +66,9 @@ _PREFIX: Final = FRAME.size
 _unpack_from = FRAME.unpack_from
 
 
-class TcpConnection(Stream, Connection):
-    """A connection over a connected stream socket, which it owns from now on.
+class StreamConnection(Connection):
+    """A connection over a connected stream socket, which it owns from now on; all of it but the
+    steps for small messages (``_stream``).
 
     Parameters
     ----------
@@ -78,6 +80,8 @@ class TcpConnection(Stream, Connection):
         event loop.
     reason : str
         What :func:`tune` said.
+    line : Line, optional
+        What the bytes go through, if it is not the socket itself.
 
     Notes
     -----
@@ -87,21 +91,21 @@ class TcpConnection(Stream, Connection):
     """
 
     name = "tcp"
+    _in_c = False  # whether these are there:
+    _push: Callable[..., tuple[int, int, int, int, int, bool]]
+    _pull: Callable[..., tuple[int, int, int, int]]
 
-    def __init__(self, sock: socket.socket, *, blocking: bool, reason: str = "") -> None:
+    def __init__(
+        self, sock: socket.socket, *, blocking: bool, reason: str = "", line: Line | None = None
+    ) -> None:
         self.stats = TransportStats()
         self.reason = reason
         self.local_address, self.peer_address = addresses(sock)
         self._sock = sock
+        self._line: Line = sock if line is None else line
         self._fd = sock.fileno()
         self._blocking = blocking
-        if blocking:
-            sock.settimeout(None)
-            sock.setsockopt(
-                socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(BLOCKING_WAIT), 0)
-            )
-        else:
-            sock.setblocking(False)
+        set_blocking(sock, BLOCKING_WAIT if blocking else 0.0)
         self._closed = False
         # Sending side; touched by the sending thread only.
         self._tx_busy = False
@@ -274,8 +278,8 @@ class TcpConnection(Stream, Connection):
                     sent, payload, more, done = self._send_run(outbox)
                 else:
                     size = self._chunk_size
-                    if native is None:
-                        sent, payload, more = stream.push(self._sock.sendmsg, NOW, size)
+                    if not self._in_c:
+                        sent, payload, more = stream.push(self._line.sendmsg, NOW, size)
                     else:
                         sent, payload, more, calls = stream.push_natively(self._push, size, budget)
                     done = outbox.pushed(stream)
@@ -302,9 +306,9 @@ class TcpConnection(Stream, Connection):
         run, size = outbox.fill()
         try:
             if len(run) > 1:
-                sent = self._sock.sendmsg(run, (), NOW)
+                sent = self._line.sendmsg(run, (), NOW)
             else:
-                sent = self._sock.send(run[0], NOW)
+                sent = self._line.send(run[0], NOW)
         except BlockingIOError:
             sent = 0
         payload, done = outbox.sent(sent)
@@ -390,7 +394,7 @@ class TcpConnection(Stream, Connection):
         """One receive call; True if it brought bytes."""
         target = self._target
         if target is not None and not target.dropped:
-            if native is not None:
+            if self._in_c:
                 return self._pull_payload(target, wait)
             # Never waits inside the receive call, which has the lent memory: see discard().
             return self._read_payload(target) or (
@@ -415,7 +419,7 @@ class TcpConnection(Stream, Connection):
         stats = self.stats
         stats.receives += 1
         try:
-            count = self._sock.recv_into(into, 0, flags)
+            count = self._line.recv_into(into, 0, flags)
         except BlockingIOError:
             return False
         if not count:
@@ -453,7 +457,7 @@ class TcpConnection(Stream, Connection):
                 more = target.left > chunk or len(self._channels) > 1
                 targets.append(self._rx_prefix if more else self._rx_idle)
             stats.receives += 1
-            count = self._sock.recvmsg_into(targets, 0, NOW)[0]
+            count = self._line.recvmsg_into(targets, 0, NOW)[0]
         except BlockingIOError:
             return False
         finally:
@@ -592,6 +596,12 @@ class TcpConnection(Stream, Connection):
             self._question = payload
         self.stats.messages_received += 1
         return payload
+
+
+class TcpConnection(Stream, StreamConnection):
+    """A connection over a stream socket; sent and received in C where that part is installed."""
+
+    _in_c = native is not None
 
 
 def pair(blocking: bool = True) -> tuple[TcpConnection, TcpConnection]:
