@@ -31,6 +31,8 @@ AHEAD: Final = 256 << 10
 """Bytes encrypted before it is known whether the kernel takes them."""
 TAKE: Final = 256 << 10
 """Encrypted bytes of one receive call."""
+LINGER: Final = 64 << 10
+"""Bytes that are dropped at most before a socket is closed."""
 KEY_BYTES: Final = 256 << 30
 """Bytes sent with one key; AES-GCM is good for 2**24.5 records. Renewing a key is nothing that
 ``ssl`` offers, but a session resumes over a new connection."""
@@ -141,6 +143,14 @@ class TlsSocket:
             if not self._take_until(deadline):
                 return b""
         return bytes(buffer[:count])
+
+    def linger(self, deadline: float) -> None:
+        """Send no more, and drop what comes for a while: closing with unread input would take
+        back what was said last. Raises OSError."""
+        self.raw.shutdown(socket.SHUT_WR)
+        left = LINGER
+        while left > 0 and (count := self._take_until(deadline)):
+            left -= count
 
     def close(self) -> None:
         """Give it back, without a goodbye."""
@@ -346,6 +356,9 @@ class TlsConnection(PythonStream, StreamConnection):
     @property
     def restless(self) -> bool:
         return self.pending_output or self.buffered
+
+    def due(self) -> float | None:
+        return 0.0 if self._tls.readable else None
 
     def flush(self) -> bool:
         if not super().flush():
