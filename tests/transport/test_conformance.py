@@ -9,12 +9,11 @@ from typing import ClassVar
 import pytest
 
 from gpuremote._clock import now
-
 from gpuremote.testing.conformance import Pair, TransportConformance
 from gpuremote.testing.driving import Ends
 from gpuremote.transport import shm
-from gpuremote.transport.emulated import EmulatedConnection
 from gpuremote.transport.certificates import TlsClient, TlsServer
+from gpuremote.transport.emulated import EmulatedConnection
 from gpuremote.transport.tcp import TcpConnection, open_tcp, pair, tune
 from gpuremote.transport.tls import TlsConnection, TlsSocket
 from tests.certificates import Authority
