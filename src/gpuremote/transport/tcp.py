@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from threading import get_ident
@@ -42,6 +41,7 @@ from gpuremote.transport._sockets import (
     flush_until,
     join_address,
     open_tcp,
+    reset,
     same_host,
     set_blocking,
     tune,
@@ -169,12 +169,7 @@ class StreamConnection(Connection):
     def abort(self) -> None:
         if not self._closed:
             self._closed = True
-            with contextlib.suppress(OSError):
-                # Nobody is to wait for what the kernel still holds: reset instead of FIN.
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
-            with contextlib.suppress(OSError):
-                # Wakes a thread that waits in receive(); close() alone would not.
-                self._sock.shutdown(socket.SHUT_RDWR)
+            reset(self._sock)
         self._release()
 
     def _release(self) -> None:
@@ -384,11 +379,10 @@ class StreamConnection(Connection):
 
     def _ready(self, wait: float) -> bool:
         """Wait until the socket is readable."""
-        poll = self._poll
-        if poll is None:
-            poll = self._poll = select.poll()
-            poll.register(self._sock.fileno(), select.POLLIN)
-        return bool(poll.poll(wait * 1000))
+        if self._poll is None:
+            self._poll = select.poll()
+            self._poll.register(self._sock.fileno(), select.POLLIN)
+        return bool(self._poll.poll(wait * 1000))
 
     def _read(self, wait: float) -> bool:
         """One receive call; True if it brought bytes."""
@@ -416,8 +410,7 @@ class StreamConnection(Connection):
             if self._channels:
                 # Payload is under way: what came along with the next frame would be copied.
                 into = self._rx if self._chunk else self._rx_prefix
-        stats = self.stats
-        stats.receives += 1
+        self.stats.receives += 1
         try:
             count = self._line.recv_into(into, 0, flags)
         except BlockingIOError:
@@ -425,7 +418,7 @@ class StreamConnection(Connection):
         if not count:
             raise self._ended()
         self._end += count
-        stats.bytes_received += count
+        self.stats.bytes_received += count
         return True
 
     def _rest_of_frame(self) -> memoryview:
@@ -486,9 +479,8 @@ class StreamConnection(Connection):
             )
         finally:
             self._rx_touching = 0
-        stats = self.stats
-        stats.receives += calls
-        stats.bytes_received += count
+        self.stats.receives += calls
+        self.stats.bytes_received += count
         if not placed:
             return False
         target.advance(placed)
