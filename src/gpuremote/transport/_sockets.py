@@ -15,6 +15,7 @@ from gpuremote.errors import ConnectionFailed, ConnectionLost
 from gpuremote.transport import congestion
 
 __all__ = [
+    "BLOCKING_WAIT",
     "addresses",
     "broken",
     "drain",
@@ -26,6 +27,9 @@ __all__ = [
     "set_blocking",
     "tune",
 ]
+
+BLOCKING_WAIT: Final = 1.0
+"""Seconds that a plain blocking receive waits."""
 
 _OPTIONS: Final = [
     (socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -35,6 +35,7 @@ from gpuremote.transport._incoming import Message, Payload
 from gpuremote.transport._loan import SharedPayload
 from gpuremote.transport._outgoing import CHUNK, Outbox
 from gpuremote.transport._sockets import (
+    BLOCKING_WAIT,
     addresses,
     broken,
     drain,
@@ -59,25 +60,21 @@ BUFFER: Final = 256 << 10
 """Bytes of the receive buffer for headers."""
 IDLE: Final = 64 << 10
 """Bytes asked for when no message is under way; what of it is payload has to be copied."""
-BLOCKING_WAIT: Final = 1.0
-"""Seconds that a plain blocking receive waits."""
 
 _PREFIX: Final = FRAME.size
 _unpack_from = FRAME.unpack_from
 
 
 class StreamConnection(Connection):
-    """A connection over a connected stream socket, which it owns from now on; all of it but the
-    steps for small messages (``_stream``).
+    """A connection over a connected stream socket, which it owns from now on; see ``_stream``.
 
     Parameters
     ----------
     sock : socket.socket
-        TCP or AF_UNIX, connected; not tuned here (see :func:`tune`).
+        TCP or AF_UNIX; not tuned here (see :func:`tune`).
     blocking : bool
         True if a thread waits in ``receive``: the socket stays blocking, and waiting for a
-        message is one system call (of 1 s at most, however long ``wait`` is). False for an
-        event loop.
+        message is one system call (1 s at most, however long ``wait`` is). False for a loop.
     reason : str
         What :func:`tune` said.
     line : Line, optional
@@ -91,7 +88,7 @@ class StreamConnection(Connection):
     """
 
     name = "tcp"
-    _in_c = False  # whether these are there:
+    _in_c = False  # has these:
     _push: Callable[..., tuple[int, int, int, int, int, bool]]
     _pull: Callable[..., tuple[int, int, int, int]]
 
@@ -381,7 +378,7 @@ class StreamConnection(Connection):
         """Wait until the socket is readable."""
         if self._poll is None:
             self._poll = select.poll()
-            self._poll.register(self._sock.fileno(), select.POLLIN)
+            self._poll.register(self._fd, select.POLLIN)
         return bool(self._poll.poll(wait * 1000))
 
     def _read(self, wait: float) -> bool:
