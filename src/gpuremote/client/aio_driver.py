@@ -326,7 +326,8 @@ class AsyncDriver:
             poller = select.poll()
             wanted = select.POLLIN | (select.POLLOUT if connection.pending_output else 0)
             poller.register(self._fd, wanted)
-            poller.poll(1000)
+            due = connection.due()
+            poller.poll(1000 if due is None else 1000 * min(due, 1.0))
             self._readable()
             self._writable()
 

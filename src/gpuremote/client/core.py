@@ -83,6 +83,7 @@ class Core(Issuer):
         self.peer_name = peer_name
         self.session = b""
         self.advertised = peer_name
+        self.encrypted = False
         self.devices: list[Any] = []
         self.owner: Any = None
         self.download_policy = download_policy

@@ -208,6 +208,8 @@ class Device(Generic[A]):
         number = core.record(Op.EXPECT, name="copy_to", blob=blob)
         host, port = parse_address(core.advertised)
         target = {"host": host, "port": port, "session": core.session, "ticket": ticket}
+        if core.encrypted:
+            target["tls"] = True
         sender = other.record(Op.SEND_TO, source._id, name="copy_to", blob=target)
         other.link_failure(sender, core, number)
         # Neither side is waited for, and each must know before the other's bytes can come.

@@ -23,6 +23,7 @@ from gpuremote.client.waits import Wait
 from gpuremote.config import Settings, Target
 from gpuremote.memory.host import output_view
 from gpuremote.rpc.transports import Explanation
+from gpuremote.transport.certificates import TlsClient
 from gpuremote.wire.caps import INLINE_PAYLOAD
 
 __all__ = ["SessionBase", "TransportView", "make_core", "make_link"]
@@ -189,8 +190,14 @@ def make_core(link: Link) -> Core:
 
 def make_link(target: Target, host: str, port: int) -> Link:
     """The link that a URL asks for, with the token of the environment (not to a server that this
-    process has started itself)."""
+    process has started itself, which needs no TLS either)."""
     settings = Settings.from_env(os.environ)
+    cafile = target.cafile or settings.cafile
+    tls = None
+    if target.scheme != "local" and (
+        target.tls or (target.tls is None and (cafile or target.certfile))
+    ):
+        tls = TlsClient(cafile, target.certfile or "", target.keyfile or "")
     return Link(
         host,
         port,
@@ -200,4 +207,5 @@ def make_link(target: Target, host: str, port: int) -> Link:
         memory_limit=target.memory or 0,
         grace=target.grace,
         token=settings.token if target.scheme != "local" else b"",
+        tls=tls,
     )
