@@ -75,7 +75,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--congestion",
         metavar="NAME",
         help="default TCP congestion control of a network of the run's own, which needs "
-        "CAP_SYS_ADMIN; peers: reno, the others: the system's network as it is",
+        "CAP_SYS_ADMIN; by default reno, and for core the system's network as it is",
     )
     parser.add_argument("--quick", action="store_true", help="see that all of it works, < 20 s")
     parser.add_argument(

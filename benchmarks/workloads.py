@@ -221,6 +221,11 @@ FAMILIES: Final[dict[FamilyName, Family]] = {
         "reno",
     ),
     "distance": Family(
-        _distance(256 * MIB, DISTANCES, 10), _distance(2 * MIB, (1, 30), 5), 3, "distance"
+        _distance(256 * MIB, DISTANCES, 10),
+        _distance(2 * MIB, (1, 30), 5),
+        3,
+        "distance",
+        # bbr takes a relay that pauses for a slow loopback, and paces what comes next.
+        "reno",
     ),
 }
