@@ -225,7 +225,7 @@ FAMILIES: Final[dict[FamilyName, Family]] = {
         _distance(2 * MIB, (1, 30), 5),
         3,
         "distance",
-        # bbr takes a relay that pauses for a slow loopback, and paces what comes next.
+        # What the way does is to come from the relay alone, and for all alike.
         "reno",
     ),
 }
