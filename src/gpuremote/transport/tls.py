@@ -317,7 +317,7 @@ def _pieces(buffers: Sequence[BytesLike]) -> Iterator[BytesLike]:
             start = end
         if start < length:
             small, size = [view[start:]], length - start
-    if small:
+    if size:
         yield small[0] if len(small) == 1 else b"".join(small)
 
 
