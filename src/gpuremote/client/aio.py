@@ -177,6 +177,7 @@ class AsyncDevice(Device[AsyncArray]):
                 await _copy(staged, host.view)
             return self._put_staged(host, staged)
         array, wait = self._put(host)
+        del host  # an error that is kept holds this frame, and it the memory
         if wait is not None:
             await self._driver.wait(wait, timeout)
         return array
