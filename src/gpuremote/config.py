@@ -149,7 +149,7 @@ class Settings:
         What an implicit download does (``GPUREMOTE_DOWNLOAD``).
     debug : {"", "sync"}
         ``GPUREMOTE_DEBUG``.
-    transport : str or None
+    transport : str
         The only one to use where the URL names none (``GPUREMOTE_TRANSPORT``).
     token : bytes
         The secret that a server with ``--token-file`` wants to see proved (``GPUREMOTE_TOKEN``).
@@ -166,7 +166,7 @@ class Settings:
     debug: Debug = ""
     stack: int = 2
     token: bytes = field(default=b"", repr=False)
-    transport: str | None = None
+    transport: str = ""
     cafile: str = ""
 
     @classmethod

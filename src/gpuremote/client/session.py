@@ -202,7 +202,7 @@ def make_link(target: Target, host: str, port: int) -> Link:
         host,
         port,
         connect_timeout=target.connect_timeout,
-        transport=target.transport or (None if target.require else settings.transport),
+        transport=target.transport or (None if target.require else settings.transport or None),
         require=target.require,
         memory_limit=target.memory or 0,
         grace=target.grace,
