@@ -21,14 +21,14 @@ from gpuremote.wire.state import State
 OPTIONS = argparse.Namespace(
     backend="numpy", devices=1, memory_limit=1 << 20, grace=30.0, software="gpuremote"
 )
+HELLO = Hello(transports={"tcp": ""})
 REQUEST: dict[str, Any] = {
     "event": "connection",
     "number": 1,
-    "hello": Hello(transports={"tcp": ""}).encode(),
     "server": "s" * 32,
     "session": b"n" * 16,
     "secret": b"x" * 32,
-    "choice": {"chosen": "tcp", "order": ["tcp"]},
+    "choice": {"order": []},
     "advertise": "",
 }
 
@@ -58,7 +58,7 @@ def test_a_session_that_was_welcomed_outlives_its_first_connection(
     monkeypatch.setattr(os, "_exit", ends)
     client, server = socket.socketpair()
     with client:
-        worker._connection(server, REQUEST)
+        worker._admit(server, HELLO, dict(REQUEST))
         assert isinstance(read_hello(client, now() + 10, "the worker"), Welcome)
     assert "came and went: gone" in capsys.readouterr().err
     assert worker.state.value is State.LOST
@@ -74,6 +74,6 @@ def test_a_session_that_was_not_welcomed_ends_with_its_connection(
     monkeypatch.setattr(os, "_exit", ended.append)
     client, server = socket.socketpair()
     client.close()
-    worker._connection(server, REQUEST)
+    worker._admit(server, HELLO, dict(REQUEST))
     assert ended == [1]
     assert worker.state.value is State.NEW
