@@ -19,7 +19,12 @@ from gpuremote.wire.hello import Hello, Welcome
 from gpuremote.wire.state import State
 
 OPTIONS = argparse.Namespace(
-    backend="numpy", devices=1, memory_limit=1 << 20, grace=30.0, software="gpuremote"
+    backend="numpy",
+    devices=1,
+    memory_limit=1 << 20,
+    grace=30.0,
+    software="gpuremote",
+    **dict.fromkeys(("certfile", "keyfile", "client_ca", "cafile"), ""),
 )
 HELLO = Hello(transports={"tcp": ""})
 REQUEST: dict[str, Any] = {
