@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,7 @@ from gpuremote.transport import select
 from tests.faults.sides import AsyncSide, BlockingSide, Side
 from tests.rdma.devices import in_machine
 
+DOCUMENT = Path(__file__).parents[2] / "docs/transports.md"
 MIB = 1 << 20
 SLOW = "connect_timeout=60&grace=120"
 """The emulated machine runs Python some 20 times slower."""
@@ -88,6 +93,19 @@ def test_a_session_resumes_over_verbs(side: Side, server: RunningServer) -> None
             assert np.array_equal(side.do(total.get()), host * np.uint8(3))
             assert session.transport.name == "rdma"
             assert session.stats().reconnects >= 1
+
+
+@pytest.mark.skipif(not in_machine(), reason="shows the devices of the emulated machine")
+def test_doctor_as_documented() -> None:
+    (shown,) = re.findall(
+        r"In the emulated machine.*?```text\n(.*?)```", DOCUMENT.read_text(), re.DOTALL
+    )
+    command = [sys.executable, "-m", "gpuremote", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=150)
+    found = {row["name"]: row for row in json.loads(done.stdout)["transports"]}
+    for line in shown.splitlines()[1:]:
+        name, works, why = line.split(maxsplit=2)
+        assert found[name] == {"name": name, "available": works == "yes", "reason": why}
 
 
 @pytest.mark.skipif(not in_machine(), reason="takes a link down: only in the emulated machine")

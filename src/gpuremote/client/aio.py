@@ -175,7 +175,10 @@ class AsyncDevice(Device[AsyncArray]):
         if staged is not None:
             if staged is not host.view:
                 await _copy(staged, host.view)
-            return self._put_staged(host, staged)
+            array = self._put_staged(host, staged)
+            if staged is host.view:
+                value.flags.writeable = False
+            return array
         array, wait = self._put(host)
         del host  # an error that is kept holds this frame, and it the memory
         if wait is not None:

@@ -43,6 +43,17 @@ class _Credit:
         return self._core.peer.credit > 0 or self._core.dead is not None
 
 
+class _Room:
+    """Done when one more payload may be on its way."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    @property
+    def done(self) -> bool:
+        return not self._core.full
+
+
 class BlockingDriver:
     """Makes a core progress in the threads that wait for it.
 
@@ -256,8 +267,8 @@ class BlockingDriver:
 
     def room(self) -> None:
         """Wait until one more upload may be on its way (with many threads uploading)."""
-        while self.core.full:
-            threading.Event().wait(0.001)
+        if self.core.full:
+            self._until(_Room(self.core), None)
 
     def _stalled(self) -> None:
         """Issuing has to wait until the server has caught up."""

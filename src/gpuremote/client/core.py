@@ -188,11 +188,14 @@ class Core(Issuer):
         numbers, wait = self.put_many([(shape, dtype, device, view)])
         return numbers[0], wait
 
-    def allocate(self, nbytes: int) -> memoryview | None:
-        """Memory from which the present connection sends without copying; None: there is none."""
+    def allocate(self, nbytes: int, *, shared: bool = False) -> memoryview | None:
+        """Memory from which the present connection sends without copying (with ``shared``: that
+        the server sees too); None: there is none."""
         with self.lock:
             connection = self.peer.connection
-            return None if connection is None else connection.allocate(nbytes)
+            if connection is None or (shared and not connection.shared):
+                return None
+            return connection.allocate(nbytes)
 
     def gives(self, view: memoryview) -> bool:
         """Whether ``view`` is such memory, all of it, and not sent yet."""
@@ -203,13 +206,20 @@ class Core(Issuer):
     def put_staged(self, shape: tuple[int, ...], dtype: str, device: int, view: memoryview) -> int:
         """Upload what lies in memory from :meth:`allocate`: nothing has to be waited for, as the
         bytes are where the server finds them."""
+        number = 0
         with self.lock:
-            with self.peer.together():
-                while self.dropped:
-                    self._free_dropped()
-                number = self._record(Op.PUT, (), "put", [list(shape), dtype, device])
-                self.flush()
-                self.peer.post_payload(Kind.PAYLOAD, NUMBER.pack(number), [Region(view)])
+            try:
+                with self.peer.together():
+                    while self.dropped:
+                        self._free_dropped()
+                    number = self._record(Op.PUT, (), "put", [list(shape), dtype, device])
+                    self.flush()
+                    self.peer.post_payload(Kind.PAYLOAD, NUMBER.pack(number), [Region(view)])
+            except BaseException:
+                if number and self.dead is None:
+                    self._record(Op.CANCEL, (number,))
+                    self.dropped.append(number)
+                raise
             self._posted()
         if self._stalled:
             self._relieve()
@@ -252,7 +262,7 @@ class Core(Issuer):
             self._waits[number] = wait
         self.flush()
         body = b"".join(NUMBER.pack(number) for number in numbers)
-        regions = [Region(view) for *_, view in items]
+        regions = [Region(view.toreadonly()) for *_, view in items]  # lent, not given away
         wait.left += 1
         entry = self.peer.post_payload(
             Kind.PAYLOAD, body, regions, lambda: self._put_done(numbers, wait)

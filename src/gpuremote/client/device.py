@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import secrets
+import sys
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
@@ -131,7 +132,10 @@ class Device(Generic[A]):
             return self._put(host)
         if staged is not host.view:
             copy_bytes(staged, host.view)
-        return self._put_staged(host, staged), None
+        array = self._put_staged(host, staged)
+        if staged is host.view:
+            value.flags.writeable = False  # it is the device's from now on
+        return array, None
 
     def _host_array(self, value: Any, dtype: npt.DTypeLike | None) -> HostArray:
         host = host_array(value, dtype)
@@ -148,10 +152,8 @@ class Device(Generic[A]):
         core = self._core
         if host.view.nbytes <= INLINE_PAYLOAD:
             return None
-        if not core.gives(host.view):
-            return core.allocate(host.view.nbytes)
-        if isinstance(value, np.ndarray):
-            value.flags.writeable = False  # it is the device's from now on
+        if not core.gives(host.view) or not _alone(value):
+            return core.allocate(host.view.nbytes, shared=True)
         return host.view
 
     def _put_staged(self, host: HostArray, staged: memoryview) -> A:
@@ -216,6 +218,12 @@ class Device(Generic[A]):
         core.flush()
         other.flush()
         return number
+
+
+def _alone(value: Any) -> bool:
+    """Whether no other array could still write to the memory of ``value``: beside it the upload's
+    own view refers to what both are made from, and so does this call."""
+    return type(value) is np.ndarray and sys.getrefcount(value.base) <= 3
 
 
 def _shape(shape: int | Shape) -> Shape:

@@ -118,7 +118,11 @@ class Link:
             if core.state.value in (State.OPEN, State.CLOSING):
                 self._lost_at = _clock.now()
                 core.state.advance(Stimulus.CONNECTION_LOST)
-                if self._present not in ("", TCP) and not (self.require or self.transport):
+                if self._present not in ("", TCP) and not (
+                    self.require
+                    or self.transport
+                    or getattr(core.peer.failure, "message", "").startswith("aborted: ")
+                ):
                     self._broken = self._present
                     self._cooldowns.failed(self._broken, str(core.peer.failure))
                 self._present = ""
@@ -263,5 +267,7 @@ class Link:
     def leave(self, core: Core) -> None:
         """Give up a connection that works, as the next one may be better."""
         with core.lock:
+            if core.state.value is not State.OPEN:
+                return  # a session that is closing does not come back
             self._present = ""
             core.peer.lost(ConnectionLost("left, to try a transport that was lost"))

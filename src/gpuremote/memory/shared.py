@@ -38,6 +38,8 @@ MAX_BLOCK: Final = 1 << 40
 SMALLEST: Final = 64 << 10
 SLAB: Final = 4 << 20
 """Bytes of a segment of several blocks."""
+AT_ONCE: Final = 32 << 20
+"""Bytes of a segment whose pages are got in one call: some 10 ms, which a loop can spare."""
 KEPT: Final = 10.0
 """Seconds for which a segment is kept that nobody uses."""
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -101,13 +103,35 @@ def _new_segment(nbytes: int) -> int:
     return fd
 
 
+class _Span:
+    """A mapping, which ends with the last array over it.
+
+    Only plain arrays refer to this (as their base), and the cyclic collector does not look
+    through those: it would unmap before the finalisers that still write there.
+    """
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.address = address
+        self.nbytes = nbytes
+        self._unmap = _libc.munmap
+        self.__array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+    def __del__(self) -> None:
+        self._unmap(self.address, self.nbytes)
+
+
 class _Mapping:
     """A segment in this process's address space, until nobody refers to it.
 
     Not ``mmap.mmap``, which keeps a descriptor open for each.
     """
 
-    def __init__(self, fd: int, nbytes: int) -> None:
+    def __init__(self, fd: int, nbytes: int, populate: bool = True) -> None:
         self.nbytes = nbytes
         self.address: int | None = None
         address = _libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
@@ -115,22 +139,18 @@ class _Mapping:
             code = ctypes.get_errno()
             raise OSError(code, f"{nbytes} bytes can't be mapped: {os.strerror(code)}")
         self.address = address
-        self._unmap = _libc.munmap
+        self._content: npt.NDArray[np.uint8] = np.asarray(_Span(address, nbytes))
         # Where the kernel is too old for it pages come when they are touched.
-        _libc.madvise(address, nbytes, _POPULATE)
-        self._content: Any = (ctypes.c_ubyte * nbytes).from_address(address)
-
-    def __del__(self) -> None:
-        if self.address is not None:
-            self._unmap(self.address, self.nbytes)
+        if populate and nbytes <= AT_ONCE:
+            _libc.madvise(address, nbytes, _POPULATE)
 
     def counters(self, count: int) -> npt.NDArray[np.uint32]:
         """The first page; only as long as somebody refers to this mapping."""
-        return np.frombuffer(self._content, np.uint32, count)
+        return self._content[: 4 * count].view(np.uint32)
 
     def memory(self, offset: int, nbytes: int, on_gone: Callable[[], object]) -> memoryview:
         """Bytes that keep the mapping, and tell when the last reference to them goes."""
-        found = np.frombuffer(self._content, np.uint8, nbytes, offset).view(_Memory)
+        found = self._content[offset : offset + nbytes].view(_Memory)
         found.mapping = self
         found.on_gone = on_gone
         view: memoryview = found.data
@@ -333,7 +353,9 @@ class _Borrowed:
 
     def __init__(self, info: SegmentInfo, fd: int) -> None:
         self.info = info
-        self.mapping = _Mapping(fd, info.nbytes)
+        # What the owner has not touched costs nothing here either.
+        self.mapping = _Mapping(fd, info.nbytes, os.fstat(fd).st_blocks * 512 >= info.nbytes)
+        self._pid = os.getpid()
         self._counters = self.mapping.counters(info.blocks)
         self._counts = [0] * info.blocks
         self._pending: deque[int] = deque()
@@ -346,6 +368,8 @@ class _Borrowed:
 
     def give_back(self, index: int) -> None:
         """One that was lent is not needed any more. From any thread, also from a finaliser."""
+        if os.getpid() != self._pid:
+            return  # a fork: the parent has it still
         self._pending.append(index)
         # Whoever holds the lock takes this one too; what comes in the moment before it is let go
         # is taken along by the next.

@@ -388,7 +388,13 @@ class Worker:
         """A connection over the best transport that works; ``sock`` is its, or closed."""
         base = stream_connection(sock, blocking=True)
         deadline = _clock.now() + SETUP_TIMEOUT
-        setup = Setup(base, blocking=True, deadline=deadline, secret=request["secret"])
+        setup = Setup(
+            base,
+            blocking=True,
+            deadline=deadline,
+            secret=request["secret"],
+            limit=self.session.quota.limit,  # copies of results, beside the results themselves
+        )
         try:
             return climb(setup, request["choice"]["order"], client=False)[0]
         except BaseException:

@@ -127,7 +127,11 @@ class SharedPayload(Incoming):
             if pairs is None:
                 self.received = self.there
         if self.behind:
-            self.copy(AT_ONCE)
+            try:
+                self.copy(AT_ONCE)
+            except BaseException:  # Ctrl-C: the rest is copied by the next step
+                self._behind(self)
+                raise
         if self.left == 0:
             self.report()
         elif self.behind:
@@ -161,7 +165,7 @@ class SharedPayload(Incoming):
                 pairs = self._pairs
                 if not pairs:
                     break
-                target, source = pairs.pop()
+                target, source = pairs[-1]
             size = min(target.nbytes, self.there - self.received, limit - copied)
             copy_bytes(target[:size], source[:size])
             copied += size
@@ -170,7 +174,9 @@ class SharedPayload(Incoming):
                     break  # discarded meanwhile
                 self.received += size
                 if size < target.nbytes:
-                    pairs.append((target[size:], source[size:]))
+                    pairs[-1] = target[size:], source[size:]
+                else:
+                    pairs.pop()
         return copied
 
     def release(self) -> None:

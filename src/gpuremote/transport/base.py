@@ -185,6 +185,8 @@ class Connection(abc.ABC):
     peer_address: str
     reason: str
     stats: TransportStats
+    shared = False
+    """Whether ``allocate`` gives memory that the other end sees too: bytes put there have arrived."""
 
     def register(self, buffer: Any) -> Region:
         """Make host memory known to the transport.

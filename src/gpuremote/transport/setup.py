@@ -81,17 +81,26 @@ class Setup:
 
     Attributes
     ----------
+    limit : int
+        Bytes of its own that a transport may take for buffers; 0: as it thinks best.
     secret : bytes
         Known to both ends of this session alone; for what has to prove itself on another path.
     """
 
     def __init__(
-        self, connection: Connection, *, blocking: bool, deadline: float, secret: bytes = b""
+        self,
+        connection: Connection,
+        *,
+        blocking: bool,
+        deadline: float,
+        secret: bytes = b"",
+        limit: int = 0,
     ) -> None:
         self.connection = connection
         self.blocking = blocking
         self.deadline = deadline
         self.secret = secret
+        self.limit = limit
         self._heard = 0
         self._over: str | None = None
 

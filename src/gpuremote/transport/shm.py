@@ -19,11 +19,12 @@ is sent whole is not copied at all: it is given away. The receiver keeps it wher
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import get_ident
 from typing import Final
 
@@ -124,6 +125,7 @@ class ShmConnection(TcpConnection):
     """
 
     name = "shm"
+    shared = True
 
     def __init__(
         self, sock: socket.socket, side: socket.socket, *, blocking: bool, limit: int = 0
@@ -131,7 +133,8 @@ class ShmConnection(TcpConnection):
         super().__init__(sock, blocking=blocking, reason="shared memory, proved by a number in it")
         side.setblocking(False)
         self._side = side
-        self._arena = Arena(limit or int(SHARE * host_memory()), self._pass, self._drop)
+        most = int(SHARE * host_memory())
+        self._arena = Arena(min(limit, most) if limit else most, self._pass, self._drop)
         self._loans = Loans()
         self._fills: deque[_Fill] = deque()
         self._filling: dict[int, SharedPayload] = {}  # not there completely yet
@@ -143,11 +146,31 @@ class ShmConnection(TcpConnection):
         return {**super().describe(), "arena_bytes": self._arena.nbytes}
 
     def allocate(self, nbytes: int) -> memoryview | None:
-        return None if self._closed else self._arena.allocate(nbytes)
+        waiting = self._pending
+        with self._using_memory():
+            if self._closed:
+                return None
+            found = self._arena.allocate(nbytes)
+        if self._pending and not waiting and not self._calling:
+            with contextlib.suppress(ConnectionLost):  # a segment that is no longer used
+                self._pump()
+        return found
+
+    @contextlib.contextmanager
+    def _using_memory(self) -> Iterator[None]:
+        """Another thread that aborts leaves the arena to this one meanwhile."""
+        outer, self._tx_busy = self._tx_busy, True
+        try:
+            yield
+        finally:
+            self._tx_busy = outer
+            if self._closed and not outer:
+                self._release()
 
     def gives(self, view: memoryview) -> bool:
-        place = self._arena.find(view)
-        return place is not None and self._arena.whole(place)
+        with self._using_memory():
+            place = self._arena.find(view)
+            return place is not None and self._arena.whole(place)
 
     def _release(self) -> None:
         super()._release()
@@ -182,10 +205,14 @@ class ShmConnection(TcpConnection):
         """Take in what has come over the second socket."""
         while True:
             try:
-                message, fds, _, _ = socket.recv_fds(self._side, _SEGMENT.size, 1)
+                message, fds, flags, _ = socket.recv_fds(self._side, _SEGMENT.size, 1)
             except BlockingIOError:
                 return
+            if not message and not fds:
+                return  # the other end is gone; what it had passed before is here
             try:
+                if flags & socket.MSG_CTRUNC and not fds:
+                    raise ConnectionLost("this process can't open any more files")
                 if len(message) != _SEGMENT.size or len(fds) != 1:
                     raise ProtocolError("a malformed segment of shared memory")
                 self._loans.add(SegmentInfo(*_SEGMENT.unpack(message)), fds[0])
@@ -205,7 +232,13 @@ class ShmConnection(TcpConnection):
         if not total or self._closed or self._tx_failure is not None:
             super()._send(header, regions, done)
             return
-        placed = self._place(regions)
+        waiting = self._pending  # before room is made, which may queue DROPPED frames
+        with self._using_memory():
+            if self._closed:
+                raise self._gone()
+            placed = self._place(regions)
+        if self._closed:
+            raise self._gone()
         if placed is None:
             super()._send(header, regions, done)
             return
@@ -213,7 +246,6 @@ class ShmConnection(TcpConnection):
         channel = self._next_channel
         self._next_channel = (channel + 1) & 0xFFFF
         fill = _Fill(channel, pairs, done)
-        waiting = self._pending
         self._copy_in(fill, 0 if self._fills else CHUNK)
         body = encode_sizes([region.nbytes for region in regions]) + b"".join(places)
         head = body + _NUMBER.pack(fill.filled)
@@ -237,7 +269,7 @@ class ShmConnection(TcpConnection):
         room = 0
         for region in regions:
             place = arena.find(region.view) if region.nbytes else None
-            if place is not None and not arena.whole(place):
+            if place is not None and (region.readonly or not arena.whole(place)):
                 place = None
             found.append(place)
             if place is None:
@@ -371,7 +403,10 @@ class ShmConnection(TcpConnection):
                 self._filled(channel, *_NUMBER.unpack(body))
                 return None
             if kind == DROPPED:
-                self._loans.drop(*_DROPPED.unpack(body))
+                (ident,) = _DROPPED.unpack(body)
+                if ident not in self._loans:
+                    self._take_segments()  # it may wait there, never used
+                self._loans.drop(ident)
                 return None
         except struct.error as error:
             raise ProtocolError(f"a malformed frame of shared memory: {error}") from None

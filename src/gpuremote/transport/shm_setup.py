@@ -27,6 +27,8 @@ __all__ = ["Shm"]
 
 PATIENCE: Final = 2.0
 """Seconds for the other end to come to the Unix socket."""
+PREFIX: Final = b"\0gpuremote-"
+"""Of an abstract name: nothing is left of it, and no file is reached with it."""
 TICKET: Final = 32
 ATTEMPTS: Final = 8
 """Strangers that may come there before."""
@@ -42,7 +44,8 @@ class _ShmPath:
 
     def connection(self) -> Connection:
         first = self._setup.connection
-        found = ShmConnection(self._sock, self._side, blocking=self._setup.blocking)
+        setup = self._setup
+        found = ShmConnection(self._sock, self._side, blocking=setup.blocking, limit=setup.limit)
         found.local_address, found.peer_address = first.local_address, first.peer_address
         first.close()
         return found
@@ -66,8 +69,8 @@ class Shm:
     def connect(setup: Setup) -> Path:
         """The client's end; see ``transport.setup.Upgrade``."""
         name = setup.hear().get("unix")
-        if not isinstance(name, bytes) or not 1 < len(name) < 100:
-            raise ProtocolError("the server names no Unix socket")
+        if not isinstance(name, bytes) or not name.startswith(PREFIX) or len(name) > 100:
+            raise ProtocolError("the server names no Unix socket of its own")
         ticket = _ticket(setup, name)
         with contextlib.ExitStack() as undo:
             sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -85,11 +88,12 @@ class Shm:
                 for fd in fds:
                     os.close(fd)
                 raise TransportUnavailable("the server passed no memory over its Unix socket")
-            side = undo.enter_context(socket.socket(fileno=fds[1]))
             try:
                 nonce = os.pread(fds[0], TICKET, 0)
+                side = undo.enter_context(socket.socket(fileno=os.dup(fds[1])))
             finally:
                 os.close(fds[0])
+                os.close(fds[1])
             setup.say({"nonce": nonce})
             undo.pop_all()
             return _ShmPath(setup, sock, side)
@@ -97,7 +101,7 @@ class Shm:
     @staticmethod
     def accept(setup: Setup) -> Path:
         """The server's end."""
-        name = b"\0gpuremote-" + secrets.token_hex(16).encode()
+        name = PREFIX + secrets.token_hex(16).encode()
         ticket = _ticket(setup, name)
         nonce = secrets.token_bytes(TICKET)
         with contextlib.ExitStack() as undo:
@@ -144,9 +148,10 @@ def _await_client(setup: Setup, listener: socket.socket, ticket: bytes) -> socke
             raise ProtocolError("the client said something before it came")
         if not found:
             break
+        patience = min(setup.left, PATIENCE)
         sock, _ = listener.accept()
         try:
-            sock.settimeout(min(setup.left, PATIENCE))
+            sock.settimeout(patience)
             heard = sock.recv(TICKET, socket.MSG_WAITALL)
             if hmac.compare_digest(heard, ticket):
                 return sock

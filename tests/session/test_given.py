@@ -1,0 +1,91 @@
+"""Memory that both ends have: who may write to it, and for how long."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.faults.sides import Side
+
+SIZE = 300_000
+
+
+@pytest.fixture
+def shared(fresh: Any) -> Any:
+    if fresh.transport.name != "shm":
+        pytest.skip("this half of the run has no shared memory")
+    return fresh
+
+
+def test_an_array_that_is_put_whole_is_given_away(side: Side, shared: Any) -> None:
+    device = shared.devices[0]
+    for shape in ((SIZE,), (SIZE // 10, 10), (10, 10, SIZE // 100)):
+        local = shared.empty(shape, np.float32)
+        local[:] = 1
+        remote = side.do(device.put(local))
+        assert not local.flags.writeable
+        remote += 1
+        side.do(shared.synchronize())
+        assert local.min() == local.max() == 2  # it is the device's own memory
+    assert shared._core.peer.connection.stats.extra["copied_in"] == 0
+
+
+def test_other_ways_to_the_same_memory_are_copied(side: Side, shared: Any) -> None:
+    """Whoever could still write to it must not reach the device's array."""
+    device = shared.devices[0]
+    local = shared.empty(SIZE, np.float32)
+    local[:] = 1
+    remotes = [
+        side.do(device.put(local.view())),
+        side.do(device.put(local[:])),
+        side.do(device.put(local.reshape(-1, 10))),
+        *side.do(device.put_many([local, local])),
+    ]
+    assert local.flags.writeable
+    local[:] = 7
+    remotes[0] += 1
+    side.do(shared.synchronize())
+    assert [side.do(remote.sum().item()) / SIZE for remote in remotes] == [2, 1, 1, 1, 1]
+
+
+def test_many_uploads_without_a_wait(side: Side, shared: Any) -> None:
+    """More than may be on their way at a time."""
+    device = shared.devices[0]
+    host = np.ones(20_000, np.uint8)
+    last: Any = None
+    for _ in range(1100):
+        last = side.do(device.put(host))
+    assert side.do(last.sum().item()) == 20_000
+
+
+def test_a_child_gives_nothing_back(side: Side, shared: Any) -> None:
+    """After a fork the parent still has what it had."""
+    device = shared.devices[0]
+    view = side.do(device.full(SIZE, 5, "u1").get(copy=False))
+    kept = view[:]
+    child = os.fork()
+    if not child:
+        try:
+            del view, kept
+            gc.collect()
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    for k in range(20):
+        side.do(device.full(SIZE, k + 10, "u1").get(copy=False))
+    assert view.min() == view.max() == 5
+
+
+def test_arrays_outlive_the_session(side: Side, server: Any) -> None:
+    with side.session(f"{server.url}?transport=shm") as session:
+        local = session.empty(SIZE, np.float32)
+        local[:] = 3
+        view = side.do((side.do(session.devices[0].put(local)) * 2).get(copy=False))
+    assert local.max() == 3
+    assert view.min() == view.max() == 6
+    assert not view.flags.writeable
