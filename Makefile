@@ -50,8 +50,8 @@ test: lint ## every check: lint, types, then the test suite on asyncio and on uv
 test-rdma: $(VENV)/.stamp-test ## the RDMA tests, in an emulated machine with software RoCE
 	@echo "== test-rdma: real verbs on a kernel that QEMU boots (a few minutes)"
 	@$(BIN)/python tests/rdma/machine.py --limit $(RDMA_LIMIT) -- \
-		$(BIN)/python -m pytest tests/rdma -p no:cacheprovider --timeout 200 \
-		-o faulthandler_timeout=190 $(PYTEST_ARGS)
+		$(BIN)/python -m pytest tests/rdma -n 2 --dist loadfile --timeout 200 \
+		-o faulthandler_timeout=190 -p no:cacheprovider $(PYTEST_ARGS)
 
 bench: $(VENV)/.stamp-bench ## every workload with every contender, into benchmarks/results/
 	@echo "== bench: gpuremote beside plain sockets, asyncio streams, pyzmq and memcpy"
