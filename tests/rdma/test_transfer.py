@@ -83,10 +83,10 @@ def receive(ends: Ends, incoming: Incoming, target: memoryview) -> None:
     ends.until(lambda: done)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_a_gibibyte_by_one_sided_writes(pair: Pair) -> None:
     here, there = pair
-    ends = Ends(here, there, limit=180)
+    ends = Ends(here, there, limit=360)
     rounds, size = 16, 64 * MIB
     source = np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8)
     target = np.zeros(size, dtype=np.uint8)
@@ -162,7 +162,7 @@ def test_a_peer_that_lies_about_its_memory(pair: Pair, monkeypatch: pytest.Monke
 
 
 # Links are taken down on the second device: the conformance suite may be running on the first.
-SECOND = Options(devices=("rxe1",))
+SECOND = Options(devices=("rxe1",), piece=MIB)
 
 
 @machine_only
@@ -272,12 +272,12 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_memory_does_not_grow_over_many_messages(pair: Pair) -> None:
     """20,000 messages and 200 payloads that are registered and written: half a minute of an
     emulated machine. 100,000 operations are in the test below."""
     here, there = pair
-    ends = Ends(here, there, limit=180)
+    ends = Ends(here, there, limit=360)
     source, target = bytearray(32_768), bytearray(32_768)
     counts = {"messages": 0, "payloads": 0}
 
@@ -304,7 +304,7 @@ def test_memory_does_not_grow_over_many_messages(pair: Pair) -> None:
     assert len(here._rails[0].works) < 200
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_work_requests_do_not_leak() -> None:
     """100,000 writes on a bare queue pair."""
     device = default_provider().open(default_provider().devices()[0])
