@@ -8,15 +8,21 @@ SHELL := bash
 VENV ?= .venv
 # Where the tests need PyTorch they need its CPU build only.
 TORCH ?= torch==2.13.0
-# For instance: make test PYTEST_ARGS="-n 2 -k transport"
+# For instance: make test PYTEST_ARGS="-n 0 -x -k transport"
 PYTEST_ARGS ?=
+# A test process per core, up to four, as each starts device servers of its own. The tests of a
+# file share a server and stay together. The order is kept: the last files are short ones.
+SPREAD := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 # Seconds for the machine in which the RDMA tests run.
 RDMA_LIMIT ?= 1200
 # Tests without an event loop of their own: once is enough.
 LOOPLESS := $(addprefix --ignore=tests/,ops backend wire cli test_docs.py test_examples.py \
-	test_structure.py test_config.py test_benchmarks.py \
+	test_structure.py test_config.py test_benchmarks.py transport/test_cutting.py \
 	test_fixtures.py)
+
+# The tests start some hundred servers; what was compiled for one need not be for the next.
+unexport PYTHONDONTWRITEBYTECODE
 
 NATIVE := $(wildcard src/gpuremote/native/*)
 
@@ -43,9 +49,9 @@ demo: $(VENV)/.stamp-demo ## handwritten digits on a device server, compared wit
 
 test: lint ## every check: lint, types, then the test suite on asyncio and on uvloop
 	@echo "== test: the suite on plain asyncio, without the part in C (less what no event loop comes into)"
-	@GPUREMOTE_TEST_LOOP=asyncio GPUREMOTE_NATIVE=0 $(BIN)/python -m pytest $(LOOPLESS) $(PYTEST_ARGS)
+	@GPUREMOTE_TEST_LOOP=asyncio GPUREMOTE_NATIVE=0 $(BIN)/python -m pytest $(SPREAD) $(LOOPLESS) $(PYTEST_ARGS)
 	@echo "== test: the suite on uvloop, with the part in C"
-	@GPUREMOTE_TEST_LOOP=uvloop $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@GPUREMOTE_TEST_LOOP=uvloop $(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 test-rdma: $(VENV)/.stamp-test ## the RDMA tests, in an emulated machine with software RoCE
 	@echo "== test-rdma: real verbs on a kernel that QEMU boots (a few minutes)"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final, Literal, TypeAlias
 
-__all__ = ["REQUIREMENTS", "Requirement", "Verdict", "judge"]
+from benchmarks.workloads import DISTANCES, LINE
+
+__all__ = ["DISTANCE", "REQUIREMENTS", "Requirement", "Verdict", "judge", "requirements"]
 
 Source: TypeAlias = tuple[str, str, str]
 """Workload, contender, metric."""
@@ -84,7 +86,16 @@ def judge(results: Mapping[str, Any]) -> list[Verdict]:
     values: dict[Source, list[float]] = {
         (m["workload"], m["contender"], m["metric"]): m["values"] for m in results["measurements"]
     }
-    return [_judge(requirement, values) for requirement in REQUIREMENTS]
+    return [_judge(requirement, values) for requirement in requirements(results)]
+
+
+def requirements(results: Mapping[str, Any]) -> Sequence[Requirement]:
+    """The limits of what was run."""
+    family = results.get("family", "core")
+    if family == "peers":
+        ran = [c for c in results["contenders"] if not c["left_out"]]
+        return [*_tcp_peers(ran), *_shared_memory(ran), *_choice()]
+    return DISTANCE if family == "distance" else REQUIREMENTS
 
 
 def _judge(requirement: Requirement, values: Mapping[Source, list[float]]) -> Verdict:
@@ -234,3 +245,129 @@ def _latency() -> Iterator[Requirement]:
 REQUIREMENTS: Final = (*_transfers(), *_ops(), *_latency())
 """In the order and with the numbers in which they were set; those that bind decide the exit
 code of ``python -m benchmarks --check``."""
+
+
+SIZES: Final = (1, 16, 64, 256)
+"""MiB of the transfers that are held against other libraries."""
+
+
+def _peer_names(ran: Sequence[Mapping[str, Any]], path: str) -> list[str]:
+    """Other libraries that took part; what is written by hand is a yardstick, not a library."""
+    return [
+        c["name"]
+        for c in ran
+        if c["traits"].get("path") == path
+        and not c["name"].startswith("gpuremote")
+        and c["name"] != "sockets"
+    ]
+
+
+def _given(name: str, ran: Sequence[Mapping[str, Any]], kind: str) -> str:
+    """The figure of a peer: where it can't fill the caller's array, without the copy into it."""
+    into = next(c["traits"]["get_into"] for c in ran if c["name"] == name)
+    hands_out = kind == "get" and "then copied" in into
+    return "handed_gb_per_s" if hands_out else "gb_per_s"
+
+
+def _tcp_peers(ran: Sequence[Mapping[str, Any]]) -> Iterator[Requirement]:
+    for name in _peer_names(ran, "TCP"):
+        for size in SIZES:
+            for kind in ("put", "get"):
+                workload = f"{kind}/{size}MiB"
+                yield Requirement(
+                    3,
+                    f"gpuremote: {kind} of {size} MiB / {name}",
+                    (workload, "gpuremote", "gb_per_s"),
+                    (workload, name, _given(name, ran, kind)),
+                    ">=",
+                    1.0,
+                )
+        yield Requirement(
+            3,
+            f"gpuremote: 8 B / {name}",
+            ("round_trip/8B", "gpuremote", "us"),
+            ("round_trip/8B", name, "us"),
+            "<=",
+            1.0,
+        )
+    for size in (64, 256):
+        for kind in ("put", "get"):
+            workload = f"{kind}/{size}MiB"
+            yield Requirement(
+                3,
+                f"gpuremote: {kind} of {size} MiB / blocking sockets",
+                (workload, "gpuremote", "gb_per_s"),
+                (workload, "sockets", "gb_per_s"),
+                ">=",
+                0.90,
+            )
+
+
+def _shared_memory(ran: Sequence[Mapping[str, Any]]) -> Iterator[Requirement]:
+    large, ours = "put/256MiB", "gpuremote-shm"
+    for other, limit in (("memcpy", 0.8), ("gpuremote", 2.5)):
+        yield Requirement(
+            2,
+            f"{ours}: put of 256 MiB / {other}",
+            (large, ours, "gb_per_s"),
+            (large, other, "gb_per_s"),
+            ">=",
+            limit,
+        )
+    for size in SIZES:
+        yield Requirement(
+            2,
+            f"{ours}-empty: put of {size} MiB takes at most 200 µs",
+            (f"put/{size}MiB", f"{ours}-empty", "gb_per_s"),
+            None,
+            ">=",
+            size * 2**20 / 200e3,
+            unit="GB/s",
+        )
+    for name in _peer_names(ran, "same-host memory"):
+        for size in SIZES:
+            for kind in ("put", "get"):
+                workload = f"{kind}/{size}MiB"
+                yield Requirement(
+                    2,
+                    f"{ours}: {kind} of {size} MiB / {name}",
+                    (workload, ours, "gb_per_s"),
+                    (workload, name, _given(name, ran, kind)),
+                    ">=",
+                    1.0,
+                )
+
+
+def _choice() -> Iterator[Requirement]:
+    """What our own choice of congestion control brings, which others do not have."""
+    for size in (64, 256):
+        for kind in ("put", "get"):
+            workload = f"{kind}/{size}MiB"
+            yield Requirement(
+                3,
+                f"gpuremote under reno, its own choice / under bbr: {kind} of {size} MiB",
+                (workload, "gpuremote", "gb_per_s"),
+                (workload, "gpuremote-bbr", "gb_per_s"),
+                ">=",
+                1.0,
+                binding=False,
+            )
+
+
+DISTANCE: Final = tuple(
+    Requirement(
+        3,
+        f"{contender}: {kind} of 256 MiB at {distance} ms, of the line's 0.125 GB/s",
+        (f"{kind}/256MiB/{distance}ms", contender, "gb_per_s"),
+        None,
+        ">=",
+        0.9 * LINE / 1e9,
+        unit="GB/s",
+        # One connection shows why there are lanes.
+        binding=contender == "far-gpuremote-lanes" and distance == 150,
+    )
+    for distance in DISTANCES
+    for kind in ("put", "get")
+    for contender in ("far-gpuremote-lanes", "far-gpuremote")
+)
+"""Held against a run through the relay."""

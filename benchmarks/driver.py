@@ -28,12 +28,14 @@ def main() -> None:
     # Nobody's output may get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    contender = CONTENDERS[options.contender].make(Setup(**options.setup))
+    contender: Contender | None = None
     opened = False
     try:
         for line in sys.stdin:
             request = json.loads(line)
             try:
+                if contender is None:
+                    contender = CONTENDERS[options.contender].make(Setup(**options.setup))
                 if not opened:
                     contender.open()
                     opened = True
@@ -43,13 +45,18 @@ def main() -> None:
                 answer = {"error": f"{type(error).__name__}: {error}"}
             print(json.dumps(answer), file=answers, flush=True)
     finally:
-        if opened:
+        if contender is not None and opened:
             contender.close()
 
 
 def _answer(contender: Contender, request: dict[str, Any]) -> dict[str, Any]:
     if "workload" not in request:
-        return {"kinds": sorted(contender.kinds), "facts": contender.facts()}
+        return {
+            "kinds": sorted(contender.kinds),
+            "facts": contender.facts(),
+            "processes": contender.processes,
+            "restless": contender.restless,
+        }
     return {"values": perform(contender, Workload(**request["workload"]), request["turn"])}
 
 

@@ -30,7 +30,10 @@ __all__ = [
 CORES: Final = sorted(os.sched_getaffinity(0))
 """Processors that this process may use."""
 
-_PACKAGES: Final = ("gpuremote", "numpy", "uvloop", "pyzmq", "msgpack")
+_PACKAGES: Final = (
+    *("gpuremote", "numpy", "uvloop", "pyzmq", "msgpack", "torch", "ucxx-cu12", "libucx-cu12"),
+    *("nixl", "mooncake-transfer-engine-non-cuda", "grpcio", "pyarrow", "ray", "distributed"),
+)
 _TCP_INFO_SIZE: Final = 208
 _RECEIVED: Final = struct.Struct("=128xQ")  # tcpi_bytes_received
 _SENT: Final = struct.Struct("=200xQ")  # tcpi_bytes_sent

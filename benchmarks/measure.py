@@ -18,8 +18,6 @@ from benchmarks.workloads import MIB, Kind, Workload
 
 __all__ = ["perform"]
 
-WARM: Final = 3
-"""Puts before those that count: one more array than a peer may hold at a time."""
 CYCLES: Final = 3
 """Transfers that may have to share the memory of one."""
 RESTS: Final = 6
@@ -36,6 +34,8 @@ def perform(contender: Contender, workload: Workload, turn: int) -> dict[str, fl
     turn : int
         Number of the round; the pinned ones take the cores in turn.
     """
+    if workload.distance:
+        contender.move_to(workload.distance)
     machine.pin(os.getpid(), contender.peer, workload.layout, turn)
     try:
         return _KINDS[workload.kind](contender, workload)
@@ -45,7 +45,7 @@ def perform(contender: Contender, workload: Workload, turn: int) -> dict[str, fl
 
 def _round_trip(contender: Contender, workload: Workload) -> dict[str, float]:
     call = contender.echoes if workload.kind == "echo" else contender.round_trips
-    call(workload.size, max(5, workload.repeat // 20))
+    call(workload.size, min(workload.repeat, max(5, workload.repeat // 20)))
     times = call(workload.size, workload.repeat)
     return {"us": median(times) / 1e3, "p99_us": quantiles(times, n=100)[98] / 1e3}
 
@@ -58,19 +58,35 @@ def _transfer(contender: Contender, workload: Workload) -> dict[str, float]:
         memory[:] = 0
         call = contender.gets
     # Until either side uses memory that it has touched before.
-    call(memory, WARM if workload.kind == "put" else 1)
+    call(memory, workload.warm if workload.kind == "put" else 1)
     here, there, wire = time.process_time(), _peer_cpu(contender), machine.tcp_bytes()
+    contender.handed = []
     times = call(memory, workload.repeat)
     here, there = time.process_time() - here, _peer_cpu(contender) - there
     wire = machine.tcp_bytes() - wire
     contender.forget()
     size, moved = workload.size, workload.size * workload.repeat
-    return {
+    values = {
         "gb_per_s": size / median(times),
         "client_cpu_s_per_gb": here / moved * 1e9,
         "peer_cpu_s_per_gb": there / moved * 1e9,
         "wire_bytes_per_byte": wire / moved,
     }
+    if workload.kind == "get" and contender.handed:
+        values["handed_gb_per_s"] = size / median(contender.handed)
+    return values
+
+
+def _intact(contender: Contender, workload: Workload) -> dict[str, float]:
+    """Bytes that went there and came back, and others behind them in the same place."""
+    for memory in (_pattern(workload.size), _pattern(workload.size)[::-1].copy()):
+        expected = memory.copy()
+        contender.puts(memory, 1)
+        memory[:] = 0
+        contender.gets(memory, 1)
+        assert np.array_equal(memory, expected), "the bytes changed on their way"
+        contender.forget()
+    return {"intact": 1.0}
 
 
 def _ops(contender: Contender, workload: Workload) -> dict[str, float]:
@@ -169,6 +185,7 @@ _KINDS: Final[dict[Kind, Callable[[Contender, Workload], dict[str, float]]]] = {
     "get_memory": _memory,
     "first_op": _first_op,
     "busy_thread": _busy_thread,
+    "intact": _intact,
 }
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.check import Verdict
+from benchmarks.workloads import DISTANCES, LINE, MIB, WINDOW
 
 __all__ = ["Figure", "figures", "print_report", "print_verdicts"]
 
@@ -60,9 +61,29 @@ _TABLES: Final[tuple[tuple[str, _Columns], ...]] = (
         "GB/s",
         [
             (f"{kind} {size} MiB", f"{kind}/{size}MiB", "gb_per_s")
-            for size in (1, 8, 64, 256)
+            for size in (1, 8, 16, 64, 256)
             for kind in ("put", "get")
         ],
+    ),
+    (
+        "GB/s of gets until memory of the library's own is handed out, before the copy into the "
+        "caller's array",
+        [(f"get {size} MiB", f"get/{size}MiB", "handed_gb_per_s") for size in (1, 8, 16, 64, 256)],
+    ),
+    *(
+        (
+            f"emulated way of {distance} ms round trip, line of {LINE / 1e9} GB/s, "
+            f"{WINDOW // MIB} MiB in flight per connection",
+            [
+                ("8 B, µs", f"round_trip/8B/{distance}ms", "us"),
+                *(
+                    (f"{kind} {size} MiB, GB/s", f"{kind}/{size}MiB/{distance}ms", "gb_per_s")
+                    for size in (2, 256)
+                    for kind in ("put", "get")
+                ),
+            ],
+        )
+        for distance in DISTANCES
     ),
     (
         "CPU seconds per GB, client + peer",
@@ -112,7 +133,7 @@ def print_report(console: Console, results: Mapping[str, Any]) -> None:
         f"{machine['cpus']} × {machine['processor']}, {machine['kernel']}, {machine['python']}, "
         f"numpy {machine['packages'].get('numpy', '?')}; {results['rounds']} rounds in "
         f"{results['seconds']} s; congestion control of the sockets: "
-        f"{congestion['sockets'] or congestion['system']}",
+        f"{congestion['sockets'] or congestion['system']}{_network(results)}",
         highlight=False,
     )
     for contender in results["contenders"]:
@@ -120,10 +141,44 @@ def print_report(console: Console, results: Mapping[str, Any]) -> None:
             console.print(
                 f"left out: {contender['title']} ({contender['left_out']})", highlight=False
             )
+    if results.get("family") == "peers":
+        _print_traits(console, results["contenders"])
     found = figures(results)
     titles = {contender["name"]: contender["title"] for contender in results["contenders"]}
     for title, columns in _TABLES:
         _print_table(console, title, columns, titles, found)
+
+
+def _network(results: Mapping[str, Any]) -> str:
+    if results.get("family", "core") == "core":
+        return ""
+    congestion = results["machine"]["congestion"]
+    text = ", the default of a network of this run's own"
+    if not congestion["own_network"]:
+        text = f", the system's default (no network of this run's own: {congestion['shared']})"
+    return f"{text}; load average before it began: {results['machine']['load_average']}"
+
+
+def _print_traits(console: Console, contenders: Sequence[Mapping[str, Any]]) -> None:
+    """What each does with memory, and what its sockets say of themselves."""
+    table = Table(title="what is compared", title_justify="left", title_style="bold")
+    headings = ("", "path", "one-sided", "kept", "a put lies in", "a get lies in", "congestion")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for contender in contenders:
+        traits = contender["traits"]
+        tcp = traits["path"] == "TCP"
+        table.add_row(
+            contender["title"],
+            traits["path"],
+            "yes" if traits["one_sided"] else "no",
+            traits["reuse"],
+            traits["put_into"],
+            traits["get_into"],
+            ", ".join(contender["congestion"]) if tcp else "",
+            style="dim" if contender["left_out"] else None,
+        )
+    console.print(table)
 
 
 def _print_table(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -15,10 +17,11 @@ from statistics import median
 from typing import Any, Final
 
 from benchmarks import machine
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import CONTENDERS, Entry
 from benchmarks.contenders.base import Setup
+from benchmarks.network import observed_congestion, private_network
 from benchmarks.stamps import stamping
-from benchmarks.workloads import MIB, UNITS, Layout, Workload
+from benchmarks.workloads import MIB, UNITS, FamilyName, Layout, Workload
 from gpuremote.testing.servers import device_server
 
 __all__ = ["SCHEMA", "Driver", "DriverFailed", "run"]
@@ -50,12 +53,18 @@ class Driver:
         Workloads that it takes part in.
     facts : dict
         Choices of its own.
+    processes : list of int
+        Those that move the bytes.
+    restless : bool
+        They are stopped unless they are asked something.
     """
 
     name: str
     setup: Setup
     kinds: frozenset[str] = frozenset()
     facts: dict[str, Any] = field(default_factory=dict)
+    processes: list[int] = field(default_factory=list)
+    restless: bool = False
 
     def __post_init__(self) -> None:
         self._process = subprocess.Popen(
@@ -66,6 +75,9 @@ class Driver:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=_ROOT,
+            # With its other side, which is stopped together with it. If this process dies, the
+            # kernel ends a group that has stopped processes and nobody left to wake them.
+            process_group=0,
         )
 
     def begin(self) -> None:
@@ -77,10 +89,15 @@ class Driver:
         answer = self._told()
         self.kinds = frozenset(answer["kinds"])
         self.facts = answer["facts"]
+        self.processes = answer["processes"]
+        self.restless = answer["restless"]
+        self._signal(signal.SIGSTOP)
 
     def perform(self, workload: Workload, turn: int) -> dict[str, float]:
         """The values of one round, by metric."""
+        self._signal(signal.SIGCONT)
         values: dict[str, float] = self._ask({"workload": asdict(workload), "turn": turn})["values"]
+        self._signal(signal.SIGSTOP)
         return values
 
     def close(self) -> None:
@@ -88,6 +105,7 @@ class Driver:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(OSError):
             process.stdin.close()
         try:
@@ -96,6 +114,11 @@ class Driver:
             process.kill()
             process.wait()
         process.stdout.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.restless:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         self._tell(request)
@@ -134,6 +157,8 @@ def run(
     rounds: int,
     names: Sequence[str],
     progress: Callable[[str, float], None],
+    family: FamilyName = "core",
+    congestion: str = "",
 ) -> dict[str, Any]:
     """Run everything; the results as plain values.
 
@@ -146,6 +171,11 @@ def run(
         Contenders that take part.
     progress : callable
         Told what happens, and what share of the work is done.
+    family : str
+        Whose contenders are listed.
+    congestion : str
+        Default TCP congestion control of the run's own network; "" runs in the system's, and
+        finds the best one for those who can choose.
     """
     began = time.monotonic()
     facts = machine.facts()
@@ -153,24 +183,25 @@ def run(
     names = [name for name in names if not left_out[name]]
     layouts: set[Layout] = {"free", "one", "two"} if len(machine.CORES) > 1 else {"free", "one"}
     workloads = [workload for workload in workloads if workload.layout in layouts]
-    progress("trying congestion controls", 0.0)
-    largest = max((w.size for w in workloads if w.kind == "put"), default=0)
-    trial = _try_congestion(rounds, min(largest, 64 * MIB)) if "sockets" in names else {}
-    best = max(trial, key=lambda name: trial[name]) if trial else ""
-    facts["congestion"] |= {"sockets": best, "trial_gb_per_s": trial}
-    with _servers(names, best) as setup, _drivers(names, setup, left_out, progress) as drivers:
-        rounds, values = _rounds(drivers, workloads, rounds, left_out, progress)
-        contenders = [
-            {
-                "name": name,
-                "title": entry.title,
-                "left_out": left_out.get(name, "not asked for"),
-                "facts": drivers[name].facts if name in drivers else {},
-            }
-            for name, entry in CONTENDERS.items()
-        ]
+    with private_network(congestion) as shared:
+        best = "" if shared else congestion
+        if family == "core":
+            progress("trying congestion controls", 0.0)
+            largest = max((w.size for w in workloads if w.kind == "put"), default=0)
+            trial = _try_congestion(rounds, min(largest, 64 * MIB)) if "sockets" in names else {}
+            best = max(trial, key=lambda name: trial[name]) if trial else ""
+            facts["congestion"]["trial_gb_per_s"] = trial
+        facts["congestion"] |= {"sockets": best, "own_network": not shared, "shared": shared}
+        with _servers(names, best) as setup, _drivers(names, setup, left_out, progress) as drivers:
+            rounds, values = _rounds(drivers, workloads, rounds, left_out, progress)
+            contenders = [
+                _described(entry, drivers.get(entry.name), left_out)
+                for entry in CONTENDERS.values()
+                if family in entry.families
+            ]
     return {
         "schema": SCHEMA,
+        "family": family,
         "machine": facts,
         "rounds": rounds,
         "seconds": round(time.monotonic() - began, 1),
@@ -180,6 +211,18 @@ def run(
             _measurement(workload, contender, metric, found)
             for (workload, contender, metric), found in values.items()
         ],
+    }
+
+
+def _described(entry: Entry, driver: Driver | None, left_out: dict[str, str]) -> dict[str, Any]:
+    """What the results say of a contender, asked while its sockets are open."""
+    return {
+        "name": entry.name,
+        "title": entry.title,
+        "left_out": left_out.get(entry.name, "not asked for"),
+        "facts": driver.facts if driver is not None else {},
+        "traits": asdict(entry.traits) if entry.traits is not None else {},
+        "congestion": observed_congestion(driver.processes) if driver is not None else [],
     }
 
 
@@ -224,16 +267,20 @@ def _drivers(
     progress: Callable[[str, float], None],
 ) -> Iterator[dict[str, Driver]]:
     drivers = {name: Driver(name, setup) for name in names}
+    # Other libraries one by one: some give up where many start together, some poll at once.
+    peers = [[name] for name in names if CONTENDERS[name].extra]
+    groups = [*peers, [name for name in names if not CONTENDERS[name].extra]]
     try:
-        # All at once, as most of it is waiting for others.
-        for step in (Driver.begin, Driver.open):
-            for name, driver in drivers.items():
-                progress(f"starting {CONTENDERS[name].title}", 0.0)
-                try:
-                    if not left_out[name]:
-                        step(driver)
-                except DriverFailed as error:
-                    left_out[name] = str(error)
+        for group in groups:
+            # All at once, as most of it is waiting for others.
+            for step in (Driver.begin, Driver.open):
+                for name in group:
+                    progress(f"starting {CONTENDERS[name].title}", 0.0)
+                    try:
+                        if not left_out[name]:
+                            step(drivers[name])
+                    except DriverFailed as error:
+                        left_out[name] = str(error)
         yield drivers
     finally:
         for driver in drivers.values():

@@ -5,16 +5,49 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-__all__ = ["FULL", "KIB", "LAYOUTS", "MIB", "QUICK", "UNITS", "Kind", "Layout", "Workload"]
+__all__ = [
+    "DISTANCES",
+    "FAMILIES",
+    "FULL",
+    "KIB",
+    "LAYOUTS",
+    "LINE",
+    "MIB",
+    "QUICK",
+    "UNITS",
+    "WINDOW",
+    "Family",
+    "FamilyName",
+    "Kind",
+    "Layout",
+    "Workload",
+]
 
 Kind: TypeAlias = Literal[
-    "round_trip", "echo", "put", "get", "ops", "put_memory", "get_memory", "first_op", "busy_thread"
+    "round_trip",
+    "echo",
+    "put",
+    "get",
+    "ops",
+    "put_memory",
+    "get_memory",
+    "first_op",
+    "busy_thread",
+    "intact",
 ]
+FamilyName: TypeAlias = Literal["core", "peers", "distance"]
+"""What is run together: the project's own limits; other libraries; long ways."""
 Layout: TypeAlias = Literal["free", "one", "two"]
 """Where the processes run: wherever the kernel likes, both on one core, each on its own."""
 
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
+DISTANCES: Final = (1, 30, 150)
+"""Milliseconds of round trip of the emulated ways."""
+LINE: Final = 125_000_000
+"""Bytes per second of an emulated line in each direction, all connections together: 1 Gbit/s."""
+WINDOW: Final = 4 * MIB
+"""Bytes that one connection may have in flight on an emulated line: as Linux' tcp_wmem."""
 LAYOUTS: Final[dict[Layout, str]] = {
     "free": "not pinned",
     "one": "both on one core",
@@ -41,6 +74,8 @@ UNITS: Final[dict[str, str]] = {
     "quiet_ms": "ms",
     "worst_ms": "ms",
     "switch_intervals": "",
+    "handed_gb_per_s": "GB/s",
+    "intact": "",
 }
 """Every metric, and its unit."""
 
@@ -57,7 +92,8 @@ class Workload:
         kept. ``ops``: ``repeat`` small ops, then one ``get``. ``put_memory``,
         ``get_memory``: how much memory a put or get takes on either side at its peak.
         ``first_op``: when an op is executed while its caller goes on without waiting.
-        ``busy_thread``: a call while another thread of the process runs Python.
+        ``busy_thread``: a call while another thread of the process runs Python. ``intact``:
+        what a put brought and a get took back is what it was.
     size : int
         Bytes.
     layout : {"free", "one", "two"}
@@ -65,6 +101,10 @@ class Workload:
         Repetitions within a round; a round gives one value, their median.
     rounds : int
         Rounds to take part in at most; 0 means all of them.
+    distance : int
+        Milliseconds of round trip of the emulated way; 0 means none.
+    warm : int
+        Puts before those that count; by default one more array than a peer may hold at a time.
     """
 
     kind: Kind
@@ -72,6 +112,8 @@ class Workload:
     layout: Layout = "free"
     repeat: int = 1
     rounds: int = 0
+    distance: int = 0
+    warm: int = 3
 
     @property
     def name(self) -> str:
@@ -81,6 +123,8 @@ class Workload:
             parts.append(_size(self.size))
         if self.layout != "free":
             parts.append(self.layout)
+        if self.distance:
+            parts.append(f"{self.distance}ms")
         return "/".join(parts)
 
 
@@ -116,3 +160,72 @@ def _workloads(
 
 FULL: Final = _workloads((MIB, 64 * MIB, 256 * MIB), 1000, 10_000, 10, 10)
 QUICK: Final = _workloads((MIB, 8 * MIB), 50, 10_000, 3, 3)
+
+
+def _peers(sizes: tuple[int, ...], trips: int) -> list[Workload]:
+    return [
+        *(Workload("intact", size, rounds=1) for size in sizes),
+        Workload("round_trip", 8, repeat=trips),
+        *(
+            Workload(kind, size, repeat=max(4, min(12, 512 * MIB // size)))
+            for size in sizes
+            for kind in ("put", "get")
+        ),
+    ]
+
+
+def _distance(size: int, distances: tuple[int, ...], trips: int) -> list[Workload]:
+    return [
+        workload
+        for distance in distances
+        for workload in (
+            Workload("intact", MIB, rounds=1, distance=distance),
+            Workload("round_trip", 8, repeat=trips, distance=distance),
+            # A connection that has been used is past its slow start.
+            Workload("put", size, distance=distance, warm=1),
+            Workload("get", size, distance=distance, warm=1),
+        )
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Workloads that are run together.
+
+    Attributes
+    ----------
+    full, quick : list of Workload
+        What is measured, and what shows that all of it works.
+    rounds : int
+        Of a full run.
+    stem : str
+        Names the files of its results.
+    congestion : str
+        The system's TCP congestion control for the length of a run; "" keeps what is set.
+    """
+
+    full: list[Workload]
+    quick: list[Workload]
+    rounds: int
+    stem: str
+    congestion: str = ""
+
+
+FAMILIES: Final[dict[FamilyName, Family]] = {
+    "core": Family(FULL, QUICK, 9, "results"),
+    "peers": Family(
+        _peers((MIB, 16 * MIB, 64 * MIB, 256 * MIB), 500),
+        _peers((MIB,), 20),
+        7,
+        "peers",
+        "reno",
+    ),
+    "distance": Family(
+        _distance(256 * MIB, DISTANCES, 10),
+        _distance(2 * MIB, (1, 30), 5),
+        3,
+        "distance",
+        # What the way does is to come from the relay alone, and for all alike.
+        "reno",
+    ),
+}

@@ -162,7 +162,7 @@ def main(picture: Path) -> int:
     console.print("\n[bold]How it ran[/]")
     say("transport", f"{explanation.chosen}: {explanation.reason}")
     for candidate in explanation.candidates:
-        if candidate["name"] != explanation.chosen:
+        if not candidate["available"]:
             say("", f"not {candidate['name']}: {candidate['reason']}")
     say("bytes", f"{stats.bytes_sent:,} sent, {stats.bytes_received:,} received")
     say("messages", f"{stats.messages_sent} sent, {stats.messages_received} received")

@@ -4,6 +4,7 @@ gpuremote blocks no event loop."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -21,7 +22,7 @@ LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 LOOP_VARIABLE: Final = "GPUREMOTE_TEST_LOOP"
 
 _FAILED: Final = pytest.StashKey[bool]()
-_LOOP: Final = pytest.StashKey[tuple[str, LoopFactory]]()
+LOOP: Final = pytest.StashKey[tuple[str, LoopFactory]]()
 
 
 def _choose_loop() -> tuple[str, LoopFactory]:
@@ -42,7 +43,7 @@ def _choose_loop() -> tuple[str, LoopFactory]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_LOOP] = _choose_loop()
+    config.stash[LOOP] = _choose_loop()
     mark_descendants()
     # No deadline per example: this runs on busy machines. The same examples every time on CI.
     hypothesis.settings.register_profile(
@@ -51,8 +52,14 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("gpuremote")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is there before the first test stays: each search for garbage would go through it."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    lines = [f"event loop: {config.stash[_LOOP][0]}"]
+    lines = [f"event loop: {config.stash[LOOP][0]}"]
     if reason := why_not():
         lines.append(f"tests/rdma: not collected, {reason}")
     return lines
@@ -61,14 +68,14 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, LoopFactory]:
-    name, factory = config.stash[_LOOP]
+    name, factory = config.stash[LOOP]
     return {name.split()[0]: factory}
 
 
 @pytest.fixture(scope="session")
 def loop_factory(pytestconfig: pytest.Config) -> LoopFactory:
     """Makes the event loops of this run, for tests that run one themselves."""
-    return pytestconfig.stash[_LOOP][1]
+    return pytestconfig.stash[LOOP][1]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -14,10 +16,11 @@ from typing import Any
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.check import REQUIREMENTS, Requirement, judge
+from benchmarks.check import DISTANCE, REQUIREMENTS, Requirement, judge, requirements
 from benchmarks.contenders import CONTENDERS, Entry
+from benchmarks.network import force_congestion, observed_congestion, private_network
 from benchmarks.suite import SCHEMA
-from benchmarks.workloads import FULL, QUICK, UNITS
+from benchmarks.workloads import DISTANCES, FAMILIES, FULL, QUICK, UNITS, FamilyName
 
 ROOT = Path(__file__).parent.parent
 OURS = ("gpuremote", "gpuremote-uvloop", "gpuremote-asyncio")
@@ -25,6 +28,8 @@ MOVING = (*OURS, "sockets", "streams", "pyzmq")
 """Contenders that move bytes between processes."""
 
 Results = dict[str, Any]
+
+pytestmark = pytest.mark.timeout(180)  # the quick run, on a machine that does other things as well
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=170,
     )
     assert done.returncode == 0, done.stderr
     assert "100% done" in done.stderr
@@ -60,7 +65,7 @@ def measured(results: Results) -> dict[tuple[str, str, str], float]:
 
 def test_everyone_takes_part(results: Results, measured: dict[tuple[str, str, str], float]) -> None:
     assert {c["name"]: c["left_out"] for c in results["contenders"]} == {
-        name: entry.missing() for name, entry in CONTENDERS.items()
+        name: CONTENDERS[name].missing() for name in members("core")
     }
     here = {c["name"] for c in results["contenders"] if not c["left_out"]}
     assert {*OURS, "sockets", "streams", "memcpy"} <= here
@@ -152,6 +157,122 @@ def test_no_side_holds_a_payload_twice(
 def test_a_missing_package_is_named() -> None:
     entry = Entry("x", "X", "memcpy", "Memcpy", "no_such_package")
     assert "no_such_package" in entry.missing()
+
+
+def members(family: FamilyName) -> list[str]:
+    return [name for name, entry in CONTENDERS.items() if family in entry.families]
+
+
+def quick(family: FamilyName, folder: Path, *names: str) -> Results:
+    """What a quick run of these contenders has written."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks", "--family", family, "--quick"),
+            *("--out", str(folder), "--only", *names),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=140,
+    )
+    assert done.returncode == 0, done.stderr
+    found: Results = json.loads((folder / f"{FAMILIES[family].stem}.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", members("peers"))
+def test_other_libraries_move_the_right_bytes(name: str, tmp_path: Path) -> None:
+    entry = CONTENDERS[name]
+    found = quick("peers", tmp_path, name)
+    described = next(c for c in found["contenders"] if c["name"] == name)
+    assert described["traits"]["path"]
+    measured = {m["workload"]: m["values"] for m in found["measurements"]}
+    if described["left_out"]:
+        assert measured == {}
+        if name == "gpuremote-bbr" and not entry.missing():
+            # Another process' sockets may be out of reach.
+            assert "can't be reached from outside" in described["left_out"]
+        elif not entry.missing():
+            # It is installed, and something that it needs is not.
+            with pytest.raises(ImportError) as caught:
+                importlib.import_module(entry.needs)
+            assert str(caught.value) in described["left_out"]
+        return
+    assert set(measured) == {workload.name for workload in FAMILIES["peers"].quick}
+    assert measured["intact/1MiB"] == [1.0]
+    congestion = found["machine"]["congestion"]
+    if described["traits"]["path"] == "TCP" and congestion["own_network"]:
+        assert described["congestion"] == ["bbr" if name == "gpuremote-bbr" else "reno"]
+
+
+def test_long_ways_move_the_right_bytes(tmp_path: Path) -> None:
+    names = members("distance")
+    found = quick("distance", tmp_path, *names)
+    assert {c["name"]: c["left_out"] for c in found["contenders"]} == {
+        name: CONTENDERS[name].missing() for name in names
+    }
+    for name in names:
+        if not CONTENDERS[name].missing():
+            intact = [
+                m
+                for m in found["measurements"]
+                if m["contender"] == name and m["metric"] == "intact"
+            ]
+            assert {m["workload"] for m in intact} == {"intact/1MiB/1ms", "intact/1MiB/30ms"}
+
+
+def test_a_run_may_have_a_network_of_its_own() -> None:
+    default = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+    before, here = default.read_text(), os.readlink("/proc/thread-self/ns/net")
+    with private_network("reno") as reason:
+        said = subprocess.run(["cat", default], capture_output=True, text=True, check=True).stdout
+        assert said == (before if reason else "reno\n")
+    with private_network("no such algorithm") as reason:
+        assert reason
+        assert os.readlink("/proc/thread-self/ns/net") == here
+    assert (default.read_text(), os.readlink("/proc/thread-self/ns/net")) == (before, here)
+
+
+def test_sockets_say_what_they_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert observed_congestion([os.getpid()]) == []
+        with socket.create_connection(listener.getsockname()):
+            far, _ = listener.accept()
+            with far:
+                count = force_congestion(os.getpid(), "reno")
+                # Where a system does not allow to ask, there is nothing to say.
+                assert observed_congestion([os.getpid()]) == (["reno"] if count else [])
+                assert count in (0, 2)
+
+
+def test_limits_of_the_other_families() -> None:
+    traits = {"path": "TCP", "get_into": "fresh memory, then copied to the caller's array"}
+    ran = [
+        {"name": "gpuremote", "left_out": "", "traits": {"path": "TCP", "get_into": ""}},
+        {"name": "dask", "left_out": "", "traits": traits},
+        {"name": "pyzmq", "left_out": "not installed", "traits": traits},
+    ]
+    found: Results = {"family": "peers", "contenders": ran, "measurements": []}
+    limits = requirements(found)
+    names = {workload.name for workload in FAMILIES["peers"].full}
+    assert {r.of[0] for r in limits} == names - {n for n in names if n.startswith("intact")}
+    against = [r.by for r in limits if r.by is not None and r.by[1] == "dask"]
+    assert len(against) == 9
+    # Held against what is there before the copy, which is the harder one.
+    assert {metric for name, _, metric in against if name.startswith("get")} == {"handed_gb_per_s"}
+    assert not any(r.by is not None and r.by[1] == "pyzmq" for r in limits)
+    # Shared memory of our own is asked for whether it is there or not.
+    assert any(r.of[1] == "gpuremote-shm-empty" and r.binding for r in limits)
+    assert {v.found for v in judge(found)} == {"not measured"}
+    names = {workload.name for workload in FAMILIES["distance"].full}
+    assert {r.of[0] for r in DISTANCE} <= names
+    assert [r.of[1] for r in DISTANCE if r.binding] == ["far-gpuremote-lanes"] * 2
+    assert len(DISTANCE) == 4 * len(DISTANCES)
+
+
+def test_a_contender_takes_part_in_its_own_families_only() -> None:
+    with pytest.raises(SystemExit):
+        main(["--family", "core", "--only", "far-sockets"])
 
 
 def synthetic(value: Callable[[Requirement], float]) -> Results:

@@ -38,6 +38,12 @@ GIB = 1 << 30
             "gpu://h:9?connect_timeout=2.5&grace=0&memory=1GiB",
             Target("gpu", "h", 9, connect_timeout=2.5, grace=0.0, memory=GIB),
         ),
+        ("gpu://h?tls=on", Target("gpu", "h", tls=True)),
+        ("gpu://h?tls=0", Target("gpu", "h", tls=False)),
+        (
+            "gpu://h?cafile=my%20ca.pem&certfile=/c.pem&keyfile=/k.pem",
+            Target("gpu", "h", cafile="my ca.pem", certfile="/c.pem", keyfile="/k.pem"),
+        ),
         ("local://", Target("local")),
         (
             "local://?backend=numpy&devices=4&memory=1.5GiB",
@@ -103,6 +109,11 @@ def test_url(url: str, target: Target) -> None:
         ("gpu://h?grace=-1", "expected seconds"),
         ("gpu://h?devices=2", "unknown option 'devices'"),
         ("gpu://h?count=2", "unknown option 'count'"),
+        ("gpu://h?tls=yes", "expected on or off"),
+        ("gpu://h?cafile=a%00b", "expected the path of a file"),
+        ("gpu://h?tls=off&cafile=ca.pem", "contradict each other"),
+        ("gpu://h?keyfile=key.pem", "keyfile needs certfile"),
+        ("local://?cafile=ca.pem", "unknown option 'cafile'"),
         ("local://?devices=0", "expected a whole number from 1 to 1024"),
         ("local://?devices=two", "expected a whole number"),
         ("local://?memory=0", "expected more than 0 bytes"),
@@ -121,7 +132,7 @@ def test_unknown_option_names_the_closest_and_all_known() -> None:
         parse_url("gpu://node1?tranport=tcp")
     assert str(caught.value) == (
         "'gpu://node1?tranport=tcp': unknown option 'tranport', did you mean 'transport'? "
-        "known: transport, require, connect_timeout, grace, memory"
+        "known: transport, require, connect_timeout, grace, memory, tls, cafile, certfile, keyfile"
     )
 
 

@@ -23,7 +23,7 @@ from gpuremote.errors import GpuRemoteError, InvalidURL
 from gpuremote.ops.meta import DTYPES
 from gpuremote.ops.operands import WEAK
 from gpuremote.ops.plan import PlanCaps
-from gpuremote.server import daemon, stock, worker
+from gpuremote.server import daemon, reception, stock, worker
 from gpuremote.transport import (
     _framing,
     _outgoing,
@@ -34,12 +34,22 @@ from gpuremote.transport import (
     _rdma_setup,
     congestion,
     tcp,
+    tls,
 )
 from gpuremote.transport.verbs import pyverbs_provider
 from gpuremote.wire import caps
 from gpuremote.wire.batch import FIRST_PLAN, Op
 from gpuremote.wire.frames import CANCELLED, CONTINUED, IGNORABLE, Kind
-from gpuremote.wire.hello import MAX_VERSION, Hello, Refusal, Welcome
+from gpuremote.wire.hello import (
+    MAX_VERSION,
+    Challenge,
+    Hello,
+    Opened,
+    Proof,
+    Refusal,
+    Route,
+    Welcome,
+)
 from gpuremote.wire.state import diagram
 
 ROOT = Path(__file__).parents[1]
@@ -212,10 +222,12 @@ def test_every_exit_code_is_explained(code: int) -> None:
 
 
 def test_every_option_of_a_url_is_explained() -> None:
-    with pytest.raises(InvalidURL) as caught:
-        parse_url("local://?zz=1")
-    known = caught.value.message.partition("known: ")[2].split(", ")
-    assert {"transport", "backend"} <= set(known)
+    known: set[str] = set()
+    for url in ("local://?zz=1", "gpu://host?zz=1"):
+        with pytest.raises(InvalidURL) as caught:
+            parse_url(url)
+        known.update(caught.value.message.partition("known: ")[2].split(", "))
+    assert {"transport", "backend", "cafile"} <= known
     target = Target("gpu")
     for name in known:
         default = row(text("quickstart"), f"`{name}`")[-1]
@@ -270,7 +282,11 @@ def test_every_kind_of_message_is_listed(kind: Kind) -> None:
     assert f"| {kind.value} | {kind.name} |" in text("protocol")
 
 
-@pytest.mark.parametrize("message", [Hello, Welcome, Refusal], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "message",
+    [Hello, Welcome, Refusal, Challenge, Proof, Opened, Route],
+    ids=lambda cls: cls.__name__,
+)
 def test_every_key_of_the_handshake_is_listed(message: type) -> None:
     assert dataclasses.is_dataclass(message)
     names = {field.name for field in dataclasses.fields(message)} - {"versions"}
@@ -332,6 +348,14 @@ SENTENCES = [
         f"With {daemon.MAX_HANDSHAKES} of them",
     ),
     ("security", f"silent for {daemon.PATIENCE:.0f} s"),
+    (
+        "security",
+        f"{reception.MAX_HANDSHAKES} TLS handshakes at a time, "
+        f"{reception.HANDSHAKE_TIMEOUT:.0f} s each",
+    ),
+    ("security", f"after {tls.KEY_BYTES >> 30} GiB that one end has sent"),
+    ("protocol", f"nobody comes for is ended after {daemon.UNCLAIMED:.0f} s"),
+    ("transports", f"At most {tls.AHEAD // KIB} KiB are encrypted before"),
     ("transports", f"chunks of {_outgoing.CHUNK // MIB} MiB"),
     ("transports", f"up to {tcp.IDLE // KIB} KiB"),
     ("transports", f"same slot of {_rdma_control.SLOT // KIB} KiB"),

@@ -279,7 +279,7 @@ def test_the_twins_have_the_same_names() -> None:
     }
     assert lane - {"dispatch", "lost"} <= set(dir(native.Lane))
     stream = set(PythonStream.__annotations__) | {"send", "receive"}
-    assert stream - {"_sock"} <= set(dir(native.Stream))
+    assert stream - {"_line"} <= set(dir(native.Stream))
 
 
 def test_no_message_is_lost_to_a_signal() -> None:

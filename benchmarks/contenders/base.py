@@ -24,6 +24,7 @@ __all__ = [
     "Contender",
     "Ops",
     "Peer",
+    "RelayProcess",
     "Setup",
     "end_with_parent",
     "now",
@@ -31,7 +32,7 @@ __all__ = [
 
 Bytes = npt.NDArray[np.uint8]
 
-TRANSFERS: Final[frozenset[Kind]] = frozenset({"put", "get", "put_memory", "get_memory"})
+TRANSFERS: Final[frozenset[Kind]] = frozenset({"put", "get", "put_memory", "get_memory", "intact"})
 ALL: Final[frozenset[Kind]] = TRANSFERS | {"round_trip", "ops"}
 """What a contender does that can move bytes."""
 
@@ -48,12 +49,15 @@ class Setup:
         Device servers for those who need one; the second with the backend that stamps.
     stamps : str
         Path of its stamps.
+    option : str
+        Which of several contenders one class is.
     """
 
     congestion: str = ""
     url: str = ""
     stamping_url: str = ""
     stamps: str = ""
+    option: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +99,14 @@ class Contender(abc.ABC):
     """
 
     kinds: ClassVar[frozenset[Kind]] = ALL
+    restless: ClassVar[bool] = False
+    """It polls while it has nothing to do, and is stopped while others are measured."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
+        self.handed: list[int] = []
+        """Nanoseconds until each get had handed out memory of the library's own, where it can't
+        fill the caller's: all of the get but the copy into the caller's array."""
 
     @abc.abstractmethod
     def open(self) -> None:
@@ -111,6 +120,15 @@ class Contender(abc.ABC):
     @abc.abstractmethod
     def peer(self) -> int | None:
         """Process that does the work on the other side."""
+
+    @property
+    def processes(self) -> list[int]:
+        """Every process that moves the bytes: here, on the other side, and between them."""
+        return [os.getpid(), *([] if self.peer is None else [self.peer])]
+
+    def move_to(self, distance: int) -> None:
+        """Use the emulated way of this round trip (milliseconds) from now on."""
+        raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
         """Choices of its own that belong into the results."""
@@ -151,15 +169,12 @@ class Contender(abc.ABC):
         raise NotImplementedError
 
 
-class Peer:
-    """The other side of a contender that has no server of its own.
+class _Child:
+    """A process that says on which port it listens, and ends with this one."""
 
-    Runs ``serve(congestion, ready)`` of the contender's module; ends with this process.
-    """
-
-    def __init__(self, module: str, congestion: str) -> None:
+    def __init__(self, module: str, *arguments: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.peer", module, "--congestion", congestion],
+            [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -167,7 +182,7 @@ class Peer:
         said = self._process.stdout.readline()
         if not said:
             self.close()
-            raise RuntimeError(f"the other side of {module} did not start")
+            raise RuntimeError(f"{module} {' '.join(arguments)} did not start")
         self.port = int(said)
 
     @property
@@ -186,6 +201,23 @@ class Peer:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+class Peer(_Child):
+    """The other side of a contender that has no server of its own.
+
+    Runs ``serve(congestion, ready)`` of the contender's module.
+    """
+
+    def __init__(self, module: str, congestion: str) -> None:
+        super().__init__("benchmarks.peer", module, "--congestion", congestion)
+
+
+class RelayProcess(_Child):
+    """An emulated way of ``distance`` milliseconds of round trip to a port of this host."""
+
+    def __init__(self, target: int, distance: int) -> None:
+        super().__init__("benchmarks.relay", str(target), "--rtt-ms", str(distance))
 
 
 def end_with_parent(on_end: Callable[[], object] = lambda: os._exit(0)) -> None:

@@ -13,7 +13,7 @@ from benchmarks.contenders._requests import ACK, ECHO, FORGET, GET, MESSAGES, PU
 from benchmarks.contenders.base import ALL, Bytes, Contender, Ops, Peer, now
 from benchmarks.machine import tcp_socket
 
-__all__ = ["Sockets", "serve"]
+__all__ = ["Sockets", "answer", "receive", "serve"]
 
 
 class Sockets(Contender):
@@ -109,12 +109,12 @@ def serve(congestion: str, ready: Callable[[int], None]) -> None:
         sock, _ = listener.accept()
     with sock:
         try:
-            _answer(sock)
+            answer(sock)
         except (EOFError, ConnectionError):
             pass  # the client is done
 
 
-def _answer(sock: socket.socket) -> None:
+def answer(sock: socket.socket) -> None:
     kept: Bytes = np.empty(0, np.uint8)
     request = memoryview(bytearray(REQUEST.size))
     while True:

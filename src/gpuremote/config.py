@@ -104,6 +104,12 @@ class Target:
         Bytes of device memory: the session's limit, or with ``pool`` what each device must have.
     count : int
         ``pool`` only: how many devices to lease.
+    tls : bool or None
+        Encrypt, or do not; None: if ``cafile`` or ``certfile`` is given, or ``GPUREMOTE_CAFILE``.
+    cafile : str or None
+        PEM file with the certificates that are trusted.
+    certfile, keyfile : str or None
+        PEM files of this side's own certificate, for a server that wants one.
     labels : tuple of (str, str)
         ``pool`` only: everything else that the device must match, in the order of the URL.
     """
@@ -119,6 +125,10 @@ class Target:
     devices: int | None = None
     memory: int | None = None
     count: int = 1
+    tls: bool | None = None
+    cafile: str | None = None
+    certfile: str | None = None
+    keyfile: str | None = None
     labels: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -139,8 +149,13 @@ class Settings:
         What an implicit download does (``GPUREMOTE_DOWNLOAD``).
     debug : {"", "sync"}
         ``GPUREMOTE_DEBUG``.
+    transport : str
+        The only one to use where the URL names none (``GPUREMOTE_TRANSPORT``).
     token : bytes
         The secret that a server with ``--token-file`` wants to see proved (``GPUREMOTE_TOKEN``).
+    cafile : str
+        PEM file with the certificates that are trusted, for a URL that names none
+        (``GPUREMOTE_CAFILE``); connections are encrypted then.
     stack : int
         Frames of the caller's stack that are kept with each op, for its error
         (``GPUREMOTE_STACK``); 0 keeps none.
@@ -151,6 +166,8 @@ class Settings:
     debug: Debug = ""
     stack: int = 2
     token: bytes = field(default=b"", repr=False)
+    transport: str = ""
+    cafile: str = ""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
@@ -180,8 +197,12 @@ class Settings:
                     f"GPUREMOTE_STACK={stack!r}: expected a number of stack frames from 0 to 64"
                 )
             found["stack"] = int(stack)
+        if transport := environ.get("GPUREMOTE_TRANSPORT", "").strip():
+            found["transport"] = transport
         if token := environ.get("GPUREMOTE_TOKEN", "").strip():
             found["token"] = check_token(token, "GPUREMOTE_TOKEN")
+        if cafile := environ.get("GPUREMOTE_CAFILE", ""):
+            found["cafile"] = cafile
         return cls(**found)
 
 
@@ -355,6 +376,18 @@ def _positive_size(text: str) -> int:
     return size
 
 
+def _path(text: str) -> str:
+    if "\0" in text:
+        raise ConfigError("expected the path of a file")
+    return text
+
+
+def _switch(text: str) -> bool:
+    if text not in ("1", "on", "0", "off"):
+        raise ConfigError("expected on or off")
+    return text in ("1", "on")
+
+
 _Reader: TypeAlias = Callable[[str], object]
 _COMMON: Final[dict[str, _Reader]] = {
     "transport": _name,
@@ -363,10 +396,17 @@ _COMMON: Final[dict[str, _Reader]] = {
     "grace": _seconds,
     "memory": _positive_size,
 }
+_REMOTE: Final[dict[str, _Reader]] = {
+    **_COMMON,
+    "tls": _switch,
+    "cafile": _path,
+    "certfile": _path,
+    "keyfile": _path,
+}
 _OPTIONS: Final[dict[Scheme, dict[str, _Reader]]] = {
-    "gpu": _COMMON,
+    "gpu": _REMOTE,
     "local": {**_COMMON, "backend": _name, "devices": _device_count},
-    "pool": {**_COMMON, "count": _device_count},
+    "pool": {**_REMOTE, "count": _device_count},
 }
 
 
@@ -396,6 +436,12 @@ def _options(url: str, scheme: Scheme, query: str) -> dict[str, object]:
             f"{url!r}: transport={transport} and require={require} contradict each other; "
             "keep one of them"
         )
+    if values.get("tls") is False and (values.get("cafile") or values.get("certfile")):
+        raise InvalidURL(
+            f"{url!r}: tls=off and a certificate contradict each other; keep one of them"
+        )
+    if values.get("keyfile") and not values.get("certfile"):
+        raise InvalidURL(f"{url!r}: keyfile needs certfile, the certificate that it belongs to")
     if labels:
         values["labels"] = tuple(labels.items())
     return values

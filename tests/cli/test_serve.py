@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import secrets
 import select
 import signal
 import socket
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 import gpuremote
 from gpuremote.errors import GpuRemoteError, ServerDraining
 from gpuremote.testing.servers import device_server
+from tests.certificates import Authority
 from tests.cli.commands import command, run
 
 
@@ -49,6 +52,65 @@ def test_it_stays_on_loopback_unless_told(address: str) -> None:
     done = run("serve", "--listen", address)
     assert (done.returncode, done.stdout) == (2, "")
     assert "--insecure" in done.stderr
+    assert "--certfile" in done.stderr
+    assert "--token-file" in done.stderr
+
+
+def test_other_hosts_take_tls_and_a_token(tmp_path: Path) -> None:
+    """One of the two is not enough, unless --insecure says so; and then it says what that means."""
+    own = Authority(tmp_path).issue("server")
+    encrypted = ["--certfile", own.certfile, "--keyfile", own.keyfile]
+    token = tmp_path / "token"
+    token.write_text(secrets.token_urlsafe(32))
+    known = ["--token-file", str(token)]
+    clear, anyone = "travels in the clear", "anyone who can reach it can use these devices"
+    for arguments, said, unsaid in (
+        (encrypted, anyone, clear),
+        (known, clear, anyone),
+        ([], clear, "Traceback"),
+    ):
+        done = run("serve", "--listen", "0.0.0.0:0", *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert said in done.stderr
+        assert unsaid not in done.stderr
+        code, text = listening("0.0.0.0:0", *arguments, "--insecure")
+        assert code == 0
+        assert said in text
+        assert unsaid not in text
+    assert listening("0.0.0.0:0", *encrypted, *known) == (0, "")
+
+
+def listening(address: str, *arguments: str) -> tuple[int, str]:
+    """Have a server listen there and end it: exit code, and what it said on standard error."""
+    with subprocess.Popen(
+        command("serve", "--listen", address, "--json", *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("{")
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=20)
+            return process.returncode, said
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--certfile", "missing.pem"), "missing.pem: can't be read"),
+        (("--client-ca", "ca.pem"), "client_ca is given without certfile"),
+        (("--cafile", "missing.pem"), "missing.pem: can't be read"),
+    ],
+)
+def test_certificates_that_can_not_be_used(arguments: tuple[str, ...], says: str) -> None:
+    done = run("serve", "--listen", "127.0.0.1:0", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,14 @@ def server() -> Iterator[RunningServer]:
         yield running
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tcp() -> Iterator[None]:
+    """What the proxy cuts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPUREMOTE_TRANSPORT", "tcp")
+        yield
+
+
 @pytest.fixture(params=["asyncio", "blocking"])
 def side(
     request: pytest.FixtureRequest, loop_factory: Callable[[], asyncio.AbstractEventLoop]

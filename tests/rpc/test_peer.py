@@ -10,7 +10,7 @@ import pytest
 
 from gpuremote.errors import ConnectionLost, ProtocolError
 from gpuremote.rpc.peer import Peer
-from gpuremote.transport.base import Region
+from gpuremote.transport.base import Incoming, Region
 from gpuremote.transport.tcp import TcpConnection, pair
 from gpuremote.wire.caps import WINDOW_BYTES
 from gpuremote.wire.frames import HEADER, Kind
@@ -34,11 +34,11 @@ class End:
         return False
 
     def on_payload(
-        self, kind: int, arg: int, body: memoryview, sizes: tuple[int, ...]
+        self, kind: int, arg: int, body: memoryview, incoming: Incoming
     ) -> tuple[Sequence[memoryview], object] | None:
         if self.refuse:
             return None
-        place = [bytearray(size) for size in sizes]
+        place = [bytearray(size) for size in incoming.sizes]
         return [memoryview(part) for part in place], place
 
     def on_payload_done(self, token: object) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gpuremote.testing.servers import RunningServer, device_server
+from tests.conftest import LOOP
 from tests.faults.sides import AsyncSide, BlockingSide, Side
 
 
@@ -17,6 +18,15 @@ from tests.faults.sides import AsyncSide, BlockingSide, Side
 def server() -> Iterator[RunningServer]:
     with device_server("--warm", "2", "--devices", "2") as running:
         yield running
+
+
+@pytest.fixture(scope="module", autouse=True)
+def transport(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Each half of the test run has one: that on asyncio, without the part in C, has tcp."""
+    with pytest.MonkeyPatch.context() as patch:
+        uvloop = pytestconfig.stash[LOOP][0].startswith("uvloop")
+        patch.setenv("GPUREMOTE_TRANSPORT", "shm" if uvloop else "tcp")
+        yield
 
 
 @pytest.fixture(scope="module", params=["asyncio", "blocking"])

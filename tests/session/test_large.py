@@ -152,10 +152,11 @@ print(json.dumps(blocking() if kind == "blocking" else asyncio.run(loop())))
 
 @pytest.mark.parametrize("kind", ["blocking", "asyncio"])
 def test_peak_memory_on_both_sides(server: RunningServer, kind: str) -> None:
-    """The payload once, and little else: whole processes, interpreter and NumPy included."""
+    """The payload once, and little else: whole processes, interpreter and NumPy included. (What
+    is in shared memory counts at both ends.)"""
     nbytes = 192 * MiB
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, server.url, kind, str(nbytes)],
+        [sys.executable, "-c", SCRIPT, f"{server.url}?transport=tcp", kind, str(nbytes)],
         capture_output=True,
         text=True,
         timeout=60,

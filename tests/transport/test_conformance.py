@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import socket
+import threading
+from typing import ClassVar
 
 import pytest
 
+from gpuremote._clock import now
 from gpuremote.testing.conformance import Pair, TransportConformance
 from gpuremote.testing.driving import Ends
+from gpuremote.transport import shm
+from gpuremote.transport.certificates import TlsClient, TlsServer
 from gpuremote.transport.emulated import EmulatedConnection
 from gpuremote.transport.tcp import TcpConnection, open_tcp, pair, tune
+from gpuremote.transport.tls import TlsConnection, TlsSocket
+from tests.certificates import Authority
 
 
 def connected(host: str, *, blocking: bool) -> Pair:
@@ -55,6 +62,83 @@ class TestUnixBlocking(TransportConformance):
 class TestUnixNonBlocking(TransportConformance):
     def connection_pair(self) -> Pair:
         return pair(blocking=False)
+
+
+class TestShmBlocking(TransportConformance):
+    bulk = 64 << 20  # memory is a wide path
+
+    def connection_pair(self) -> Pair:
+        return shm.pair()
+
+
+class TestShmNonBlocking(TransportConformance):
+    bulk = 64 << 20  # memory is a wide path
+
+    def connection_pair(self) -> Pair:
+        return shm.pair(blocking=False)
+
+
+class TestShmWithoutRoom(TransportConformance):
+    """Every payload goes through the socket."""
+
+    def connection_pair(self) -> Pair:
+        return shm.pair(limit=1)
+
+
+class TestShmEmulated(TransportConformance):
+    bulk = 64 << 20  # memory is a wide path
+
+    def connection_pair(self) -> Pair:
+        here, there = shm.pair()
+        return EmulatedConnection(here), EmulatedConnection(there)
+
+
+class TlsConformance(TransportConformance):
+    """Over TLS, with certificates of the tests' own."""
+
+    server: ClassVar[TlsServer]
+    client: ClassVar[TlsClient]
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def certificates(cls, tmp_path_factory: pytest.TempPathFactory) -> None:
+        authority = Authority(tmp_path_factory.mktemp("certificates"))
+        cls.server = authority.server()
+        cls.client = authority.client()
+
+    def encrypted(self, *, blocking: bool) -> tuple[TlsConnection, TlsConnection]:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            raw = open_tcp("127.0.0.1", listener.getsockname()[1], timeout=5)
+            there = TlsSocket(listener.accept()[0], self.server)
+        here = TlsSocket(raw, self.client, "127.0.0.1")
+        thread = threading.Thread(target=there.handshake, args=(now() + 10,))
+        thread.start()
+        here.handshake(now() + 10)
+        thread.join()
+        tune(here.raw)
+        return TlsConnection(here, blocking=blocking), TlsConnection(there, blocking=blocking)
+
+
+class TestTlsBlocking(TlsConformance):
+    def connection_pair(self) -> Pair:
+        return self.encrypted(blocking=True)
+
+
+class TestTlsNonBlocking(TlsConformance):
+    def connection_pair(self) -> Pair:
+        return self.encrypted(blocking=False)
+
+
+class TestTlsEmulated(TlsConformance):
+    limit = 40.0
+    overtaking = 8 << 20
+
+    def connection_pair(self) -> Pair:
+        here, there = self.encrypted(blocking=False)
+        return (
+            EmulatedConnection(here, bandwidth=400e6, delay=0.001),
+            EmulatedConnection(there, bandwidth=400e6),
+        )
 
 
 class TestEmulatedNothing(TransportConformance):

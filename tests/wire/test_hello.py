@@ -20,8 +20,10 @@ from gpuremote.wire.hello import (
     Hello,
     HelloReader,
     Message,
+    Opened,
     Receipt,
     Refusal,
+    Route,
     Welcome,
     choose_version,
 )
@@ -76,6 +78,11 @@ def test_refusal_becomes_its_error() -> None:
     assert type(error) is ServerBusy
     assert error.peer == "a:1"
     assert "full" in str(error)
+
+
+@pytest.mark.parametrize("sent", [Opened(b"s" * 16, b"t" * 32), Route(b"s" * 16), Route(b"")])
+def test_what_comes_before_and_after_tls(sent: Opened | Route) -> None:
+    assert read(sent.encode()) == sent
 
 
 def test_every_split_of_the_bytes_gives_the_same() -> None:

@@ -137,6 +137,14 @@ class Backend(abc.ABC):
         at once, and must not write to it again.
         """
 
+    def adopt(self, view: memoryview, shape: Shape, dtype: DType) -> Any:
+        """An array of the device in the flat host bytes ``view``, which it keeps; None where a
+        device can't work in host memory, or not in this.
+
+        Another process may change the bytes at any time.
+        """
+        return None
+
     @abc.abstractmethod
     def send_view(self, array: Any) -> tuple[memoryview, bool]:
         """Flat host bytes of an array in C order, and whether they are a private copy.

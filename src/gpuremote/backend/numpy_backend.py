@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import time
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from gpuremote._types import Shape
 from gpuremote.backend.array_namespace import ArrayNamespaceBackend
-from gpuremote.backend.base import DeviceInfo
+from gpuremote.backend.base import Compiled, DeviceInfo
 from gpuremote.backend.blocks import BlockPool
 from gpuremote.errors import InvalidBuffer
+from gpuremote.memory.host import host_memory
 from gpuremote.ops.operands import DType
+from gpuremote.ops.plan import Plan
 
 __all__ = ["NumpyBackend"]
 
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+# Ops that look at an operand, and then rely on what they saw: where an index leads, how much room
+# the result needs, where an order ends. Memory that another process can write to must not change
+# in between, so they get a copy. The number is that of the first such operand.
+_READ_TWICE: Final = {
+    "getitem_advanced": 1,
+    "getitem_mask": 1,
+    "setitem": 1,
+    "take": 1,
+    "take_along_axis": 1,
+    "nonzero": 0,
+    "unique_values": 0,
+    "sort": 0,
+    "argsort": 0,
+}
 
 
-def _host_memory() -> int:
-    """Bytes of memory that this machine has, or that the container may use."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in _CGROUP_LIMITS:
-        try:
-            with open(path) as file:
-                total = min(total, int(file.read()))
-        except (OSError, ValueError):  # No such file, or "max".
-            pass
-    return total
+def _private(operand: Any) -> Any:
+    """The operand, or a copy if it lies in adopted memory."""
+    base = operand
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return operand.copy() if isinstance(base, memoryview) else operand
 
 
 class NumpyBackend(ArrayNamespaceBackend):
@@ -56,7 +67,7 @@ class NumpyBackend(ArrayNamespaceBackend):
         super().__init__(np, devices or 1)
         self._blocks = BlockPool()
         self._devices = [
-            DeviceInfo(i, "cpu", platform.machine() or "cpu", _host_memory())
+            DeviceInfo(i, "cpu", platform.machine() or "cpu", host_memory())
             for i in range(self._wanted)
         ]
 
@@ -81,6 +92,19 @@ class NumpyBackend(ArrayNamespaceBackend):
 
     def received(self, array: Any, view: memoryview) -> None:
         """The bytes are in the array already."""
+
+    def adopt(self, view: memoryview, shape: Shape, dtype: DType) -> npt.NDArray[Any] | None:
+        array = np.frombuffer(view, dtype).reshape(shape) if view.nbytes else None
+        return array if array is not None and array.flags.aligned else None
+
+    def compile(self, plan: Plan) -> Compiled:
+        run = super().compile(plan)
+        first = _READ_TWICE.get(plan.spec.name)
+        if first is None:
+            return run
+        return lambda arguments: run(
+            [*arguments[:first], *(_private(argument) for argument in arguments[first:])]
+        )
 
     def send_view(self, array: Any) -> tuple[memoryview, bool]:
         private = not array.flags.c_contiguous

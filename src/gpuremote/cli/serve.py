@@ -19,6 +19,7 @@ from gpuremote.config import check_token, parse_address, parse_size
 from gpuremote.errors import ConfigError
 from gpuremote.server.daemon import DeviceServer, new_loop
 from gpuremote.server.options import ServerOptions
+from gpuremote.transport.certificates import TlsClient
 
 __all__ = ["add_parser"]
 
@@ -42,11 +43,26 @@ def add_parser(commands: Any) -> None:
         help="clients have to know the token in this file (GPUREMOTE_TOKEN on their side)",
     )
     parser.add_argument(
+        "--certfile",
+        metavar="PATH",
+        help="speak TLS 1.3, with this certificate (PEM, with those that lead to its CA)",
+    )
+    parser.add_argument("--keyfile", metavar="PATH", help="its key (default: in --certfile)")
+    parser.add_argument(
+        "--client-ca",
+        metavar="PATH",
+        help="clients have to show a certificate that one in this file has signed",
+    )
+    parser.add_argument(
+        "--cafile",
+        metavar="PATH",
+        help="whom to trust in copies to other servers (default: --certfile, or the system's CAs)",
+    )
+    parser.add_argument(
         "--insecure",
         action="store_true",
-        help="allow an address other hosts can reach: this version has no TLS, so everything "
-        "travels in the clear, and without --token-file whoever reaches the port can use the "
-        "devices",
+        help="allow an address that other hosts can reach without TLS, a token, or both: what is "
+        "missing lets others read and change what travels, or use the devices",
     )
     parser.add_argument("--backend", default="numpy", help="what executes (default %(default)s)")
     parser.add_argument(
@@ -101,11 +117,12 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     host, port = parse_address(options.listen)
-    if not options.insecure and not _loopback(host):
+    exposed = _exposure(options) if not _loopback(host) else []
+    if exposed and not options.insecure:
         raise ConfigError(
-            f"{host} can be reached by other hosts, and this version has no TLS: everything "
-            "travels in the clear. Listen on 127.0.0.1, or pass --insecure if the network is yours "
-            "alone"
+            f"{host} can be reached by other hosts, so it takes TLS (--certfile, --keyfile) and a "
+            f"token (--token-file): {'; '.join(exposed)}. Give what is missing, or listen on "
+            "127.0.0.1, or pass --insecure if the network is yours alone"
         )
     if options.advertise:
         parse_address(options.advertise)
@@ -122,21 +139,37 @@ def run(options: argparse.Namespace) -> int:
         drain=options.drain,
         advertise=options.advertise,
         token=_token(options.token_file) if options.token_file else b"",
+        certfile=options.certfile or "",
+        keyfile=options.keyfile or "",
+        client_ca=options.client_ca or "",
+        cafile=options.cafile or "",
     )
+    if server_options.cafile:
+        TlsClient(server_options.cafile).context()  # workers would find out one by one
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING,
         format="%(asctime)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    if options.insecure and not _loopback(host):
+    if exposed:
         logging.getLogger("gpuremote").warning(
-            "--insecure: everything to and from %s:%d travels in the clear%s",
-            host,
-            port,
-            "" if options.token_file else ", and anyone who can reach it can use these devices",
+            "--insecure: %s:%d: %s", host, port, "; ".join(exposed)
         )
     with asyncio.Runner(loop_factory=new_loop()) as runner:
         return runner.run(_serve(server_options, options))
+
+
+def _exposure(options: argparse.Namespace) -> list[str]:
+    """What other hosts could do on an address that they can reach."""
+    found = []
+    if not options.certfile:
+        found.append(
+            "without TLS everything travels in the clear, and who is on the way can change it and "
+            "take sessions over"
+        )
+    if not options.token_file:
+        found.append("without a token anyone who can reach it can use these devices")
+    return found
 
 
 def _token(path: str) -> bytes:

@@ -28,12 +28,15 @@ from gpuremote.errors import (
     ImplicitTransfer,
     InvalidBuffer,
 )
-from gpuremote.memory.host import output_view
+from gpuremote.memory.host import copy_bytes, output_view
 from gpuremote.wire.batch import ALL_STREAMS, Op
+from gpuremote.wire.caps import INLINE_PAYLOAD
 
 __all__ = ["AsyncArray", "AsyncDevice", "AsyncEvent", "AsyncSession", "AsyncStream", "Connecting"]
 
 CLOSE_TIMEOUT: Final = 10.0
+PIECE: Final = 8 << 20
+"""Bytes copied into shared memory before the loop gets its turn: some 1 ms."""
 
 
 class AsyncArray(RemoteArray):
@@ -41,7 +44,7 @@ class AsyncArray(RemoteArray):
 
     __slots__ = ()
 
-    async def get(self, out: Any = None, *, timeout: float | None = None) -> Any:
+    async def get(self, out: Any = None, *, copy: bool = True, timeout: float | None = None) -> Any:
         """Copy the values to host memory and return it.
 
         Parameters
@@ -49,6 +52,9 @@ class AsyncArray(RemoteArray):
         out : array or buffer, optional
             Filled in place: a writable C-contiguous NumPy array of equal shape and dtype, or
             any buffer of as many bytes. Without it a new NumPy array is made.
+        copy : bool
+            False: a read-only array is good enough. Where both ends see the same memory it lies
+            there, and goes back to the server when the last reference to it is gone.
         timeout : float, optional
             Seconds.
 
@@ -64,9 +70,11 @@ class AsyncArray(RemoteArray):
         SessionLost
         """
         meta = self._meta
-        if out is None:
-            out = np.empty(meta.shape, meta.dtype)
         core = self._core
+        if out is None:
+            if not copy:
+                return self._read_only(await core.wait(self._ask_view(), timeout))
+            out = np.empty(meta.shape, meta.dtype)
         wait = core.ask_bytes(self._id, output_view(out, meta.shape, meta.dtype), "get")
         if timeout is not None or wait.done:
             await core.wait(wait, timeout)
@@ -147,9 +155,12 @@ class AsyncDevice(Device[AsyncArray]):
     ) -> AsyncArray:
         """Upload an array (NumPy, torch, CuPy, DLPack, buffer protocol, numbers, nested lists).
 
-        Returns when the server has the bytes; up to 16 KiB travel with the next batch, and then
-        nothing is waited for. The memory is lent until then. Cancellation and timeout take the
-        upload back before they return, so the memory is free.
+        Returns when the server has the bytes. Nothing is waited for where they are up to 16 KiB,
+        which travel with the next batch, nor where both ends see the memory they are copied to
+        (transport ``shm``); what goes wrong there arrives at the next wait. An array from
+        ``session.empty`` that is put whole is given away: no byte is moved, it is read-only from
+        then on, and shows what the device does to it. The memory is lent until return; cancellation
+        and timeout take the upload back before that.
 
         Raises
         ------
@@ -159,7 +170,14 @@ class AsyncDevice(Device[AsyncArray]):
         DeadlineExceeded
         """
         await self._driver.room()
-        array, wait = self._upload(value, dtype)
+        host = self._host_array(value, dtype)
+        staged = self._staged(value, host)
+        if staged is not None:
+            if staged is not host.view:
+                await _copy(staged, host.view)
+            return self._put_staged(host, staged)
+        array, wait = self._put(host)
+        del host  # an error that is kept holds this frame, and it the memory
         if wait is not None:
             await self._driver.wait(wait, timeout)
         return array
@@ -186,16 +204,26 @@ class AsyncDevice(Device[AsyncArray]):
         """A new stream: work in it is ordered, and not ordered with other streams."""
         return AsyncStream(self._core, self)
 
-    def _finish_upload(self, wait: Wait) -> None:
-        raise InvalidBuffer(
-            "an index array of more than 16 KiB has to be uploaded first: "
-            "x[await device.put(index)]"
-        )
+    def _upload_small(self, value: npt.NDArray[Any]) -> AsyncArray:
+        if value.nbytes > INLINE_PAYLOAD:
+            raise InvalidBuffer(
+                "an index array of more than 16 KiB has to be uploaded first: "
+                "x[await device.put(index)]"
+            )
+        return super()._upload_small(value)
 
     @property
     def _driver(self) -> AsyncDriver:
         driver: AsyncDriver = self._core.owner._driver
         return driver
+
+
+async def _copy(target: memoryview, source: memoryview) -> None:
+    """Copy, and let the loop have its turn now and then."""
+    for start in range(0, source.nbytes, PIECE):
+        if start:
+            await asyncio.sleep(0)
+        copy_bytes(target[start : start + PIECE], source[start : start + PIECE])
 
 
 class AsyncStream(Stream):

@@ -162,6 +162,7 @@ class AsyncDriver:
                 if not connection.buffered:
                     return
             elif (received := connection.stats.bytes_received) == before or received > limit:
+                self._arm(connection)
                 return
         if connection.buffered:
             self._loop.call_soon(self._readable)
@@ -325,7 +326,8 @@ class AsyncDriver:
             poller = select.poll()
             wanted = select.POLLIN | (select.POLLOUT if connection.pending_output else 0)
             poller.register(self._fd, wanted)
-            poller.poll(1000)
+            due = connection.due()
+            poller.poll(1000 if due is None else 1000 * min(due, 1.0))
             self._readable()
             self._writable()
 

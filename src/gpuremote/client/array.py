@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from gpuremote._types import Shape
 from gpuremote.client import issue
-from gpuremote.client.core import Core
+from gpuremote.client.core import VIEW, Core
 from gpuremote.client.operators import binary, inplace, reflected, unary
 from gpuremote.client.waits import Wait
 from gpuremote.errors import (
@@ -399,6 +399,17 @@ class RemoteArray:
 
     def _ask_bytes(self, view: memoryview, kind: str = "get") -> Any:
         return self._core.ask_bytes(self._id, view, kind)
+
+    def _ask_view(self) -> Wait:
+        return self._core.ask(Op.GET, self._id, kind=VIEW, name="get")
+
+    def _read_only(self, memory: memoryview) -> npt.NDArray[Any]:
+        """What the answer to ``_ask_view`` brought, as an array."""
+        meta = self._meta
+        flat = np.frombuffer(memory, meta.dtype) if meta.nbytes else np.empty(0, meta.dtype)
+        found = flat.reshape(meta.shape)
+        found.flags.writeable = False
+        return found
 
     def _scalar_view(self) -> tuple[npt.NDArray[Any], memoryview]:
         if self.size != 1:

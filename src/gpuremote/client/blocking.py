@@ -33,7 +33,7 @@ class BlockingArray(RemoteArray):
 
     __slots__ = ()
 
-    def get(self, out: Any = None, *, timeout: float | None = None) -> Any:
+    def get(self, out: Any = None, *, copy: bool = True, timeout: float | None = None) -> Any:
         """Copy the values to host memory and return it.
 
         Parameters
@@ -41,6 +41,9 @@ class BlockingArray(RemoteArray):
         out : array or buffer, optional
             Filled in place: a writable C-contiguous NumPy array of equal shape and dtype, or
             any buffer of as many bytes. Without it a new NumPy array is made.
+        copy : bool
+            False: a read-only array is good enough. Where both ends see the same memory it lies
+            there, and goes back to the server when the last reference to it is gone.
         timeout : float, optional
             Seconds.
 
@@ -55,9 +58,11 @@ class BlockingArray(RemoteArray):
         SessionLost
         """
         meta = self._meta
-        if out is None:
-            out = np.empty(meta.shape, meta.dtype)
         core = self._core
+        if out is None:
+            if not copy:
+                return self._read_only(core.wait(self._ask_view(), timeout))
+            out = np.empty(meta.shape, meta.dtype)
         core.wait(
             core.ask_bytes(self._id, output_view(out, meta.shape, meta.dtype), "get"), timeout
         )
@@ -118,8 +123,11 @@ class BlockingDevice(Device[BlockingArray]):
     ) -> BlockingArray:
         """Upload an array (NumPy, torch, CuPy, DLPack, buffer protocol, numbers, nested lists).
 
-        Returns when the server has the bytes; up to 16 KiB travel with the next batch, and then
-        nothing is waited for. The memory is lent until return.
+        Returns when the server has the bytes. Nothing is waited for where they are up to 16 KiB,
+        which travel with the next batch, nor where both ends see the memory they are copied to
+        (transport ``shm``); what goes wrong there arrives at the next wait. An array from
+        ``session.empty`` that is put whole is given away: no byte is moved, it is read-only from
+        then on, and shows what the device does to it. The memory is lent until return.
 
         Raises
         ------

@@ -26,7 +26,8 @@ def connect(url: str | None = None) -> Connecting:
     url : str, optional
         ``gpu://host:port`` (a device server) or ``local://`` (a server on this machine, started
         as a child and ended with the last session). Options: ``transport``, ``require``,
-        ``connect_timeout``, ``grace``, ``memory``. Default: ``GPUREMOTE_URL``, else ``local://``.
+        ``connect_timeout``, ``grace``, ``memory``; with ``gpu://`` also ``cafile``, ``tls``,
+        ``certfile``, ``keyfile``. Default: ``GPUREMOTE_URL``, else ``local://``.
 
     Returns
     -------
@@ -37,7 +38,7 @@ def connect(url: str | None = None) -> Connecting:
     ------
     InvalidURL
         At once.
-    ConnectionFailed, HandshakeTimeout, NotAGpuRemoteServer, UnsupportedVersion, ...
+    ConfigError, ConnectionFailed, HandshakeTimeout, AuthenticationFailed, ...
         When it is entered or awaited.
     """
     target = _target(url)

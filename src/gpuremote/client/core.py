@@ -15,6 +15,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import numpy as np
+
 from gpuremote.client.issuing import FLUSH_NS, NEVER, Issuer
 from gpuremote.client.origin import describe
 from gpuremote.client.stats import SessionStats
@@ -27,6 +29,7 @@ from gpuremote.errors import (
     error_from_wire,
 )
 from gpuremote.rpc.peer import Connection, Entry, Region
+from gpuremote.transport.base import Incoming
 from gpuremote.wire import caps
 from gpuremote.wire.batch import ALL_STREAMS, Op
 from gpuremote.wire.frames import NUMBER, Kind, ResultForm, pack_info, unpack_info
@@ -45,6 +48,8 @@ MAX_FAILURES: Final = 256
 """Failures kept for a ``synchronize``; of more only the number is kept."""
 GROUP: Final = 4096
 """Arrays of one message."""
+VIEW: Final = "view"
+"""The kind of a wait for memory, in place of bytes to be put somewhere."""
 MAX_LINKS: Final = 4096
 """Copies to other servers whose failure is still passed on to the receiving session."""
 
@@ -78,6 +83,7 @@ class Core(Issuer):
         self.peer_name = peer_name
         self.session = b""
         self.advertised = peer_name
+        self.encrypted = False
         self.devices: list[Any] = []
         self.owner: Any = None
         self.download_policy = download_policy
@@ -182,6 +188,33 @@ class Core(Issuer):
         numbers, wait = self.put_many([(shape, dtype, device, view)])
         return numbers[0], wait
 
+    def allocate(self, nbytes: int) -> memoryview | None:
+        """Memory from which the present connection sends without copying; None: there is none."""
+        with self.lock:
+            connection = self.peer.connection
+            return None if connection is None else connection.allocate(nbytes)
+
+    def gives(self, view: memoryview) -> bool:
+        """Whether ``view`` is such memory, all of it, and not sent yet."""
+        with self.lock:
+            connection = self.peer.connection
+            return connection is not None and connection.gives(view)
+
+    def put_staged(self, shape: tuple[int, ...], dtype: str, device: int, view: memoryview) -> int:
+        """Upload what lies in memory from :meth:`allocate`: nothing has to be waited for, as the
+        bytes are where the server finds them."""
+        with self.lock:
+            with self.peer.together():
+                while self.dropped:
+                    self._free_dropped()
+                number = self._record(Op.PUT, (), "put", [list(shape), dtype, device])
+                self.flush()
+                self.peer.post_payload(Kind.PAYLOAD, NUMBER.pack(number), [Region(view)])
+            self._posted()
+        if self._stalled:
+            self._relieve()
+        return number
+
     def put_many(
         self, items: Sequence[tuple[tuple[int, ...], str, int, memoryview]]
     ) -> tuple[list[int], Wait]:
@@ -196,7 +229,8 @@ class Core(Issuer):
             numbers = []
             try:
                 for start in range(0, len(items), GROUP):
-                    numbers += self._put_group(items[start : start + GROUP], wait, entries)
+                    with self.peer.together():
+                        numbers += self._put_group(items[start : start + GROUP], wait, entries)
             except BaseException:
                 self.cancel(wait)
                 raise
@@ -269,6 +303,8 @@ class Core(Issuer):
                 into.cast("B")[:] = body[8:]
                 self.stats.payload_copied += len(body) - 8
                 wait.finish()
+            elif arg == _BYTES and wait.kind == VIEW:
+                wait.finish(memoryview(bytes(body[8:])))
             elif arg == ResultForm.INFO and into is None:
                 try:
                     wait.finish(unpack_info(body[8:]))
@@ -296,12 +332,17 @@ class Core(Issuer):
             raise ProtocolError("a RESULT that nobody asked for")
 
     def on_payload(
-        self, kind: int, arg: int, body: memoryview, sizes: tuple[int, ...]
+        self, kind: int, arg: int, body: memoryview, incoming: Incoming
     ) -> tuple[Sequence[memoryview], object] | None:
+        sizes = incoming.sizes
         if kind != Kind.RESULT or len(body) != 8 or len(sizes) != 1:
             raise ProtocolError("a payload that is no RESULT")
         number = NUMBER.unpack_from(body)[0]
         wait = self._waits.get(number)
+        if wait is not None and wait.kind == VIEW and not wait.cancelled:
+            place = incoming.adopt() or [np.empty(sizes[0], np.uint8).data]
+            wait.value = place[0]
+            return place, wait
         if wait is None or wait.cancelled or wait.into is None:
             self._check_asked(number)
             self._waits.pop(number, None)
@@ -313,7 +354,7 @@ class Core(Issuer):
     def on_payload_done(self, token: object) -> None:
         assert isinstance(token, Wait)
         self._waits.pop(token.number, None)
-        token.finish()
+        token.finish(token.value)
 
     def on_payload_cancelled(self, token: object) -> None:
         raise ProtocolError("a server does not cancel results")

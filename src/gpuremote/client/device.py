@@ -17,10 +17,11 @@ from gpuremote.client.core import Core
 from gpuremote.client.waits import Wait
 from gpuremote.config import parse_address
 from gpuremote.errors import SessionClosed
-from gpuremote.memory.host import HostArray, host_array
+from gpuremote.memory.host import HostArray, copy_bytes, host_array
 from gpuremote.ops.creation import arange_length
 from gpuremote.ops.meta import check_dtype
 from gpuremote.wire.batch import Op
+from gpuremote.wire.caps import INLINE_PAYLOAD
 
 __all__ = ["Device"]
 
@@ -124,11 +125,38 @@ class Device(Generic[A]):
     # -- uploads and copies ---------------------------------------------------------------------
 
     def _upload(self, value: Any, dtype: npt.DTypeLike | None = None) -> tuple[A, Wait | None]:
+        host = self._host_array(value, dtype)
+        staged = self._staged(value, host)
+        if staged is None:
+            return self._put(host)
+        if staged is not host.view:
+            copy_bytes(staged, host.view)
+        return self._put_staged(host, staged), None
+
+    def _host_array(self, value: Any, dtype: npt.DTypeLike | None) -> HostArray:
         host = host_array(value, dtype)
-        core = self._core
-        core.stats.payload_copied += host.copied
-        number, wait = core.put(host.shape, _wire(host.dtype), self.index, host.view)
+        self._core.stats.payload_copied += host.copied
+        return host
+
+    def _put(self, host: HostArray) -> tuple[A, Wait | None]:
+        number, wait = self._core.put(host.shape, _wire(host.dtype), self.index, host.view)
         return self._array(number, host), wait
+
+    def _staged(self, value: Any, host: HostArray) -> memoryview | None:
+        """Memory that the server sees too, to be filled with the bytes of ``host`` (its own view
+        if they lie there already); None if there is none, or it does not pay."""
+        core = self._core
+        if host.view.nbytes <= INLINE_PAYLOAD:
+            return None
+        if not core.gives(host.view):
+            return core.allocate(host.view.nbytes)
+        if isinstance(value, np.ndarray):
+            value.flags.writeable = False  # it is the device's from now on
+        return host.view
+
+    def _put_staged(self, host: HostArray, staged: memoryview) -> A:
+        number = self._core.put_staged(host.shape, _wire(host.dtype), self.index, staged)
+        return self._array(number, host)
 
     def _upload_many(
         self, values: Any, dtype: npt.DTypeLike | None = None
@@ -180,6 +208,8 @@ class Device(Generic[A]):
         number = core.record(Op.EXPECT, name="copy_to", blob=blob)
         host, port = parse_address(core.advertised)
         target = {"host": host, "port": port, "session": core.session, "ticket": ticket}
+        if core.encrypted:
+            target["tls"] = True
         sender = other.record(Op.SEND_TO, source._id, name="copy_to", blob=target)
         other.link_failure(sender, core, number)
         # Neither side is waited for, and each must know before the other's bytes can come.

@@ -26,6 +26,7 @@ from gpuremote.rpc.cooldown import Cooldowns
 from gpuremote.rpc.dial import Dialled, dial, host_identity
 from gpuremote.rpc.peer import Connection
 from gpuremote.rpc.transports import TCP, Explanation, offers
+from gpuremote.transport.certificates import TlsClient
 from gpuremote.wire.hello import Hello, Welcome
 from gpuremote.wire.state import State, Stimulus
 
@@ -51,6 +52,8 @@ class Link:
         As in the URL: the only transport to try; the one that must be had.
     token : bytes
         What both ends have to know; empty: nothing.
+    tls : TlsClient or None
+        Whom to trust; None: nothing is encrypted.
     on_transport : list of callable
         Called with the explanation whenever the transport changes, in whichever thread opens
         connections.
@@ -66,6 +69,7 @@ class Link:
     memory_limit: int = 0
     grace: float = 60.0
     token: bytes = field(default=b"", repr=False)
+    tls: TlsClient | None = None
     server_ended: Callable[[], str | None] = lambda: None
     welcome: Welcome = field(default_factory=Welcome)
     explanation: Explanation = field(default_factory=Explanation)
@@ -97,6 +101,7 @@ class Link:
         with core.lock:
             core.session = welcome.session
             core.advertised = welcome.advertise or self.name
+            core.encrypted = self.tls is not None
             core.peer.grant(welcome.window)
             core.state.advance(Stimulus.WELCOME)
             try:
@@ -202,7 +207,13 @@ class Link:
             software=f"gpuremote {__version__}", host=host_identity(), transports=offered, **more
         )
         found = dial(
-            self.host, self.port, hello, timeout=timeout, blocking=blocking, token=self.token
+            self.host,
+            self.port,
+            hello,
+            timeout=timeout,
+            blocking=blocking,
+            token=self.token,
+            tls=self.tls,
         )
         if wanted in (None, found.connection.name):
             return found

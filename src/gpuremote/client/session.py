@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
+from gpuremote._dtypes import check_dtype
+from gpuremote._types import Shape
 from gpuremote.client.array import RemoteArray
 from gpuremote.client.core import Core
 from gpuremote.client.device import Device
@@ -18,6 +23,8 @@ from gpuremote.client.waits import Wait
 from gpuremote.config import Settings, Target
 from gpuremote.memory.host import output_view
 from gpuremote.rpc.transports import Explanation
+from gpuremote.transport.certificates import TlsClient
+from gpuremote.wire.caps import INLINE_PAYLOAD
 
 __all__ = ["SessionBase", "TransportView", "make_core", "make_link"]
 
@@ -107,6 +114,24 @@ class SessionBase(Generic[D]):
         """Whether the server has said that it is shutting down."""
         return self._core.draining
 
+    def empty(self, shape: int | Shape, dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
+        """A local array to be filled and uploaded, in memory that the transport sends from without
+        copying where there is such memory (``shm``: the server sees it too, and putting the array
+        whole moves no bytes). Its values are whatever lies there.
+
+        Returns
+        -------
+        numpy.ndarray
+            C-contiguous, writable; after ``put`` read-only.
+        """
+        kind = check_dtype(dtype)
+        count = math.prod(shape) if isinstance(shape, tuple) else operator.index(shape)
+        nbytes = count * kind.itemsize
+        block = self._core.allocate(nbytes) if nbytes > INLINE_PAYLOAD else None
+        if block is None:
+            return np.empty(shape, kind)
+        return np.frombuffer(block, kind).reshape(shape)
+
     def flush(self) -> None:
         """Send what was issued, without waiting for anything."""
         self._core.flush()
@@ -165,15 +190,22 @@ def make_core(link: Link) -> Core:
 
 def make_link(target: Target, host: str, port: int) -> Link:
     """The link that a URL asks for, with the token of the environment (not to a server that this
-    process has started itself)."""
+    process has started itself, which needs no TLS either)."""
     settings = Settings.from_env(os.environ)
+    cafile = target.cafile or settings.cafile
+    tls = None
+    if target.scheme != "local" and (
+        target.tls or (target.tls is None and (cafile or target.certfile))
+    ):
+        tls = TlsClient(cafile, target.certfile or "", target.keyfile or "")
     return Link(
         host,
         port,
         connect_timeout=target.connect_timeout,
-        transport=target.transport,
+        transport=target.transport or (None if target.require else settings.transport or None),
         require=target.require,
         memory_limit=target.memory or 0,
         grace=target.grace,
         token=settings.token if target.scheme != "local" else b"",
+        tls=tls,
     )

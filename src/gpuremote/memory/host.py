@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,21 @@ from gpuremote._speed import native
 from gpuremote._types import Shape
 from gpuremote.errors import DTypeError, GpuRemoteError, InvalidBuffer
 
-__all__ = ["HostArray", "host_array", "output_view"]
+__all__ = ["HostArray", "copy_bytes", "host_array", "host_memory", "output_view"]
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def host_memory() -> int:
+    """Bytes of memory that this machine has, or that the container may use."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in _CGROUP_LIMITS:
+        try:
+            with open(path) as file:
+                total = min(total, int(file.read()))
+        except (OSError, ValueError):  # No such file, or "max".
+            pass
+    return total
 
 
 class HostArray(NamedTuple):
@@ -30,6 +45,11 @@ class HostArray(NamedTuple):
     dtype: np.dtype[Any]
     view: memoryview
     copied: int
+
+
+def copy_bytes(target: memoryview, source: memoryview) -> None:
+    """Copy flat bytes without the interpreter's lock, which a slice assignment would keep."""
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 def host_array(value: Any, dtype: npt.DTypeLike | None = None) -> HostArray:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import secrets
 import socket
+import ssl
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from gpuremote import _clock
 from gpuremote.errors import (
@@ -21,25 +22,37 @@ from gpuremote.errors import (
     HandshakeTimeout,
     NotAGpuRemoteServer,
     ProtocolError,
+    SessionLost,
+    TransportError,
     TransportUnavailable,
     error_from_wire,
 )
 from gpuremote.transport.base import Connection
+from gpuremote.transport.certificates import TlsClient, handshake_failure
 from gpuremote.transport.select import climb
 from gpuremote.transport.setup import Setup
-from gpuremote.transport.tcp import TcpConnection, open_tcp, tune
+from gpuremote.transport.tcp import open_tcp
+from gpuremote.transport.tls import TlsSocket, stream_connection
 from gpuremote.wire.hello import (
     Challenge,
     Hello,
     HelloReader,
     Message,
+    Opened,
     Proof,
     Refusal,
+    Route,
     Welcome,
 )
 from gpuremote.wire.identity import NONCE_SIZE, client_proof, matches, server_proof
 
 __all__ = ["dial", "host_identity", "read_hello"]
+
+Reached = socket.socket | TlsSocket
+
+OPENINGS: Final = 3
+"""Sessions opened at a server with TLS until one of them welcomes the client, as the process of
+one may be killed before it has."""
 
 
 def host_identity() -> str:
@@ -68,7 +81,14 @@ class Dialled(NamedTuple):
 
 
 def dial(
-    host: str, port: int, hello: Hello, *, timeout: float, blocking: bool, token: bytes = b""
+    host: str,
+    port: int,
+    hello: Hello,
+    *,
+    timeout: float,
+    blocking: bool,
+    token: bytes = b"",
+    tls: TlsClient | None = None,
 ) -> Dialled:
     """Connect to ``host:port``, complete the handshake, and go on over the best transport that
     both ends have and that works between them.
@@ -83,6 +103,9 @@ def dial(
         Whether the connection will be driven by a blocking thread or by an event loop.
     token : bytes
         The secret that both ends have to know; empty: none.
+    tls : TlsClient, optional
+        Encrypt, and connect to a server whose certificate is for ``host`` only. Without it nothing
+        is encrypted.
 
     Raises
     ------
@@ -95,27 +118,29 @@ def dial(
     UnsupportedVersion
         No common protocol version.
     AuthenticationFailed
-        The server wants a token that this side does not have, or does not know this side's.
+        The server wants a token that this side does not have, or does not know this side's. Or
+        its certificate is not trusted or for another name, or it does not trust this side's, or
+        one of the two speaks TLS and the other does not.
+    ConfigError
+        The files of ``tls`` can't be used.
     GpuRemoteError
         Whatever the server refuses with.
     """
     deadline = _clock.now() + timeout
     peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    sock = open_tcp(host, port, timeout)
+    sock: Reached | None = None
     connection: Connection | None = None
     try:
-        answer = _exchange(sock, hello, deadline, peer, token)
-        if isinstance(answer, Refusal):
-            raise _refused(answer, peer)
-        reason = tune(sock)
-        connection = TcpConnection(sock, blocking=blocking, reason=reason)
+        sock, answer = _reach(host, port, hello, deadline, token, tls)
+        connection = stream_connection(sock, blocking=blocking)
         setup = Setup(connection, blocking=blocking, deadline=deadline, secret=answer.secret)
         connection, failures = climb(setup, _order(answer, hello), client=True)
         return Dialled(connection, answer, failures)
     except BaseException as error:
         if connection is not None:
             connection.abort()
-        sock.close()
+        elif sock is not None:
+            sock.close()
         if isinstance(error, GpuRemoteError):
             error.peer = error.peer or peer
         raise
@@ -129,9 +154,80 @@ def _order(answer: Welcome, hello: Hello) -> list[str]:
     return order
 
 
+def _reach(
+    host: str, port: int, hello: Hello, deadline: float, token: bytes, tls: TlsClient | None
+) -> tuple[Reached, Welcome]:
+    """Get to where somebody says welcome."""
+    if tls is not None:
+        tls.context()  # before anything is connected
+    left = OPENINGS
+    while True:
+        sock, answer = _ask(host, port, hello, deadline, token, tls)
+        if isinstance(answer, Welcome):
+            return sock, answer
+        sock.close()
+        left -= 1
+        coming = replace(hello, session=answer.session, secret=answer.secret)
+        try:
+            sock, answer = _ask(host, port, coming, deadline, token, tls)
+        except (TransportError, SessionLost):
+            # Nobody has said welcome, so nothing is lost, and another process may have more luck.
+            if not left:
+                raise
+        else:
+            assert isinstance(answer, Welcome)
+            return sock, answer
+
+
+def _ask(
+    host: str, port: int, hello: Hello, deadline: float, token: bytes, tls: TlsClient | None
+) -> tuple[Reached, Welcome | Opened]:
+    """Connect, and shake hands once."""
+    peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    sock: Reached = open_tcp(host, port, max(0.001, deadline - _clock.now()))
+    try:
+        if isinstance(sock, socket.socket) and tls is not None:
+            if hello.session:
+                _say(sock, Route(hello.session).encode(), deadline, peer)
+            sock = TlsSocket(sock, tls, host)
+            _verify(sock, deadline, peer)
+        answer = _exchange(sock, hello, deadline, peer, token)
+        if isinstance(answer, Refusal):
+            raise _refused(answer, peer)
+        if isinstance(answer, Opened) and (tls is None or hello.session):
+            raise ProtocolError("the server opens a session where none is to be opened")
+        return sock, answer
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, ssl.SSLError) and tls is not None and isinstance(sock, TlsSocket):
+            raise handshake_failure(error, host, tls, sock.first) from error
+        raise
+
+
+def _verify(sock: TlsSocket, deadline: float, peer: str) -> None:
+    """The TLS handshake. An ``ssl.SSLError`` says who does not trust whom."""
+    try:
+        sock.handshake(deadline)
+    except TimeoutError as error:
+        raise HandshakeTimeout(
+            "connected, but no TLS handshake came about in time; is this a gpuremote server with "
+            "--certfile, and is it overloaded?",
+            peer=peer,
+        ) from error
+    except ssl.SSLError:
+        raise
+    except OSError as error:
+        raise NotAGpuRemoteServer(
+            f"the connection broke during the TLS handshake ({error}); is this a gpuremote server "
+            "with --certfile?",
+            peer=peer,
+        ) from error
+
+
 def _exchange(
-    sock: socket.socket, hello: Hello, deadline: float, peer: str, token: bytes
-) -> Welcome | Refusal:
+    sock: Reached, hello: Hello, deadline: float, peer: str, token: bytes
+) -> Welcome | Opened | Refusal:
+    certificate = sock.certificate if isinstance(sock, TlsSocket) else b""
     if token:
         hello = replace(hello, nonce=secrets.token_bytes(NONCE_SIZE))
     said = hello.encode()
@@ -145,33 +241,35 @@ def _exchange(
         nonce = answer.nonce
         if len(nonce) < NONCE_SIZE:
             raise ProtocolError(f"a challenge of {len(nonce)} bytes", peer=peer)
-        _say(sock, Proof(client_proof(token, nonce, said)).encode(), deadline, peer)
+        _say(sock, Proof(client_proof(token, nonce, said, certificate)).encode(), deadline, peer)
         answer = read_hello(sock, deadline, peer)
         if isinstance(answer, Proof):
-            if not matches(answer.proof, server_proof(token, nonce, said)):
+            if not matches(answer.proof, server_proof(token, nonce, said, certificate)):
                 raise AuthenticationFailed(
                     "what answers there does not know the token: it is not the server that you mean"
                 )
             answer = read_hello(sock, deadline, peer)
         elif not isinstance(answer, Refusal):
             raise AuthenticationFailed("the server took the proof and gave none of its own")
-    elif token and isinstance(answer, Welcome):
+    elif token and isinstance(answer, Welcome | Opened):
         raise AuthenticationFailed(
             "GPUREMOTE_TOKEN is set and the server did not ask for a token: start it with "
             "--token-file, or unset the variable"
         )
-    if not isinstance(answer, Welcome | Refusal):
+    if not isinstance(answer, Welcome | Opened | Refusal):
         kind = type(answer).__name__.upper()
         raise ProtocolError(f"the server answered the handshake with a {kind}", peer=peer)
     return answer
 
 
-def _say(sock: socket.socket, message: bytes, deadline: float, peer: str) -> None:
+def _say(sock: Reached, message: bytes, deadline: float, peer: str) -> None:
     try:
         sock.settimeout(max(0.001, deadline - _clock.now()))
         sock.sendall(message)
     except TimeoutError as error:
         raise HandshakeTimeout("the server does not take the handshake", peer=peer) from error
+    except ssl.SSLError:
+        raise
     except OSError as error:
         raise NotAGpuRemoteServer(
             f"the connection broke during the handshake ({error}); is this a gpuremote server?",
@@ -179,12 +277,14 @@ def _say(sock: socket.socket, message: bytes, deadline: float, peer: str) -> Non
         ) from error
 
 
-def read_hello(sock: socket.socket, deadline: float, peer: str) -> Message:
+def read_hello(sock: Reached, deadline: float, peer: str) -> Message:
     """Read one handshake message from a socket, and not a byte more.
 
     Raises
     ------
     HandshakeTimeout, NotAGpuRemoteServer, UnsupportedVersion, ProtocolError
+    ssl.SSLError
+        The other end does not trust this one: in TLS 1.3 it says so with its first words.
     """
     reader = HelloReader(peer)
     while True:
@@ -200,6 +300,8 @@ def read_hello(sock: socket.socket, deadline: float, peer: str) -> Message:
             data = sock.recv(reader.missing)
         except TimeoutError:
             continue
+        except ssl.SSLError:
+            raise
         except OSError as error:
             raise NotAGpuRemoteServer(
                 f"the connection broke during the handshake ({error}); is this a gpuremote server?",

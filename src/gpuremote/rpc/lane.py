@@ -27,9 +27,10 @@ class Sink(Protocol):
         """
 
     def on_payload(
-        self, kind: int, arg: int, body: memoryview, sizes: tuple[int, ...]
+        self, kind: int, arg: int, body: memoryview, incoming: Incoming
     ) -> tuple[Sequence[memoryview], object] | None:
-        """A message with payload begins: where it goes and a token, or None to drop it."""
+        """A message with payload begins: where it goes (what ``incoming.adopt`` gave, or other
+        memory) and a token, or None to drop it."""
 
     def on_payload_done(self, token: object) -> None:
         """Every byte of the payload is in place."""

@@ -11,9 +11,11 @@ then :meth:`Peer.dispatch` with what came.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Final
 
 from gpuremote._types import BytesLike
@@ -215,6 +217,17 @@ class Peer(Lane):
             raise
         return entry
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A context: what is sent within goes out at its end, in one system call if possible."""
+        connection = self.connection
+        try:
+            with nullcontext() if connection is None else connection.together():
+                yield
+        except ConnectionLost as error:
+            if self.connection is connection:
+                self.lost(error)
+
     def interrupted(self, body: BytesLike) -> None:
         """Ctrl-C hit while a batch was being posted: see to it that it is sent, once."""
         if not any(kept is body for *_, kept in self.kept()):
@@ -374,7 +387,7 @@ class Peer(Lane):
 
     def _begin(self, kind: int, arg: int, seq: int, body: memoryview, incoming: Incoming) -> None:
         total = sum(incoming.sizes)
-        taken = self._sink.on_payload(kind, arg, body, incoming.sizes)
+        taken = self._sink.on_payload(kind, arg, body, incoming)
         buffers, token = taken if taken is not None else (None, None)
         arriving = self.arriving[seq] = _Arriving(seq, token, buffers, total)
         self._place(arriving, incoming, buffers)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import logging
 import secrets
@@ -19,27 +20,21 @@ from typing import Any, Final
 from gpuremote.errors import (
     AuthenticationFailed,
     ConnectionFailed,
+    ConnectionLost,
     GpuRemoteError,
     HandshakeTimeout,
-    ProtocolError,
     ServerBusy,
     ServerDraining,
     SessionLost,
     WorkerDied,
 )
 from gpuremote.rpc.dial import host_identity
+from gpuremote.server.greeting import Caller
 from gpuremote.server.options import ServerOptions
 from gpuremote.server.stock import ATTEMPTS, Stock, WorkerProcess
+from gpuremote.transport.certificates import TlsServer
 from gpuremote.transport.select import choose, probe
-from gpuremote.wire.hello import (
-    Challenge,
-    Hello,
-    HelloReader,
-    Proof,
-    Refusal,
-    choose_version,
-)
-from gpuremote.wire.identity import NONCE_SIZE, client_proof, matches, server_proof
+from gpuremote.wire.hello import Hello, Opened, Route, choose_version
 
 __all__ = ["DeviceServer"]
 
@@ -51,6 +46,8 @@ MAX_HANDSHAKES: Final = 128
 PATIENCE: Final = 1.0
 """Seconds of silence after which a connection is given up if another one needs its place."""
 MAX_TOMBSTONES: Final = 1024
+UNCLAIMED: Final = 15.0
+"""Seconds that a session opened over TLS waits for its client to come once more."""
 
 
 @dataclass(slots=True)
@@ -86,6 +83,7 @@ class DeviceServer:
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._silent: dict[asyncio.Task[None], float] = {}
+        self._tls: TlsServer | None = None
         self._draining = False
         self._opening = 0
         self._stopping = False
@@ -117,14 +115,22 @@ class DeviceServer:
         ------
         ConnectionFailed
             The address can't be listened on.
+        ConfigError
+            The certificate or its key can't be used.
         """
+        options = self.options
+        if options.certfile:
+            load = functools.partial(
+                TlsServer, options.certfile, options.keyfile, options.client_ca
+            )
+            self._tls = await asyncio.to_thread(load)
         # Looks at files and other packages: not in the loop, and before anybody waits for it.
         await asyncio.to_thread(probe)
-        self._listener = _listen(self.options.host, self.options.port)
+        self._listener = _listen(options.host, options.port)
         self.port = self._listener.getsockname()[1]
         self._stock.fill()
         self._accepting = asyncio.create_task(self._accept(self._listener))
-        log.info("listening on %s, backend %s", self.address, self.options.backend)
+        log.info("listening on %s, backend %s", self.address, options.backend)
 
     async def drain(self, timeout: float | None = None) -> None:
         """Take no new session; return when the present ones have ended, or after ``timeout``.
@@ -206,28 +212,60 @@ class DeviceServer:
     async def _greet(self, sock: socket.socket, peer: str) -> None:
         """Read the handshake and bring the socket to its worker."""
         sock.setblocking(False)
+        caller = Caller(sock, peer)
         try:
             try:
                 async with asyncio.timeout(HANDSHAKE_TIMEOUT):
-                    hello = await _read_hello(sock, peer, self.options.token)
+                    if self._tls is not None and await self._encrypt(caller, self._tls):
+                        return
+                    hello = await caller.hello(self.options.token)
                 self._silent.pop(_current_task(), None)
                 choose_version(*hello.versions)
-                await self._route(sock, hello)
+                await self._route(caller, hello)
             except TimeoutError:
                 error = HandshakeTimeout(f"no complete handshake in {HANDSHAKE_TIMEOUT:.0f} s")
-                await _refuse(sock, error)
+                await caller.refuse(error)
             except GpuRemoteError as error:
                 level = logging.WARNING if isinstance(error, AuthenticationFailed) else logging.INFO
                 log.log(level, "refused %s: %s", peer, error.message)
-                await _refuse(sock, error)
+                await caller.refuse(error)
         except OSError as error:
             log.info("%s went away during the handshake: %s", peer, error)
         finally:
             sock.close()
 
-    async def _route(self, sock: socket.socket, hello: Hello) -> None:
+    async def _encrypt(self, caller: Caller, tls: TlsServer) -> bool:
+        """Begin TLS. True if that is another process's business: the connection was for a session,
+        and is at its worker now."""
+        if not await caller.first():
+            route = await caller.message()
+            if not isinstance(route, Route):
+                raise AuthenticationFailed(
+                    "this server speaks TLS only: name the file with its CA (or with its "
+                    "certificate, if it is self-signed) with cafile= in the URL or GPUREMOTE_CAFILE"
+                )
+            if self._passed_on(caller.sock, route.session):
+                return True
+        await caller.encrypt(tls)
+        return False
+
+    def _passed_on(self, sock: socket.socket, ident: bytes) -> bool:
+        session = self._sessions.get(ident)
+        if session is None or not session.worker.alive:
+            return False
+        # Who is there is for the worker to find out, so nobody here waits for that.
+        request = self._request(session, sock)
+        try:
+            session.worker.tell({"event": "encrypted", **request}, sock)
+        except OSError as error:
+            log.info("a connection did not get to worker %d: %s", session.worker.pid, error)
+        return True
+
+    async def _route(self, caller: Caller, hello: Hello) -> None:
         if hello.session:
             session = self._known(hello)
+            if caller.encrypted:
+                raise ConnectionLost("the session is there after all; connect once more")
         else:
             if self._draining:
                 raise ServerDraining("the server is shutting down and takes no new session")
@@ -237,28 +275,43 @@ class DeviceServer:
                     "try again later or raise --max-sessions"
                 )
             session = None
-        host, port = sock.getsockname()[:2]
+        if caller.encrypted:
+            opened = await self._open()
+            loop = asyncio.get_running_loop()
+            loop.call_later(UNCLAIMED, self._give_up_unclaimed, opened)
+            await caller.say(Opened(opened.ident, opened.secret))
+            return
         for left in reversed(range(ATTEMPTS)):
             opened = session or await self._open()
             try:
-                await self._hand_over(opened, sock, hello, _join(host, port))
+                await self._hand_over(opened, caller.sock, hello)
                 return
             except WorkerDied:
                 if session is not None or not left:
                     raise
                 # It had not begun with this one, so another can.
 
-    async def _hand_over(
-        self, session: _Session, sock: socket.socket, hello: Hello, address: str
-    ) -> None:
-        request = {
-            "event": "connection",
-            "hello": hello.encode(),
+    def _give_up_unclaimed(self, session: _Session) -> None:
+        """The client did not come for its session."""
+        if not session.worker.claimed and self._sessions.get(session.ident) is session:
+            with contextlib.suppress(OSError):
+                session.worker.tell({"event": "end"})
+
+    def _request(self, session: _Session, sock: socket.socket) -> dict[str, Any]:
+        host, port = sock.getsockname()[:2]
+        return {
             "server": self.address,
             "session": session.ident,
             "secret": session.secret,
+            "advertise": self.options.advertise or _join(host, port),
+        }
+
+    async def _hand_over(self, session: _Session, sock: socket.socket, hello: Hello) -> None:
+        request = {
+            "event": "connection",
+            "hello": hello.encode(),
             "choice": choose(hello.transports, same_host=hello.host == self._host),
-            "advertise": self.options.advertise or address,
+            **self._request(session, sock),
         }
         await session.worker.hand_over(request, sock, HANDSHAKE_TIMEOUT)
 
@@ -315,56 +368,6 @@ def _current_task() -> asyncio.Task[None]:
     task: asyncio.Task[None] | None = asyncio.current_task()
     assert task is not None
     return task
-
-
-async def _read_hello(sock: socket.socket, peer: str, token: bytes) -> Hello:
-    """The client's HELLO; looked at only when the client has proved that it knows the token."""
-    reader = await _read(sock, peer)
-    if token:
-        await _authenticate(sock, peer, token, reader.raw)
-    found = reader.message()
-    if isinstance(found, Hello):
-        return found
-    raise ProtocolError("a server's handshake message came from a client", peer=peer)
-
-
-async def _authenticate(sock: socket.socket, peer: str, token: bytes, hello: bytes) -> None:
-    """Challenge the client, and then prove the same to it.
-
-    Raises
-    ------
-    AuthenticationFailed
-    """
-    loop = asyncio.get_running_loop()
-    nonce = secrets.token_bytes(NONCE_SIZE)
-    await loop.sock_sendall(sock, Challenge(nonce).encode())
-    try:
-        answer = (await _read(sock, peer)).message()
-    except GpuRemoteError as error:
-        raise AuthenticationFailed(f"no proof of the token came: {error.message}") from None
-    if not isinstance(answer, Proof) or not matches(
-        answer.proof, client_proof(token, nonce, hello)
-    ):
-        raise AuthenticationFailed("the token is not the one that this server knows")
-    await loop.sock_sendall(sock, Proof(server_proof(token, nonce, hello)).encode())
-
-
-async def _read(sock: socket.socket, peer: str) -> HelloReader:
-    """One complete handshake message."""
-    loop = asyncio.get_running_loop()
-    reader = HelloReader(peer)
-    while not reader.fill(await loop.sock_recv(sock, reader.missing)):
-        pass
-    return reader
-
-
-async def _refuse(sock: socket.socket, error: GpuRemoteError) -> None:
-    """Say why not. The peer may be anything, so this waits for nothing."""
-    loop = asyncio.get_running_loop()
-    with contextlib.suppress(OSError, TimeoutError):
-        async with asyncio.timeout(1.0):
-            await loop.sock_sendall(sock, Refusal.of(error).encode())
-        sock.shutdown(socket.SHUT_WR)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -34,6 +34,14 @@ class ServerOptions:
         Seconds that sessions get to end after SIGTERM.
     token : bytes
         What clients and other servers have to know; empty: nothing.
+    certfile, keyfile : str
+        This server's certificate in PEM: whoever connects has to speak TLS. Empty: nobody does.
+        Without ``keyfile`` the key is in ``certfile``.
+    client_ca : str
+        PEM file: clients have to show a certificate that one of these has signed. Empty: none.
+    cafile : str
+        PEM file: whose certificates are trusted where this server's workers connect to another
+        server; empty: ``certfile``, and where there is none the system's.
     advertise : str
         ``HOST:PORT`` by which other servers reach this one; empty: what the client used.
     """
@@ -49,6 +57,10 @@ class ServerOptions:
     drain: float = 30.0
     advertise: str = ""
     token: bytes = field(default=b"", repr=False)
+    certfile: str = ""
+    keyfile: str = ""
+    client_ca: str = ""
+    cafile: str = ""
 
     def __post_init__(self) -> None:
         for name in ("devices", "memory_limit", "grace", "max_sessions", "warm", "drain"):
@@ -56,6 +68,9 @@ class ServerOptions:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port {self.port} is not in 0..65535")
+        for name in ("keyfile", "client_ca"):
+            if getattr(self, name) and not self.certfile:
+                raise ConfigError(f"{name} is given without certfile")
 
     def worker_environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         """What a worker process finds there: the token, which a command line would show."""
@@ -75,4 +90,12 @@ class ServerOptions:
             str(self.memory_limit),
             "--grace",
             str(self.grace),
+            "--certfile",
+            self.certfile,
+            "--keyfile",
+            self.keyfile,
+            "--client-ca",
+            self.client_ca,
+            "--cafile",
+            self.cafile or self.certfile,
         ]

@@ -21,7 +21,8 @@ from gpuremote.rpc.dial import dial
 from gpuremote.server.session import WorkerSession
 from gpuremote.server.storage import Slot, Storage
 from gpuremote.transport.base import Connection, Region
-from gpuremote.transport.tcp import TcpConnection, tune
+from gpuremote.transport.certificates import TlsClient
+from gpuremote.transport.tls import TlsSocket, stream_connection
 from gpuremote.wire.frames import NUMBER
 from gpuremote.wire.hello import Hello, Refusal, Welcome
 
@@ -49,9 +50,14 @@ class PeerCopies:
     """
 
     def __init__(
-        self, session: WorkerSession, wake: Callable[[], None], token: bytes = b""
+        self,
+        session: WorkerSession,
+        wake: Callable[[], None],
+        token: bytes = b"",
+        trust: TlsClient | None = None,
     ) -> None:
         self.active = 0
+        self._trust = trust or TlsClient()
         self._token = token
         self._waiting = 0
         self._session = session
@@ -68,14 +74,14 @@ class PeerCopies:
         # Not the slot: a later op that fails on it takes its value away.
         _start(self._send, number, slot.value, storage, target)
 
-    def receive(self, sock: socket.socket, hello: Hello) -> None:
+    def receive(self, sock: socket.socket | TlsSocket, hello: Hello) -> None:
         """Take what another server's worker brings over ``sock``. Returns at once."""
         with self._session.lock:
             patience = TICKET_PATIENCE if self._waiting < MAX_WAITING else 0.0
             self._waiting += 1
         _start(self._claim, sock, hello.ticket, patience)
 
-    def _claim(self, sock: socket.socket, ticket: bytes, patience: float) -> None:
+    def _claim(self, sock: socket.socket | TlsSocket, ticket: bytes, patience: float) -> None:
         session = self._session
         with session.lock:
             claimed = session.claim(ticket, patience)
@@ -119,6 +125,7 @@ class PeerCopies:
                 timeout=CONNECT_TIMEOUT,
                 blocking=True,
                 token=self._token,
+                tls=self._trust if target.get("tls") else None,
             )
             try:
                 connection.send(NUMBER.pack(view.nbytes), [Region(view)])
@@ -134,12 +141,10 @@ class PeerCopies:
             )
             session.failed(number, "copy_to", PeerCopyFailed(text))
 
-    def _receive(self, sock: socket.socket, number: int, view: memoryview) -> None:
+    def _receive(self, sock: socket.socket | TlsSocket, number: int, view: memoryview) -> None:
         try:
             _say(sock, Welcome().encode())
-            reason = tune(sock)
-            connection = TcpConnection(sock, blocking=True)
-            connection.reason = reason
+            connection = stream_connection(sock, blocking=True)
             try:
                 _take(connection, view)
                 # Applied before it is confirmed: the sender's session may end with that.
@@ -161,7 +166,7 @@ def _start(function: Callable[..., None], *arguments: Any) -> None:
     threading.Thread(target=function, args=arguments, name="gpuremote-copy", daemon=True).start()
 
 
-def _say(sock: socket.socket, data: bytes) -> None:
+def _say(sock: socket.socket | TlsSocket, data: bytes) -> None:
     sock.settimeout(5.0)
     sock.sendall(data)
 

@@ -27,9 +27,11 @@ from gpuremote.errors import (
 from gpuremote.ops.meta import Meta, MetaTable, check_dtype
 from gpuremote.rpc.peer import Peer
 from gpuremote.server.answers import Answers
+from gpuremote.server.arrivals import Arrival
 from gpuremote.server.execute import Executable, run_plan
 from gpuremote.server.ordering import Ordering
 from gpuremote.server.storage import STALLED, Failure, Quota, Slot, Storage
+from gpuremote.transport.base import Incoming
 from gpuremote.wire import caps
 from gpuremote.wire.batch import FIRST_PLAN, Op, decode
 from gpuremote.wire.frames import NUMBER, Kind
@@ -78,8 +80,8 @@ class WorkerSession:
         self.streams = self.ordering.streams
         self._plans: dict[int, Executable] = {}
         self._table: dict[int, Slot] = {}
-        self._expected: dict[bytes, tuple[int, Slot, memoryview]] = {}
-        self._arriving: dict[int, tuple[Slot, Any, memoryview, Storage, Meta]] = {}
+        self._expected: dict[bytes, int] = {}
+        self._arriving: dict[int, Arrival] = {}
         self.peer.table = self._table
         self.peer.queue = self.default.queue
         self.peer.direct = backend.exports_memory
@@ -117,39 +119,38 @@ class WorkerSession:
         return False
 
     def on_payload(
-        self, kind: int, arg: int, body: memoryview, sizes: tuple[int, ...]
+        self, kind: int, arg: int, body: memoryview, incoming: Incoming
     ) -> tuple[Sequence[memoryview], object] | None:
+        sizes = incoming.sizes
         if kind != Kind.PAYLOAD or len(body) != 8 * len(sizes):
             raise ProtocolError("a payload that belongs to no PUT")
         numbers = [_HANDLES.unpack_from(body, 8 * k)[0] for k in range(len(sizes))]
-        views = []
-        for number, size in zip(numbers, sizes, strict=True):
-            waiting = self._arriving.get(number)
-            if waiting is None:
-                # Its PUT was refused (the client has been told why) or cancelled.
-                views.append(memoryview(bytearray(0)))
-                continue
-            if size != waiting[2].nbytes:
+        places = incoming.adopt() if self.backend.exports_memory else None
+        arrivals = []
+        for k, (number, size) in enumerate(zip(numbers, sizes, strict=True)):
+            arrival = self._arriving.get(number)
+            if arrival is not None and size != arrival.meta.nbytes:
                 raise ProtocolError(
-                    f"PUT {number} announced {waiting[2].nbytes} bytes and {size} come"
+                    f"PUT {number} announced {arrival.meta.nbytes} bytes and {size} come"
                 )
-            views.append(waiting[2])
-        if any(view.nbytes != size for view, size in zip(views, sizes, strict=True)):
+            # Without one its PUT was refused (the client has been told why) or cancelled.
+            place = None if places is None else places[k]
+            if arrival is not None and self._placed(number, arrival, "put", place):
+                arrivals.append(arrival)
+        if len(arrivals) < len(sizes):
             if len(sizes) > 1:
                 self._fail_arriving(
                     numbers, OutOfDeviceMemory("another array of the same upload did not fit")
                 )
             return None
-        return views, numbers
+        return [arrival.view for arrival in arrivals], numbers
 
     def on_payload_done(self, token: object) -> None:
         assert isinstance(token, list)
         for number in token:
-            waiting = self._arriving.pop(number, None)
-            if waiting is not None:
-                slot, array, view, storage, meta = waiting
-                self.backend.received(array, view)
-                slot.fill(array, meta, storage)
+            arrival = self._arriving.pop(number, None)
+            if arrival is not None:
+                arrival.fill(self.backend)
         self.ordering.stir()
 
     def on_payload_cancelled(self, token: object) -> None:
@@ -158,9 +159,9 @@ class WorkerSession:
 
     def _fail_arriving(self, numbers: list[int], error: GpuRemoteError) -> None:
         for number in numbers:
-            waiting = self._arriving.pop(number, None)
-            if waiting is not None:
-                waiting[0].poison(Failure.of(number, "put", error))
+            arrival = self._arriving.pop(number, None)
+            if arrival is not None:
+                arrival.slot.poison(Failure.of(number, "put", error))
         self.ordering.stir()
 
     def on_executed(self, number: int) -> None:
@@ -256,19 +257,31 @@ class WorkerSession:
     def _stats(self, number: int) -> None:
         self.answers.info(number, self.stats())
 
-    def _announced(self, number: int, op: str, shape: Any, dtype: Any, device: Any) -> Slot:
+    def _announced(
+        self, number: int, op: str, shape: Any, dtype: Any, device: Any
+    ) -> Arrival | None:
         """A slot for bytes that come from outside; poisoned if they can't be taken."""
         slot = self._table[number] = Slot()
         meta = self._checked_meta(shape, dtype, device)
         try:
             storage = Storage(self.quota, meta.nbytes)
-            array = self.backend.empty(meta.shape, meta.dtype, meta.device)
-        except Exception as error:
+        except GpuRemoteError as error:
             slot.poison(self.failed(number, op, error))
-            return slot
-        view = self.backend.receive_view(array)
-        self._arriving[number] = (slot, array, view, storage, meta)
-        return slot
+            return None
+        arrival = self._arriving[number] = Arrival(slot, meta, storage)
+        return arrival
+
+    def _placed(
+        self, number: int, arrival: Arrival, op: str, place: memoryview | None = None
+    ) -> bool:
+        """Whether there is memory for it; otherwise it is no longer waited for."""
+        try:
+            arrival.place(self.backend, place)
+        except Exception as error:
+            del self._arriving[number]
+            arrival.slot.poison(self.failed(number, op, error))
+            return False
+        return True
 
     def _checked_meta(self, shape: Any, dtype: Any, device: Any) -> Meta:
         if (
@@ -297,21 +310,19 @@ class WorkerSession:
     def _put_inline(self, number: int, blob: Any) -> None:
         match blob:
             case [shape, dtype, device, bytes(data)]:
-                slot = self._announced(number, "put", shape, dtype, device)
+                arrival = self._announced(number, "put", shape, dtype, device)
             case _:
                 raise ProtocolError(f"PUT_INLINE {number} is malformed")
-        waiting = self._arriving.pop(number, None)
-        if waiting is None:
+        if arrival is None or not self._placed(number, arrival, "put"):
             return
-        _, array, view, storage, meta = waiting
-        if view.nbytes != len(data):
-            raise ProtocolError(f"PUT_INLINE {number} has {len(data)} of {view.nbytes} bytes")
-        view[:] = data
-        self.backend.received(array, view)
-        slot.fill(array, meta, storage)
+        if arrival.view.nbytes != len(data):
+            raise ProtocolError(f"PUT_INLINE {number} has {len(data)} of {arrival.meta.nbytes}")
+        del self._arriving[number]
+        arrival.view[:] = data
+        arrival.fill(self.backend)
 
     def _cancel(self, number: int, handle: int) -> None:
-        left = {t: e for t, e in self._expected.items() if e[0] != handle}
+        left = {t: e for t, e in self._expected.items() if e != handle}
         if len(left) != len(self._expected):
             self._gone += self._expected.keys() - left.keys()
             self._expected = left
@@ -369,10 +380,9 @@ class WorkerSession:
     def _expect(self, number: int, blob: Any) -> None:
         match blob:
             case [shape, dtype, device, bytes(ticket)] if len(ticket) >= 16:
-                slot = self._announced(number, "copy_to", shape, dtype, device)
-                waiting = self._arriving.get(number)
-                if waiting is not None:
-                    self._expected[ticket] = (number, slot, waiting[2])
+                arrival = self._announced(number, "copy_to", shape, dtype, device)
+                if arrival is not None:
+                    self._expected[ticket] = number
                 else:
                     self._gone.append(ticket)
                 self._announced_ticket.notify_all()
@@ -386,12 +396,13 @@ class WorkerSession:
             self._announced_ticket.wait_for(
                 lambda: ticket in self._expected or ticket in self._gone, patience
             )
-            found = self._expected.pop(ticket, None)
+            number = self._expected.pop(ticket, 0)
             self._gone.append(ticket)
-            if found is None or found[0] not in self._arriving:
+            arrival = self._arriving.get(number)
+            if arrival is None or not self._placed(number, arrival, "copy_to"):
                 return None
-            self._claimed.add(found[0])
-            return found[0], found[2]
+            self._claimed.add(number)
+            return number, arrival.view
 
     def peer_copy_done(self, number: int, error: GpuRemoteError | None) -> None:
         """The bytes of EXPECT ``number`` are in place, or will not come."""
@@ -400,9 +411,9 @@ class WorkerSession:
             if error is None:
                 self.on_payload_done([number])
                 return
-            waiting = self._arriving.pop(number, None)
-            if waiting is not None:
-                waiting[0].poison(self.failed(number, "copy_to", error))
+            arrival = self._arriving.pop(number, None)
+            if arrival is not None:
+                arrival.slot.poison(self.failed(number, "copy_to", error))
             self.ordering.stir()
 
     # -- flow -----------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ class WorkerProcess:
     ----------
     ready : asyncio.Future
         Done when it has loaded its backend; an exception if it ended before.
+    claimed : bool
+        A client has come to it over TLS.
     stats : dict
         Its last words.
     """
@@ -44,6 +46,7 @@ class WorkerProcess:
         loop = asyncio.get_running_loop()
         self.channel, theirs = control.pair()
         self.ready: asyncio.Future[None] = loop.create_future()
+        self.claimed = False
         self.stats: dict[str, Any] = {}
         self._on_exit = on_exit
         self._loop = loop
@@ -157,6 +160,8 @@ class WorkerProcess:
             taken = self._handed.get(message.get("number", -1))
             if taken is not None and not taken.done():
                 taken.set_result(None)
+        elif message.get("event") == "claimed":
+            self.claimed = True
         elif message.get("event") == "closed":
             self.stats = message.get("stats", {})
         return True

@@ -27,11 +27,13 @@ from gpuremote.errors import ConnectionLost, GpuRemoteError
 from gpuremote.rpc.dial import host_identity
 from gpuremote.server import control
 from gpuremote.server.peercopy import PeerCopies
+from gpuremote.server.reception import Reception
 from gpuremote.server.session import WorkerSession
 from gpuremote.transport.base import Connection
-from gpuremote.transport.select import climb
+from gpuremote.transport.certificates import TlsClient, TlsServer
+from gpuremote.transport.select import choose, climb, probe
 from gpuremote.transport.setup import Setup
-from gpuremote.transport.tcp import TcpConnection, tune
+from gpuremote.transport.tls import TlsSocket, stream_connection
 from gpuremote.wire import caps
 from gpuremote.wire.frames import Kind, pack_info
 from gpuremote.wire.hello import Hello, HelloReader, Welcome, choose_version
@@ -46,7 +48,7 @@ PYTHON_LOOKS: Final = 32
 """Receives that do not wait, some 40 µs of them, before one that does; with and without the part
 in C."""
 MESSAGES_PER_TURN: Final = 64
-SETUP_TIMEOUT: Final = 5.0
+SETUP_TIMEOUT: Final = 10.0
 """Seconds for answering a client and bringing a transport up with it."""
 BUSY_AFTER: Final = 0.02
 """Seconds in an op after which the control thread takes the connection over."""
@@ -73,7 +75,14 @@ class Worker:
         limit = options.memory_limit or _default_limit(self.backend)
         self.session = WorkerSession(self.backend, limit, self._wake)
         token = os.environ.pop("GPUREMOTE_TOKEN", "").encode()
-        self.copies = PeerCopies(self.session, self._wake, token)
+        trust = TlsClient(options.cafile, options.certfile, options.keyfile)
+        self.copies = PeerCopies(self.session, self._wake, token, trust)
+        self._reception: Reception | None = None
+        if options.certfile:
+            tls = TlsServer(options.certfile, options.keyfile, options.client_ca)
+            self._reception = Reception(tls, token, self._admit)
+            probe()  # looks at files and other packages: before anybody waits for it
+        self._admitting = threading.Lock()
         self.session.send_to = self.copies.send
         self.session.copying = lambda: self.copies.active
         self.session.peer.on_lost = self._gone
@@ -83,7 +92,10 @@ class Worker:
         """The main thread sleeps, so the control thread need not look after it."""
         self._last_idle = 0.0
         self._attached = threading.Event()
+        self._welcomed = threading.Event()
+        """Its client may know of this session, connected or not."""
         self._over = False
+        self._left_over = False  # messages may lie here that no descriptor tells of
 
     # -- main thread ----------------------------------------------------------------------------
 
@@ -93,7 +105,7 @@ class Worker:
         gc.freeze()
         control.send(self.channel, {"event": "ready"})
         threading.Thread(target=self._control, name="gpuremote-control", daemon=True).start()
-        self._attached.wait()
+        self._welcomed.wait()
         session, peer = self.session, self.session.peer
         while not self._over:
             connection = peer.connection
@@ -157,7 +169,8 @@ class Worker:
             select.POLLIN | (select.POLLOUT if connection.pending_output else 0),
         )
         poller.register(self._wake_main, select.POLLIN)
-        for descriptor, _ in poller.poll(1000 * WAIT):
+        due = 0.0 if self._left_over else connection.due()
+        for descriptor, _ in poller.poll(1000 * (WAIT if due is None else min(due, WAIT))):
             if descriptor == self._wake_main:
                 _drain(self._wake_main)
         if self._parked:
@@ -169,8 +182,10 @@ class Worker:
     def _take_in(self, connection: Connection) -> None:
         """Receive what is there, up to a bound, and send what can be; owner of ``_receiving``."""
         session = self.session
+        self._left_over = True
         for _ in range(MESSAGES_PER_TURN):
             if not session.peer.take(connection):
+                self._left_over = False
                 break
         if connection.pending_output:
             with session.lock:
@@ -258,23 +273,32 @@ class Worker:
                     wanted = select.POLLIN | (select.POLLOUT if take_over.pending_output else 0)
                     poller.register(self._watched_fd, wanted)
                     watched = take_over
-            timeout = None if self._parked else 1000 * BUSY_AFTER
-            for descriptor, _ in poller.poll(timeout):
-                if descriptor == self.channel.fileno():
-                    self._from_daemon()
-                elif descriptor == self._wake_control:
-                    _drain(self._wake_control)
-                elif watched is not None and self._receiving.acquire(blocking=False):
-                    try:
-                        self._take_in(watched)
-                    except ConnectionLost as error:
-                        self._lost(watched, error)
-                    except GpuRemoteError as error:
-                        self._violated(error)
-                    finally:
-                        self._receiving.release()
+            timeout = None if self._parked else BUSY_AFTER
+            due = watched.due() if watched is not None else None
+            if due is not None:
+                timeout = min(due, BUSY_AFTER)
+            ready = {fd for fd, _ in poller.poll(None if timeout is None else 1000 * timeout)}
+            if self.channel.fileno() in ready:
+                self._from_daemon()
+            if self._wake_control in ready:
+                _drain(self._wake_control)
+            if watched is not None and (due is not None or self._watched_fd in ready):
+                self._take_over(watched)
 
     _watched_fd = -1
+
+    def _take_over(self, connection: Connection) -> None:
+        """Receive for the main thread, unless it does so itself."""
+        if not self._receiving.acquire(blocking=False):
+            return
+        try:
+            self._take_in(connection)
+        except ConnectionLost as error:
+            self._lost(connection, error)
+        except GpuRemoteError as error:
+            self._violated(error)
+        finally:
+            self._receiving.release()
 
     def _from_daemon(self) -> None:
         try:
@@ -284,7 +308,11 @@ class Worker:
             os._exit(1)
         match request.get("event"):
             case "connection" if sock is not None:
-                self._connection(sock, request)
+                hello = HelloReader("daemon").feed(request["hello"])
+                assert isinstance(hello, Hello)
+                self._admit(sock, hello, request)
+            case "encrypted" if sock is not None and self._reception is not None:
+                self._reception.receive(sock, request)
             case "drain":
                 with self.session.lock:
                     self.session.answers.notice("draining", seconds=request.get("seconds", 0))
@@ -292,14 +320,30 @@ class Worker:
                 self._over = True
                 os._exit(0)
 
-    def _connection(self, sock: socket.socket, request: dict[str, Any]) -> None:
-        """A client (new, or coming back) or another server's worker."""
-        hello = HelloReader("daemon").feed(request["hello"])
-        assert isinstance(hello, Hello)
+    def _admit(
+        self, sock: socket.socket | TlsSocket, hello: Hello, request: dict[str, Any]
+    ) -> None:
+        """A client (new, or coming back) or another server's worker, who may come in."""
+        number = request.get("number")
+        if number is None:  # the daemon has not seen what came encrypted, and waits for nothing
+            same_host = hello.host == host_identity()
+            request["choice"] = choose(hello.transports, same_host=same_host)
+        told = {"event": "claimed"} if number is None else {"event": "answering", "number": number}
         if hello.ticket:
-            control.send(self.channel, {"event": "answering", "number": request["number"]})
+            if number is not None:
+                control.send(self.channel, told)
             self.copies.receive(sock, hello)
             return
+        with self._admitting:
+            self._attach(sock, hello, request, told)
+
+    def _attach(
+        self,
+        sock: socket.socket | TlsSocket,
+        hello: Hello,
+        request: dict[str, Any],
+        told: dict[str, Any],
+    ) -> None:
         session, peer = self.session, self.session.peer
         with session.lock:
             if peer.connection is not None:
@@ -310,30 +354,39 @@ class Worker:
         # Without the lock: what the receipt says stays true, as nothing can come in meanwhile.
         connection: Connection | None = None
         try:
-            control.send(self.channel, {"event": "answering", "number": request["number"]})
+            control.send(self.channel, told)
             sock.settimeout(SETUP_TIMEOUT)
             sock.sendall(self._welcome(hello, request).encode())
+            if not resumed:
+                # From here on the client may have a session, also if this connection breaks now.
+                self.state.advance(Stimulus.WELCOME)
             connection = self._best_path(sock, request)
             with session.lock:
-                self.state.advance(Stimulus.RESUMED if resumed else Stimulus.WELCOME)
+                if resumed:
+                    self.state.advance(Stimulus.RESUMED)
                 peer.attach(connection, hello.receipt)
         except (OSError, GpuRemoteError) as error:
             # The client will try again within the grace period.
             print(f"gpuremote worker: a connection came and went: {error}", file=sys.stderr)
             if connection is not None:
                 connection.abort()
-            sock.close()
+            else:
+                sock.close()
             if self.state.value is State.NEW:
                 os._exit(1)
+            if self.state.value is State.OPEN:
+                self.state.advance(Stimulus.CONNECTION_LOST)
+            self._welcomed.set()
             return
-        self._parked = False
+        self._unpark()
+        self._welcomed.set()
         if peer.connection is not None:  # it may have broken again at once
             self._attached.set()
         self._wake()
 
-    def _best_path(self, sock: socket.socket, request: dict[str, Any]) -> Connection:
+    def _best_path(self, sock: socket.socket | TlsSocket, request: dict[str, Any]) -> Connection:
         """A connection over the best transport that works; ``sock`` is its, or closed."""
-        base = TcpConnection(sock, blocking=True, reason=tune(sock))
+        base = stream_connection(sock, blocking=True)
         deadline = _clock.now() + SETUP_TIMEOUT
         setup = Setup(base, blocking=True, deadline=deadline, secret=request["secret"])
         try:
@@ -386,6 +439,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--devices", type=int, required=True)
     parser.add_argument("--memory-limit", type=int, required=True)
     parser.add_argument("--grace", type=float, required=True)
+    for name in ("--certfile", "--keyfile", "--client-ca", "--cafile"):
+        parser.add_argument(name, default="")
     parser.add_argument("--software", default="gpuremote")
     options = parser.parse_args(arguments)
     channel = socket.socket(fileno=options.channel)

@@ -30,6 +30,7 @@ __all__ = [
     "MESSAGE",
     "OPEN",
     "check_frame",
+    "check_header",
     "decode_sizes",
     "encode_sizes",
 ]
@@ -90,8 +91,15 @@ def decode_sizes(body: memoryview) -> tuple[tuple[int, ...], int]:
     sizes = struct.unpack_from(f"<{count}Q", body, COUNT.size)
     if max(sizes) > MAX_SIZE:
         raise LimitExceeded(f"a region of {max(sizes)} bytes")
-    if len(body) - begin > MAX_HEADER:
-        raise LimitExceeded(
-            f"a message header of {len(body) - begin} bytes; at most {MAX_HEADER} are taken"
-        )
     return sizes, begin
+
+
+def check_header(nbytes: int) -> None:
+    """Refuse a message header that no sender makes.
+
+    Raises
+    ------
+    LimitExceeded
+    """
+    if nbytes > MAX_HEADER:
+        raise LimitExceeded(f"a message header of {nbytes} bytes; at most {MAX_HEADER} are taken")

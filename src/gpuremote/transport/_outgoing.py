@@ -203,6 +203,16 @@ class Outbox:
         self._frames.append(_Piece(parts, _PREFIX + size, done=done))
         self.pending = True
 
+    def add_frame(
+        self, kind: int, channel: int, parts: Sequence[Buffer], done: Done | None = None
+    ) -> None:
+        """Queue a frame of another kind, in turn with the messages."""
+        size = sum(map(len, parts))
+        self._frames.append(
+            _Piece([_pack(size, kind, 0, channel), *parts], _PREFIX + size, done=done)
+        )
+        self.pending = True
+
     def add_payload(
         self, header: BytesLike, size: int, regions: Sequence[Region], done: Done | None
     ) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import socket
+import struct
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -14,15 +15,21 @@ from gpuremote.errors import ConnectionFailed, ConnectionLost
 from gpuremote.transport import congestion
 
 __all__ = [
+    "BLOCKING_WAIT",
     "addresses",
     "broken",
     "drain",
     "flush_until",
     "join_address",
     "open_tcp",
+    "reset",
     "same_host",
+    "set_blocking",
     "tune",
 ]
+
+BLOCKING_WAIT: Final = 1.0
+"""Seconds that a plain blocking receive waits."""
 
 _OPTIONS: Final = [
     (socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -75,6 +82,16 @@ def same_host(sock: socket.socket) -> bool:
         return False
 
 
+def set_blocking(sock: socket.socket, seconds: float) -> None:
+    """Have a receive block for that many whole seconds at most; with 0 nothing blocks."""
+    if not seconds:
+        sock.setblocking(False)
+        return
+    sock.settimeout(None)
+    timeout = struct.pack("@ll", int(seconds), 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+
+
 def tune(sock: socket.socket) -> str:
     """Set a connected socket up for this library. Never fails.
 
@@ -116,6 +133,16 @@ def flush_until(flush: Callable[[], bool], sock: socket.socket, deadline: float)
     except (OSError, ValueError):
         return False
     return True
+
+
+def reset(sock: socket.socket) -> None:
+    """End a connection at once, both ways. The descriptor stays."""
+    with contextlib.suppress(OSError):
+        # Nobody is to wait for what the kernel still holds: reset instead of FIN.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+    with contextlib.suppress(OSError):
+        # Wakes a thread that waits in a receive; close() alone would not.
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def drain(sock: socket.socket, buffer: memoryview, deadline: float) -> None:

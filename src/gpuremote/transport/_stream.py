@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from gpuremote._speed import native
 from gpuremote._types import BytesLike
@@ -14,7 +14,7 @@ from gpuremote.transport._framing import FRAME, MESSAGE
 from gpuremote.transport._incoming import Message
 from gpuremote.transport.base import Incoming, Region, TransportStats
 
-__all__ = ["NOW", "SMALL", "Stream"]
+__all__ = ["NOW", "SMALL", "Line", "PythonStream", "Stream"]
 
 NOW: Final = int(socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0))
 SMALL: Final = 16 << 10
@@ -27,14 +27,30 @@ _PLAIN: Final = MESSAGE << 32
 """The frame of an empty MESSAGE as one number; the length adds to it."""
 
 
-class PythonStream:
-    """The two steps of a connection over a socket where nothing else is under way.
+class Line(Protocol):
+    """What the bytes of a stream go through: a socket, or encryption over one. As of a socket,
+    each call takes or gives what is possible, and raises BlockingIOError where nothing is."""
 
-    What is rare is left to the methods of ``TcpConnection`` that are declared below.
+    def send(self, data: BytesLike, flags: int, /) -> int: ...
+
+    def sendmsg(self, buffers: Sequence[BytesLike], ancillary: tuple[()], flags: int, /) -> int: ...
+
+    def recv_into(self, buffer: memoryview, size: int, flags: int, /) -> int: ...
+
+    def recvmsg_into(
+        self, buffers: Sequence[memoryview], ancillary: int, flags: int, /
+    ) -> tuple[int, Any, int, Any]: ...
+
+
+class PythonStream:
+    """The two steps of a connection over a stream where nothing else is under way.
+
+    What is rare is left to the methods of ``StreamConnection`` that are declared below. (Those
+    are no methods here, or they would hide the ones of a base class that comes later.)
     """
 
     stats: TransportStats
-    _sock: socket.socket
+    _line: Line
     _fd: int
     _blocking: bool
     _closed: bool
@@ -90,7 +106,7 @@ class PythonStream:
             if self._closed:
                 raise self._gone()
             try:
-                sent = self._sock.send(_pack(size, MESSAGE, 0, 0) + header, NOW)
+                sent = self._line.send(_pack(size, MESSAGE, 0, 0) + header, NOW)
             except BlockingIOError:
                 sent = 0
             if sent != size + _PREFIX:
@@ -114,7 +130,7 @@ class PythonStream:
             if not self._plain or (wait and (wait < 0.5 or not self._blocking)):
                 return self._receive(wait)
             try:
-                end = self._sock.recv_into(self._rx, self._idle, 0 if wait else NOW)
+                end = self._line.recv_into(self._rx, self._idle, 0 if wait else NOW)
             except BlockingIOError:
                 return None
             stats = self.stats
@@ -137,70 +153,46 @@ class PythonStream:
 
     # -- what the connection adds ---------------------------------------------------------------
 
-    def _send(
-        self, header: BytesLike, regions: Sequence[Region], done: Callable[[], None] | None
-    ) -> None:
-        """Send in the other cases."""
-        raise NotImplementedError
+    if TYPE_CHECKING:
 
-    def _left(self, header: BytesLike, sent: int) -> None:
-        """The kernel took ``sent`` bytes of a message with its frame: queue the others."""
-        raise NotImplementedError
+        def _send(
+            self,
+            header: BytesLike,
+            regions: Sequence[Region] = (),
+            done: Callable[[], None] | None = None,
+        ) -> None:
+            """Send in the other cases."""
+            raise NotImplementedError
 
-    def _receive(self, wait: float) -> Incoming | None:
-        """Receive while something is under way."""
-        raise NotImplementedError
+        def _left(self, header: BytesLike, sent: int) -> None:
+            """The kernel took ``sent`` bytes of a message with its frame: queue the others."""
+            raise NotImplementedError
 
-    def _push(
-        self,
-        view: memoryview,
-        offset: int,
-        head: int,
-        chunk: int,
-        left: int,
-        channel: int,
-        size: int,
-        burst: int,
-        /,
-    ) -> tuple[int, int, int, int, int, bool]:
-        """In C only; see there."""
-        raise NotImplementedError
+        def _receive(self, wait: float) -> Incoming | None:
+            """Receive while something is under way."""
+            raise NotImplementedError
 
-    def _pull(
-        self,
-        view: memoryview,
-        offset: int,
-        chunk: int,
-        left: int,
-        channel: int,
-        burst: int,
-        wait: float,
-        /,
-    ) -> tuple[int, int, int, int]:
-        """In C only; see there."""
-        raise NotImplementedError
+        def _whole(self, end: int) -> Message:
+            """The one message that the buffer holds."""
+            raise NotImplementedError
 
-    def _whole(self, end: int) -> Message:
-        """The one message that the buffer holds."""
-        raise NotImplementedError
+        def _parse(self) -> Incoming | None:
+            raise NotImplementedError
 
-    def _parse(self) -> Incoming | None:
-        raise NotImplementedError
+        def _gone(self) -> ConnectionLost:
+            raise NotImplementedError
 
-    def _gone(self) -> ConnectionLost:
-        raise NotImplementedError
+        def _ended(self) -> ConnectionLost:
+            raise NotImplementedError
 
-    def _ended(self) -> ConnectionLost:
-        raise NotImplementedError
+        def _broken(self, error: BaseException) -> BaseException:
+            raise NotImplementedError
 
-    def _broken(self, error: BaseException) -> BaseException:
-        raise NotImplementedError
+        def _failed(self, error: BaseException) -> BaseException:
+            raise NotImplementedError
 
-    def _failed(self, error: BaseException) -> BaseException:
-        raise NotImplementedError
-
-    def _release(self) -> None:
-        raise NotImplementedError
+        def _release(self) -> None:
+            raise NotImplementedError
 
 
 Stream = PythonStream

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -198,10 +199,17 @@ class Connection(abc.ABC):
     def allocate(self, nbytes: int) -> memoryview | None:
         """Writable flat memory from which this connection sends without copying.
 
+        A send that carries all of it gives it away: the other end may keep it and write to it.
         It goes back when the view and everything made from it is gone and the other end is
-        through with it; the contents are whatever was there. None where there is no such memory.
+        through with it. The contents are whatever was there. None where there is no such memory
+        (left).
         """
         return None
+
+    def gives(self, view: memoryview) -> bool:
+        """Whether sending the flat bytes ``view`` gives memory away: they are all of what
+        ``allocate`` gave, and were not sent yet."""
+        return False
 
     @abc.abstractmethod
     def fileno(self) -> int:
@@ -260,6 +268,16 @@ class Connection(abc.ABC):
         LimitExceeded
             The header is too large.
         """
+
+    def together(self) -> AbstractContextManager[None]:
+        """A context: what is sent within goes out at its end, in as few system calls as it takes.
+
+        Raises
+        ------
+        ConnectionLost
+            At its end.
+        """
+        return nullcontext()
 
     @abc.abstractmethod
     def flush(self) -> bool:

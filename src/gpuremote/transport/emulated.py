@@ -280,7 +280,7 @@ class EmulatedConnection(Connection):
             times.append(self._in.free)
         inner = self._inner.due()
         if inner is not None:
-            times.append(now + inner)
+            times.append(max(now + inner, self._in.free))
         return max(0.0, min(times) - now) if times else None
 
     def _watch_what_counts(self, now: float) -> None:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
-import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import get_ident
 from typing import Final
 
@@ -29,21 +28,26 @@ from gpuremote.transport._framing import (
     MESSAGE,
     OPEN,
     check_frame,
+    check_header,
     decode_sizes,
 )
 from gpuremote.transport._incoming import Message, Payload
+from gpuremote.transport._loan import SharedPayload
 from gpuremote.transport._outgoing import CHUNK, Outbox
 from gpuremote.transport._sockets import (
+    BLOCKING_WAIT,
     addresses,
     broken,
     drain,
     flush_until,
     join_address,
     open_tcp,
+    reset,
     same_host,
+    set_blocking,
     tune,
 )
-from gpuremote.transport._stream import NOW, Stream
+from gpuremote.transport._stream import NOW, Line, Stream
 from gpuremote.transport.base import Connection, Incoming, Region, TransportStats, flat_view
 
 __all__ = ["MAX_HEADER", "MAX_REGIONS", "TcpConnection", "join_address", "open_tcp", "pair", "tune"]
@@ -56,26 +60,25 @@ BUFFER: Final = 256 << 10
 """Bytes of the receive buffer for headers."""
 IDLE: Final = 64 << 10
 """Bytes asked for when no message is under way; what of it is payload has to be copied."""
-BLOCKING_WAIT: Final = 1.0
-"""Seconds that a plain blocking receive waits."""
 
 _PREFIX: Final = FRAME.size
 _unpack_from = FRAME.unpack_from
 
 
-class TcpConnection(Stream, Connection):
-    """A connection over a connected stream socket, which it owns from now on.
+class StreamConnection(Connection):
+    """A connection over a connected stream socket, which it owns from now on; see ``_stream``.
 
     Parameters
     ----------
     sock : socket.socket
-        TCP or AF_UNIX, connected; not tuned here (see :func:`tune`).
+        TCP or AF_UNIX; not tuned here (see :func:`tune`).
     blocking : bool
         True if a thread waits in ``receive``: the socket stays blocking, and waiting for a
-        message is one system call (of 1 s at most, however long ``wait`` is). False for an
-        event loop.
+        message is one system call (1 s at most, however long ``wait`` is). False for a loop.
     reason : str
         What :func:`tune` said.
+    line : Line, optional
+        What the bytes go through, if it is not the socket itself.
 
     Notes
     -----
@@ -85,21 +88,21 @@ class TcpConnection(Stream, Connection):
     """
 
     name = "tcp"
+    _in_c = False  # has these:
+    _push: Callable[..., tuple[int, int, int, int, int, bool]]
+    _pull: Callable[..., tuple[int, int, int, int]]
 
-    def __init__(self, sock: socket.socket, *, blocking: bool, reason: str = "") -> None:
+    def __init__(
+        self, sock: socket.socket, *, blocking: bool, reason: str = "", line: Line | None = None
+    ) -> None:
         self.stats = TransportStats()
         self.reason = reason
         self.local_address, self.peer_address = addresses(sock)
         self._sock = sock
+        self._line: Line = sock if line is None else line
         self._fd = sock.fileno()
         self._blocking = blocking
-        if blocking:
-            sock.settimeout(None)
-            sock.setsockopt(
-                socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(BLOCKING_WAIT), 0)
-            )
-        else:
-            sock.setblocking(False)
+        set_blocking(sock, BLOCKING_WAIT if blocking else 0.0)
         self._closed = False
         # Sending side; touched by the sending thread only.
         self._tx_busy = False
@@ -127,7 +130,7 @@ class TcpConnection(Stream, Connection):
         self._chunk = 0  # bytes missing of the DATA frame under way
         self._target: Payload | None = None  # and where they belong
         self._channels: dict[int, Payload] = {}
-        self._question: Payload | None = None  # was into() called?
+        self._question: Payload | SharedPayload | None = None  # was into() called?
 
     @staticmethod
     def probe() -> tuple[bool, str]:
@@ -163,12 +166,7 @@ class TcpConnection(Stream, Connection):
     def abort(self) -> None:
         if not self._closed:
             self._closed = True
-            with contextlib.suppress(OSError):
-                # Nobody is to wait for what the kernel still holds: reset instead of FIN.
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
-            with contextlib.suppress(OSError):
-                # Wakes a thread that waits in receive(); close() alone would not.
-                self._sock.shutdown(socket.SHUT_RDWR)
+            reset(self._sock)
         self._release()
 
     def _release(self) -> None:
@@ -239,6 +237,16 @@ class TcpConnection(Stream, Connection):
         self._outbox.add_rest(header, len(header), sent, None)
         self._pending = True
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        outer, self._calling = self._calling, True
+        try:
+            yield
+        finally:
+            self._calling = outer
+        if self._pending and not outer:
+            self.flush()
+
     def flush(self) -> bool:
         if self._tx_failure is not None:
             raise self._tx_failure
@@ -262,8 +270,8 @@ class TcpConnection(Stream, Connection):
                     sent, payload, more, done = self._send_run(outbox)
                 else:
                     size = self._chunk_size
-                    if native is None:
-                        sent, payload, more = stream.push(self._sock.sendmsg, NOW, size)
+                    if not self._in_c:
+                        sent, payload, more = stream.push(self._line.sendmsg, NOW, size)
                     else:
                         sent, payload, more, calls = stream.push_natively(self._push, size, budget)
                     done = outbox.pushed(stream)
@@ -290,9 +298,9 @@ class TcpConnection(Stream, Connection):
         run, size = outbox.fill()
         try:
             if len(run) > 1:
-                sent = self._sock.sendmsg(run, (), NOW)
+                sent = self._line.sendmsg(run, (), NOW)
             else:
-                sent = self._sock.send(run[0], NOW)
+                sent = self._line.send(run[0], NOW)
         except BlockingIOError:
             sent = 0
         payload, done = outbox.sent(sent)
@@ -368,17 +376,16 @@ class TcpConnection(Stream, Connection):
 
     def _ready(self, wait: float) -> bool:
         """Wait until the socket is readable."""
-        poll = self._poll
-        if poll is None:
-            poll = self._poll = select.poll()
-            poll.register(self._sock.fileno(), select.POLLIN)
-        return bool(poll.poll(wait * 1000))
+        if self._poll is None:
+            self._poll = select.poll()
+            self._poll.register(self._fd, select.POLLIN)
+        return bool(self._poll.poll(wait * 1000))
 
     def _read(self, wait: float) -> bool:
         """One receive call; True if it brought bytes."""
         target = self._target
         if target is not None and not target.dropped:
-            if native is not None:
+            if self._in_c:
                 return self._pull_payload(target, wait)
             # Never waits inside the receive call, which has the lent memory: see discard().
             return self._read_payload(target) or (
@@ -400,16 +407,15 @@ class TcpConnection(Stream, Connection):
             if self._channels:
                 # Payload is under way: what came along with the next frame would be copied.
                 into = self._rx if self._chunk else self._rx_prefix
-        stats = self.stats
-        stats.receives += 1
+        self.stats.receives += 1
         try:
-            count = self._sock.recv_into(into, 0, flags)
+            count = self._line.recv_into(into, 0, flags)
         except BlockingIOError:
             return False
         if not count:
             raise self._ended()
         self._end += count
-        stats.bytes_received += count
+        self.stats.bytes_received += count
         return True
 
     def _rest_of_frame(self) -> memoryview:
@@ -441,7 +447,7 @@ class TcpConnection(Stream, Connection):
                 more = target.left > chunk or len(self._channels) > 1
                 targets.append(self._rx_prefix if more else self._rx_idle)
             stats.receives += 1
-            count = self._sock.recvmsg_into(targets, 0, NOW)[0]
+            count = self._line.recvmsg_into(targets, 0, NOW)[0]
         except BlockingIOError:
             return False
         finally:
@@ -470,9 +476,8 @@ class TcpConnection(Stream, Connection):
             )
         finally:
             self._rx_touching = 0
-        stats = self.stats
-        stats.receives += calls
-        stats.bytes_received += count
+        self.stats.receives += calls
+        self.stats.bytes_received += count
         if not placed:
             return False
         target.advance(placed)
@@ -510,7 +515,10 @@ class TcpConnection(Stream, Connection):
                     return None
                 self._start = self._end = 0
                 self._large = None
-                return self._message(_unpack_from(large), large[_PREFIX:])
+                found = self._message(_unpack_from(large), large[_PREFIX:])
+                if found is not None:
+                    return found
+                continue
             if have < _PREFIX:
                 return None
             frame = _unpack_from(rx, start)
@@ -523,7 +531,7 @@ class TcpConnection(Stream, Connection):
                 self._chunk = length
                 self._start = start + _PREFIX
                 continue
-            check_frame(length, kind, flags, channel)
+            self._check(length, kind, flags, channel)
             size = _PREFIX + length
             if have < size:
                 if size > rx.nbytes:
@@ -536,7 +544,15 @@ class TcpConnection(Stream, Connection):
                 self._start = self._end = 0
             else:
                 self._start = start + size
-            return self._message(frame, rx[start + _PREFIX : start + size])
+            found = self._message(frame, rx[start + _PREFIX : start + size])
+            if found is not None:
+                return found
+
+    # What a transport that adds frames of its own overrides.
+
+    def _check(self, length: int, kind: int, flags: int, channel: int) -> None:
+        """Refuse a frame, other than DATA, that no sender makes."""
+        check_frame(length, kind, flags, channel)
 
     def _copy(self, count: int) -> None:
         target = self._target
@@ -553,12 +569,14 @@ class TcpConnection(Stream, Connection):
     def _whole(self, end: int) -> Message:
         return Message(self._rx[_PREFIX:end])
 
-    def _message(self, frame: tuple[int, int, int, int], body: memoryview) -> Incoming:
+    def _message(self, frame: tuple[int, int, int, int], body: memoryview) -> Incoming | None:
+        """Take in a whole frame other than DATA; the message that it begins, if it does."""
         _, kind, _, channel = frame
         if kind == MESSAGE:
             self.stats.messages_received += 1
             return Message(body)
         sizes, begin = decode_sizes(body)
+        check_header(len(body) - begin)
         payload = Payload(body[begin:], sizes, channel, self._wait_untouched)
         if payload.left:
             if channel in self._channels:
@@ -567,6 +585,12 @@ class TcpConnection(Stream, Connection):
             self._question = payload
         self.stats.messages_received += 1
         return payload
+
+
+class TcpConnection(Stream, StreamConnection):
+    """A connection over a stream socket; sent and received in C where that part is installed."""
+
+    _in_c = native is not None
 
 
 def pair(blocking: bool = True) -> tuple[TcpConnection, TcpConnection]:

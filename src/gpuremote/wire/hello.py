@@ -36,9 +36,11 @@ __all__ = [
     "Hello",
     "HelloReader",
     "Message",
+    "Opened",
     "Proof",
     "Receipt",
     "Refusal",
+    "Route",
     "Welcome",
     "choose_version",
 ]
@@ -59,6 +61,10 @@ class HelloKind(enum.IntEnum):
     """Server: prove that you know the token."""
     PROOF = 5
     """Client, and then server."""
+    OPENED = 6
+    """Server: the session is there, come for it."""
+    ROUTE = 7
+    """Client, before TLS: which session this connection is for."""
 
 
 def choose_version(min_version: int, max_version: int) -> int:
@@ -311,7 +317,42 @@ class Proof:
         return cls(_get(body, "proof", bytes, b""))
 
 
-Message = Hello | Welcome | Refusal | Challenge | Proof
+@dataclass(slots=True)
+class Opened:
+    """What a server with TLS answers to a HELLO for a new session, instead of a WELCOME: a process
+    waits for the client, who is to connect once more, with a ROUTE and a HELLO that resumes.
+
+    Encryption can't be handed from the process that listens to another one.
+    """
+
+    session: bytes
+    secret: bytes
+
+    def encode(self) -> bytes:
+        body = {"session": self.session, "secret": self.secret}
+        return _frame(HelloKind.OPENED, body, (MIN_VERSION, MAX_VERSION))
+
+    @classmethod
+    def decode(cls, body: Mapping[str, Any]) -> Opened:
+        return cls(_get(body, "session", bytes, b""), _get(body, "secret", bytes, b""))
+
+
+@dataclass(slots=True)
+class Route:
+    """The first words of a connection to a session of a server with TLS, in the clear: so the
+    process that listens knows whose it is. Behind it TLS begins. It proves nothing."""
+
+    session: bytes
+
+    def encode(self) -> bytes:
+        return _frame(HelloKind.ROUTE, {"session": self.session}, (MIN_VERSION, MAX_VERSION))
+
+    @classmethod
+    def decode(cls, body: Mapping[str, Any]) -> Route:
+        return cls(_get(body, "session", bytes, b""))
+
+
+Message = Hello | Welcome | Refusal | Challenge | Proof | Opened | Route
 
 
 class HelloReader:
@@ -406,6 +447,10 @@ class HelloReader:
                 return Challenge.decode(body)
             case HelloKind.PROOF:
                 return Proof.decode(body)
+            case HelloKind.OPENED:
+                return Opened.decode(body)
+            case HelloKind.ROUTE:
+                return Route.decode(body)
         raise ProtocolError(f"handshake message of unknown kind {kind}", peer=self._peer)
 
 

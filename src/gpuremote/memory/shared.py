@@ -1,0 +1,419 @@
+"""Memory that two processes of one host see: blocks in segments, lent by their owner.
+
+The owner makes *segments* (memfds) as it needs them, and passes each to the other process once.
+A segment holds blocks of one size. A block that was sent belongs to the other process until that
+gives it back, by counting up in the first page of the segment: no message is needed for it, and
+nothing is left behind when either process is killed, as the kernel counts the references.
+
+Segments are kept and used again: memory that is touched for the first time is some ten times
+slower than memory that is in use (the kernel has to find and clear its pages).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import threading
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuremote import _clock
+from gpuremote.errors import ProtocolError
+
+__all__ = ["Arena", "Loans", "Place", "SegmentInfo", "probe"]
+
+PAGE: Final = mmap.PAGESIZE
+MAX_BLOCKS: Final = 512
+"""Blocks of a segment: their counters fill its first page at most."""
+MAX_SEGMENTS: Final = 4096
+"""Segments of one owner."""
+MAX_BLOCK: Final = 1 << 40
+SMALLEST: Final = 64 << 10
+SLAB: Final = 4 << 20
+"""Bytes of a segment of several blocks."""
+KEPT: Final = 10.0
+"""Seconds for which a segment is kept that nobody uses."""
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+"""A segment keeps its size: one that shrinks would end whoever reads it with SIGBUS."""
+_POPULATE: Final = 23
+"""MADV_POPULATE_WRITE (Linux 5.14): get all pages now, in one call."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+
+
+class SegmentInfo(NamedTuple):
+    """What the other process has to know of a segment."""
+
+    ident: int
+    block: int
+    blocks: int
+
+    @property
+    def nbytes(self) -> int:
+        return PAGE + self.block * self.blocks
+
+
+class Place(NamedTuple):
+    """Where some bytes lie in an owner's segments."""
+
+    segment: int
+    block: int
+    offset: int
+    nbytes: int
+
+
+def probe() -> tuple[bool, str]:
+    """Whether this system has what is needed, and what was found."""
+    try:
+        os.close(_new_segment(PAGE))
+    except (OSError, AttributeError) as error:
+        return False, f"no sealed memfd can be made here: {error}"
+    return True, "memory files that can be passed over a Unix socket"
+
+
+def _new_segment(nbytes: int) -> int:
+    fd = os.memfd_create("gpuremote", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, nbytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+class _Mapping:
+    """A segment in this process's address space, until nobody refers to it.
+
+    Not ``mmap.mmap``, which keeps a descriptor open for each.
+    """
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.address: int | None = None
+        address = _libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+        if address == _MAP_FAILED:
+            code = ctypes.get_errno()
+            raise OSError(code, f"{nbytes} bytes can't be mapped: {os.strerror(code)}")
+        self.address = address
+        self._unmap = _libc.munmap
+        # Where the kernel is too old for it pages come when they are touched.
+        _libc.madvise(address, nbytes, _POPULATE)
+        self._content: Any = (ctypes.c_ubyte * nbytes).from_address(address)
+
+    def __del__(self) -> None:
+        if self.address is not None:
+            self._unmap(self.address, self.nbytes)
+
+    def counters(self, count: int) -> npt.NDArray[np.uint32]:
+        """The first page; only as long as somebody refers to this mapping."""
+        return np.frombuffer(self._content, np.uint32, count)
+
+    def memory(self, offset: int, nbytes: int, on_gone: Callable[[], object]) -> memoryview:
+        """Bytes that keep the mapping, and tell when the last reference to them goes."""
+        found = np.frombuffer(self._content, np.uint8, nbytes, offset).view(_Memory)
+        found.mapping = self
+        found.on_gone = on_gone
+        view: memoryview = found.data
+        return view
+
+
+class _Memory(np.ndarray[Any, Any]):
+    """Never sliced itself: only a memoryview of it is given out, which keeps it alive."""
+
+    mapping: _Mapping
+    on_gone: Callable[[], object]
+
+    def __del__(self) -> None:
+        gone = self.__dict__.get("on_gone")
+        if gone is not None:
+            gone()
+
+
+def address_of(view: memoryview) -> int:
+    """Address of the first byte of a flat view that is not empty."""
+    address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
+    return address
+
+
+class _Segment:
+    """A segment of this process."""
+
+    def __init__(self, info: SegmentInfo, fd: int) -> None:
+        self.info = info
+        self.mapping = _Mapping(fd, info.nbytes)
+        self.returned = self.mapping.counters(info.blocks)
+        assert self.mapping.address is not None
+        self.base = self.mapping.address
+        self.sent = [0] * info.blocks
+        self.used = [0] * info.blocks  # bytes of the block that is out; 0: no reference here
+        self.given = [False] * info.blocks  # sent whole: no longer this process's own
+        self.left_at = _clock.now()
+
+    def free(self, index: int) -> bool:
+        return not self.used[index] and (self.sent[index] & 0xFFFFFFFF) == self.returned[index]
+
+
+class Arena:
+    """The segments of one owner.
+
+    Not for several threads at a time, apart from what happens to blocks that are dropped.
+
+    Parameters
+    ----------
+    limit : int
+        Bytes of all segments together.
+    announce : callable
+        Called with a ``SegmentInfo`` and its descriptor (closed afterwards): pass it to the other
+        process. False: it can't be passed now.
+    dropped : callable
+        Called with the number of a segment that is not used any more.
+
+    Attributes
+    ----------
+    nbytes : int
+        Of the segments that there are.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        announce: Callable[[SegmentInfo, int], bool],
+        dropped: Callable[[int], None],
+    ) -> None:
+        self.nbytes = 0
+        self._limit = limit
+        self._announce = announce
+        self._dropped = dropped
+        self._next = 0
+        self._segments: dict[int, _Segment] = {}
+        self._bases: list[tuple[int, int]] = []  # address and number, in order of the addresses
+        self._by_size: dict[int, list[_Segment]] = {}
+        # Blocks whose last reference here is gone; finalisers only append.
+        self._gone: deque[tuple[_Segment, int]] = deque()
+        self._closed = False
+
+    def allocate(self, nbytes: int) -> memoryview | None:
+        """A block of ``nbytes`` (at least 1), or None if there is no room."""
+        if self._closed or not 0 < nbytes <= MAX_BLOCK:
+            return None
+        self.collect()
+        size = _size_class(nbytes)
+        for segment in self._by_size.get(size, ()):
+            for index in range(segment.info.blocks):
+                if segment.free(index):
+                    return self._take(segment, index, nbytes)
+        grown = self._grow(size)
+        return None if grown is None else self._take(grown, 0, nbytes)
+
+    def _take(self, segment: _Segment, index: int, nbytes: int) -> memoryview:
+        segment.used[index] = nbytes
+        segment.given[index] = False
+        gone, block = self._gone, (segment, index)
+        offset = PAGE + index * segment.info.block
+        return segment.mapping.memory(offset, nbytes, lambda: gone.append(block))
+
+    def _grow(self, size: int) -> _Segment | None:
+        count = min(MAX_BLOCKS, max(1, SLAB // size))
+        info = SegmentInfo(self._next, size, count)
+        self.trim(0.0 if self.nbytes + info.nbytes > self._limit else KEPT)
+        if self.nbytes + info.nbytes > self._limit or len(self._segments) >= MAX_SEGMENTS:
+            return None
+        try:
+            fd = _new_segment(info.nbytes)
+        except OSError:
+            return None
+        try:
+            segment = _Segment(info, fd)
+            if not self._announce(info, fd):
+                return None
+        except (OSError, ValueError):
+            return None  # no memory, or no address space
+        finally:
+            os.close(fd)
+        self._next += 1
+        self._segments[info.ident] = segment
+        self._by_size.setdefault(size, []).append(segment)
+        self._bases.append((segment.base, info.ident))
+        self._bases.sort()
+        self.nbytes += info.nbytes
+        return segment
+
+    def find(self, view: memoryview) -> Place | None:
+        """Where a flat view lies, if it lies in a block of this arena that is out."""
+        if not view.nbytes or not self._bases:
+            return None
+        address = address_of(view)
+        at = bisect_right(self._bases, (address, MAX_SEGMENTS << 32)) - 1
+        if at < 0:
+            return None
+        segment = self._segments[self._bases[at][1]]
+        index, offset = divmod(address - segment.base - PAGE, segment.info.block)
+        if not 0 <= index < segment.info.blocks or not segment.used[index]:
+            return None
+        if offset + view.nbytes > segment.used[index]:
+            return None
+        return Place(segment.info.ident, index, offset, view.nbytes)
+
+    def whole(self, place: Place) -> bool:
+        """Whether it is all of a block that was not given away yet."""
+        segment = self._segments[place.segment]
+        return (
+            not place.offset
+            and place.nbytes == segment.used[place.block]
+            and not segment.given[place.block]
+        )
+
+    def lend(self, place: Place, *, given: bool) -> None:
+        """The other process is told of it, and will give it back once for each time."""
+        segment = self._segments[place.segment]
+        segment.sent[place.block] += 1
+        if given:
+            segment.given[place.block] = True
+
+    def collect(self) -> None:
+        """Take note of the blocks that were dropped here."""
+        while self._gone:
+            segment, index = self._gone.popleft()
+            segment.used[index] = 0
+            segment.left_at = _clock.now()
+
+    def trim(self, kept: float = KEPT) -> None:
+        """Give back the segments that nobody has used for ``kept`` seconds."""
+        before = _clock.now() - kept
+        for ident, segment in list(self._segments.items()):
+            if segment.left_at <= before and all(map(segment.free, range(segment.info.blocks))):
+                self._forget(ident, segment)
+                self._dropped(ident)
+
+    def _forget(self, ident: int, segment: _Segment) -> None:
+        del self._segments[ident]
+        self._by_size[segment.info.block].remove(segment)
+        self._bases.remove((segment.base, ident))
+        self.nbytes -= segment.info.nbytes
+
+    def close(self) -> None:
+        """Nothing more is given out; what is out stays valid as long as it lives."""
+        self._closed = True
+        self._segments.clear()
+        self._by_size.clear()
+        self._bases.clear()
+        self._gone.clear()
+
+
+def _size_class(nbytes: int) -> int:
+    """Bytes of the block to use: at most an eighth more than asked for, and whole pages."""
+    if nbytes <= SMALLEST:
+        return SMALLEST
+    step = max(PAGE, 1 << (nbytes - 1).bit_length() - 4)
+    return -(-nbytes // step) * step
+
+
+class _Borrowed:
+    """A segment of the other process."""
+
+    def __init__(self, info: SegmentInfo, fd: int) -> None:
+        self.info = info
+        self.mapping = _Mapping(fd, info.nbytes)
+        self._counters = self.mapping.counters(info.blocks)
+        self._counts = [0] * info.blocks
+        self._pending: deque[int] = deque()
+        self._lock = threading.Lock()
+
+    def view(self, place: Place) -> memoryview:
+        offset = PAGE + place.block * self.info.block + place.offset
+        index = place.block
+        return self.mapping.memory(offset, place.nbytes, lambda: self.give_back(index))
+
+    def give_back(self, index: int) -> None:
+        """One that was lent is not needed any more. From any thread, also from a finaliser."""
+        self._pending.append(index)
+        # Whoever holds the lock takes this one too; what comes in the moment before it is let go
+        # is taken along by the next.
+        while self._pending and self._lock.acquire(blocking=False):
+            try:
+                while self._pending:
+                    back = self._pending.popleft()
+                    self._counts[back] = count = (self._counts[back] + 1) & 0xFFFFFFFF
+                    self._counters[back] = count
+            finally:
+                self._lock.release()
+
+
+class Loans:
+    """The segments that the other process has passed here."""
+
+    def __init__(self) -> None:
+        self._segments: dict[int, _Borrowed] = {}
+
+    def __contains__(self, ident: int) -> bool:
+        return ident in self._segments
+
+    def add(self, info: SegmentInfo, fd: int) -> None:
+        """Take a segment; ``fd`` stays the caller's.
+
+        Raises
+        ------
+        ProtocolError
+            It is not what the other process says, or could shrink under a reader.
+        """
+        if (
+            info.ident in self._segments
+            or len(self._segments) >= MAX_SEGMENTS
+            or not 0 < info.blocks <= MAX_BLOCKS
+            or not 0 < info.block <= MAX_BLOCK
+            or info.block % PAGE
+        ):
+            raise ProtocolError(f"segment {info.ident} of {info.blocks} blocks of {info.block}")
+        try:
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+            if seals & _SEALS != _SEALS or os.fstat(fd).st_size != info.nbytes:
+                raise ProtocolError(f"segment {info.ident} is not sealed, or has another size")
+            self._segments[info.ident] = _Borrowed(info, fd)
+        except (OSError, ValueError) as error:
+            raise ProtocolError(f"segment {info.ident} can't be used: {error}") from error
+
+    def view(self, place: Place) -> memoryview:
+        """The memory of a place; given back when the view and all made from it is gone.
+
+        Raises
+        ------
+        ProtocolError
+            There is no such place.
+        """
+        segment = self._segments.get(place.segment)
+        if (
+            segment is None
+            or not 0 <= place.block < segment.info.blocks
+            or place.nbytes <= 0
+            or place.offset < 0
+            or place.offset + place.nbytes > segment.info.block
+        ):
+            raise ProtocolError(f"no memory was passed for {place}")
+        return segment.view(place)
+
+    def drop(self, ident: int) -> None:
+        """The owner no longer uses a segment."""
+        self._segments.pop(ident, None)
+
+    def close(self) -> None:
+        self._segments.clear()

@@ -1,0 +1,59 @@
+"""Arrays whose bytes are on their way to a session."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpuremote.backend.base import Backend
+from gpuremote.ops.meta import Meta
+from gpuremote.server.storage import Slot, Storage
+
+__all__ = ["Arrival"]
+
+
+class Arrival:
+    """One array, and where its bytes go.
+
+    Its memory is counted from the beginning, and allocated when the bytes are about to come:
+    they may lie in memory already that can be kept.
+
+    Attributes
+    ----------
+    view : memoryview
+        Flat bytes to be filled; after ``place``.
+    """
+
+    __slots__ = ("_array", "meta", "slot", "storage", "view")
+
+    view: memoryview
+
+    def __init__(self, slot: Slot, meta: Meta, storage: Storage) -> None:
+        self.slot = slot
+        self.meta = meta
+        self.storage = storage
+        self._array: Any = None
+
+    def place(self, backend: Backend, adopted: memoryview | None = None) -> None:
+        """See to memory for the bytes: ``adopted``, where they lie already, if the backend can
+        keep that.
+
+        Raises
+        ------
+        Exception
+            Whatever the backend says when it has none.
+        """
+        if self._array is not None:
+            return
+        meta = self.meta
+        if adopted is not None:
+            array = backend.adopt(adopted, meta.shape, meta.dtype)
+            if array is not None:
+                self._array, self.view = array, adopted
+                return
+        self._array = backend.empty(meta.shape, meta.dtype, meta.device)
+        self.view = backend.receive_view(self._array)
+
+    def fill(self, backend: Backend) -> None:
+        """Every byte is there: give the slot its value."""
+        backend.received(self._array, self.view)
+        self.slot.fill(self._array, self.meta, self.storage)

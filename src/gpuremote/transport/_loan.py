@@ -1,0 +1,186 @@
+"""A payload that lies in memory which both ends see. Private."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from threading import Lock
+
+from gpuremote.errors import InternalError, InvalidBuffer
+from gpuremote.memory.host import copy_bytes
+from gpuremote.transport.base import Incoming, flat_view
+
+__all__ = ["SharedPayload"]
+
+AT_ONCE = 8 << 20
+"""Bytes that ``into`` copies itself, so that most payloads are in place when it returns."""
+
+
+class SharedPayload(Incoming):
+    """A message whose regions the sender has put (or is about to put) into shared memory.
+
+    Parameters
+    ----------
+    header : memoryview
+    sizes : tuple of int
+    views : list of memoryview
+        Where each region lies.
+    behind : callable
+        Called with this when there is something to be copied that ``into`` left.
+    untouched : callable
+        Returns when no other thread is writing to the buffers.
+
+    Attributes
+    ----------
+    total, there : int
+        Bytes in all, and of those the ones that the sender has put in place.
+    undecided : bool
+        Whether ``into`` or ``discard`` has yet to be called.
+    """
+
+    __slots__ = (
+        "_adopted",
+        "_behind",
+        "_done",
+        "_lock",
+        "_pairs",
+        "_untouched",
+        "_views",
+        "header",
+        "received",
+        "sizes",
+        "there",
+        "total",
+        "undecided",
+    )
+
+    def __init__(
+        self,
+        header: memoryview,
+        sizes: tuple[int, ...],
+        views: list[memoryview],
+        behind: Callable[[SharedPayload], None],
+        untouched: Callable[[], None],
+    ) -> None:
+        self.header = header
+        self.sizes = sizes
+        self.total = sum(sizes)
+        self.there = 0
+        self.received = 0
+        self.undecided = True
+        self._views: list[memoryview] | None = views
+        self._adopted = False
+        # What is to be copied yet: to where, from where; last first.
+        self._pairs: list[tuple[memoryview, memoryview]] | None = None
+        self._behind = behind
+        self._untouched = untouched
+        # Another thread may discard while the receiving one copies.
+        self._lock = Lock()
+        self._done: Callable[[Incoming], None] | None = None
+
+    def adopt(self) -> list[memoryview] | None:
+        self._adopted = self._views is not None
+        return self._views
+
+    def into(
+        self, buffers: Sequence[memoryview], done: Callable[[Incoming], None] | None = None
+    ) -> None:
+        if not self.undecided:
+            raise InternalError("where this payload goes was already said")
+        if len(buffers) != len(self.sizes):
+            raise InvalidBuffer(f"{len(buffers)} buffers for a payload of {len(self.sizes)}")
+        sources = self._views
+        assert sources is not None
+        if self._adopted and all(a is b for a, b in zip(buffers, sources, strict=True)):
+            self._views = None
+            self._settle(None, done)
+            return
+        pairs = []
+        for number, (buffer, size) in enumerate(zip(buffers, self.sizes, strict=True)):
+            view = flat_view(buffer)
+            if view.nbytes != size:
+                raise InvalidBuffer(
+                    f"buffer {number} has {view.nbytes} bytes and the payload brings {size}"
+                )
+            if size:
+                if view.readonly:
+                    raise InvalidBuffer(f"buffer {number} is read-only")
+                pairs.append((view, sources[number]))
+        pairs.reverse()
+        self._views = None
+        self._settle(pairs, done)
+
+    def discard(self, done: Callable[[Incoming], None] | None = None) -> None:
+        self._views = None
+        self._adopted = False
+        self._settle(None, done)
+        self._untouched()
+
+    def _settle(
+        self,
+        pairs: list[tuple[memoryview, memoryview]] | None,
+        done: Callable[[Incoming], None] | None,
+    ) -> None:
+        with self._lock:
+            self._pairs = pairs
+            self._done = done
+            self.undecided = False
+            if pairs is None:
+                self.received = self.there
+        if self.behind:
+            self.copy(AT_ONCE)
+        if self.left == 0:
+            self.report()
+        elif self.behind:
+            self._behind(self)
+
+    # -- for the connection ----------------------------------------------------------------------
+
+    @property
+    def left(self) -> int:
+        """Bytes that are not in place yet."""
+        return self.total - self.received
+
+    @property
+    def behind(self) -> bool:
+        """Whether something is there that is to be copied."""
+        return self._pairs is not None and self.received < self.there
+
+    def filled(self, there: int) -> bool:
+        """The sender has put ``there`` bytes in place; whether there is something to be copied."""
+        with self._lock:
+            self.there = there
+            if self._pairs is None and not self.undecided:
+                self.received = there
+        return self.behind
+
+    def copy(self, limit: int) -> int:
+        """Copy about ``limit`` bytes of those that are there; the number of those copied."""
+        copied = 0
+        while self.behind and copied < limit:
+            with self._lock:
+                pairs = self._pairs
+                if not pairs:
+                    break
+                target, source = pairs.pop()
+            size = min(target.nbytes, self.there - self.received, limit - copied)
+            copy_bytes(target[:size], source[:size])
+            copied += size
+            with self._lock:
+                if self._pairs is not pairs:
+                    break  # discarded meanwhile
+                self.received += size
+                if size < target.nbytes:
+                    pairs.append((target[size:], source[size:]))
+        return copied
+
+    def release(self) -> None:
+        """Let go of the buffers and the callback."""
+        self._views = self._pairs = self._done = None
+
+    def report(self) -> None:
+        """Every byte is in place: say so, once."""
+        with self._lock:
+            done, self._done = self._done, None
+            self._views = self._pairs = None
+        if done is not None:
+            done(self)

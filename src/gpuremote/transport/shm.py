@@ -1,0 +1,437 @@
+"""Messages over a Unix socket, and their payload through memory that both processes see.
+
+::
+
+    kind SHARED   body = count u16 | count sizes u64 | count places (segment u32, block u32,
+                  offset u64) | bytes that are there u64 | header
+    kind FILLED   body = bytes that are there by now u64; on the channel of the SHARED
+    kind DROPPED  body = segment u32, which the sender no longer uses
+
+These frames come among those of ``transport.tcp`` (a payload for which there is no room in
+shared memory goes through the socket as there). A place of an empty region is all zeros. New
+segments come with their descriptors over a second socket, before the frame that names them.
+
+What a program has in ordinary memory is copied once, by the sender. Memory from ``allocate`` that
+is sent whole is not copied at all: it is given away. The receiver keeps it where it lies
+(``Incoming.adopt``), or copies it to where it belongs.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from threading import get_ident
+from typing import Final
+
+from gpuremote._types import BytesLike
+from gpuremote.errors import ConnectionLost, ProtocolError
+from gpuremote.memory.host import copy_bytes, host_memory
+from gpuremote.memory.shared import Arena, Loans, Place, SegmentInfo
+from gpuremote.transport._framing import (
+    MAX_OPEN,
+    MAX_REGIONS,
+    check_frame,
+    check_header,
+    decode_sizes,
+    encode_sizes,
+)
+from gpuremote.transport._loan import SharedPayload
+from gpuremote.transport.base import Incoming, Region
+from gpuremote.transport.tcp import BURST, TcpConnection
+
+__all__ = ["ShmConnection", "pair"]
+
+SHARED: Final = 16
+FILLED: Final = 17
+DROPPED: Final = 18
+
+CHUNK: Final = 4 << 20
+"""Bytes that are copied before the receiver is told of them, so that both copy at a time."""
+MAX_STAGED: Final = 64 << 20
+"""Bytes of a payload that are copied into shared memory. Of a larger one a second copy would have
+to be there as a whole, so it goes through the socket."""
+ALIGNMENT: Final = 64
+SHARE: Final = 0.5
+"""Part of this machine's memory that the segments of one connection may take."""
+_PLACE: Final = struct.Struct("<IIQ")
+_NUMBER: Final = struct.Struct("<Q")
+_SEGMENT: Final = struct.Struct("<IQI")
+_DROPPED: Final = struct.Struct("<I")
+_LONGEST: Final = {
+    SHARED: MAX_OPEN + _PLACE.size * MAX_REGIONS + _NUMBER.size,
+    FILLED: _NUMBER.size,
+    DROPPED: _DROPPED.size,
+}
+"""Bytes of the body of each kind of frame."""
+
+
+class _Fill:
+    """A payload that is being copied into its block."""
+
+    __slots__ = ("channel", "done", "filled", "pairs", "said")
+
+    def __init__(
+        self,
+        channel: int,
+        pairs: deque[tuple[memoryview | None, memoryview]],
+        done: Callable[[], None] | None,
+    ) -> None:
+        self.channel = channel
+        self.pairs = pairs  # to where (None: it lies there already), from where
+        self.done = done
+        self.filled = 0
+        self.said = 0
+
+    def copy(self, limit: int) -> int:
+        """Copy about ``limit`` bytes more; the number of those copied."""
+        copied = 0
+        while self.pairs:
+            there, here = self.pairs[0]
+            if there is None:
+                self.filled += here.nbytes
+                self.pairs.popleft()
+                continue
+            if copied >= limit:
+                break
+            size = min(here.nbytes, limit - copied)
+            copy_bytes(there[:size], here[:size])
+            copied += size
+            self.filled += size
+            if size == here.nbytes:
+                self.pairs.popleft()
+            else:
+                self.pairs[0] = there[size:], here[size:]
+        return copied
+
+
+class ShmConnection(TcpConnection):
+    """A connection between two processes of one host.
+
+    Parameters
+    ----------
+    sock : socket.socket
+        AF_UNIX stream, connected.
+    side : socket.socket
+        AF_UNIX, SOCK_SEQPACKET, connected: segments are passed over it.
+    blocking : bool
+        As for ``TcpConnection``.
+    limit : int
+        Bytes of the segments of this end; 0: half of the machine's memory.
+    """
+
+    name = "shm"
+
+    def __init__(
+        self, sock: socket.socket, side: socket.socket, *, blocking: bool, limit: int = 0
+    ) -> None:
+        super().__init__(sock, blocking=blocking, reason="shared memory, proved by a number in it")
+        side.setblocking(False)
+        self._side = side
+        self._arena = Arena(limit or int(SHARE * host_memory()), self._pass, self._drop)
+        self._loans = Loans()
+        self._fills: deque[_Fill] = deque()
+        self._filling: dict[int, SharedPayload] = {}  # not there completely yet
+        self._copying: deque[SharedPayload] = deque()  # there, but not in place yet
+        self._next_channel = 0
+        self.stats.extra.update(shared_sent=0, shared_received=0, copied_in=0, copied_out=0)
+
+    def describe(self) -> dict[str, object]:
+        return {**super().describe(), "arena_bytes": self._arena.nbytes}
+
+    def allocate(self, nbytes: int) -> memoryview | None:
+        return None if self._closed else self._arena.allocate(nbytes)
+
+    def gives(self, view: memoryview) -> bool:
+        place = self._arena.find(view)
+        return place is not None and self._arena.whole(place)
+
+    def _release(self) -> None:
+        super()._release()
+        if not self._tx_busy:
+            self._fills.clear()
+            self._arena.close()
+        if not self._rx_busy:
+            for payload in (*self._filling.values(), *self._copying):
+                payload.release()
+            self._filling.clear()
+            self._copying.clear()
+            self._loans.close()
+        if not self._tx_busy and not self._rx_busy:
+            self._side.close()
+
+    # -- segments --------------------------------------------------------------------------------
+
+    def _pass(self, info: SegmentInfo, fd: int) -> bool:
+        message = _SEGMENT.pack(info.ident, info.block, info.blocks)
+        rights = array.array("i", [fd])
+        try:
+            self._side.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        except OSError:
+            return False  # the other end is slow to take them, or gone
+        return True
+
+    def _drop(self, ident: int) -> None:
+        self._outbox.add_frame(DROPPED, 0, [_DROPPED.pack(ident)])
+        self._pending = True
+
+    def _take_segments(self) -> None:
+        """Take in what has come over the second socket."""
+        while True:
+            try:
+                message, fds, _, _ = socket.recv_fds(self._side, _SEGMENT.size, 1)
+            except BlockingIOError:
+                return
+            try:
+                if len(message) != _SEGMENT.size or len(fds) != 1:
+                    raise ProtocolError("a malformed segment of shared memory")
+                self._loans.add(SegmentInfo(*_SEGMENT.unpack(message)), fds[0])
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    # -- sending ---------------------------------------------------------------------------------
+
+    def _send(
+        self,
+        header: BytesLike,
+        regions: Sequence[Region] = (),
+        done: Callable[[], None] | None = None,
+    ) -> None:
+        total = sum(region.nbytes for region in regions)
+        if not total or self._closed or self._tx_failure is not None:
+            super()._send(header, regions, done)
+            return
+        placed = self._place(regions)
+        if placed is None:
+            super()._send(header, regions, done)
+            return
+        places, pairs = placed
+        channel = self._next_channel
+        self._next_channel = (channel + 1) & 0xFFFF
+        fill = _Fill(channel, pairs, done)
+        waiting = self._pending
+        self._copy_in(fill, 0 if self._fills else CHUNK)
+        body = encode_sizes([region.nbytes for region in regions]) + b"".join(places)
+        head = body + _NUMBER.pack(fill.filled)
+        fill.said = fill.filled
+        whole = not fill.pairs
+        self._outbox.add_frame(SHARED, channel, [head, header], done if whole else None)
+        if not whole:
+            self._fills.append(fill)
+        self._pending = True
+        self.stats.messages_sent += 1
+        if not waiting and not self._calling:
+            self._pump()
+
+    def _place(
+        self, regions: Sequence[Region]
+    ) -> tuple[list[bytes], deque[tuple[memoryview | None, memoryview]]] | None:
+        """Where each region goes in shared memory, and what is to be copied there; None if there
+        is no room."""
+        arena = self._arena
+        found: list[Place | None] = []
+        room = 0
+        for region in regions:
+            place = arena.find(region.view) if region.nbytes else None
+            if place is not None and not arena.whole(place):
+                place = None
+            found.append(place)
+            if place is None:
+                room += -(-region.nbytes // ALIGNMENT) * ALIGNMENT
+        if room > MAX_STAGED:
+            return None
+        block: memoryview | None = None
+        origin: Place | None = None
+        if room:
+            block = arena.allocate(room)
+            if block is None:
+                return None
+            origin = arena.find(block)
+        places: list[bytes] = []
+        pairs: deque[tuple[memoryview | None, memoryview]] = deque()
+        used = 0
+        for region, place in zip(regions, found, strict=True):
+            if not region.nbytes:
+                places.append(bytes(_PLACE.size))
+                continue
+            there = None
+            given = place is not None
+            if place is None:
+                assert block is not None
+                assert origin is not None
+                place = Place(origin.segment, origin.block, used, region.nbytes)
+                there = block[used : used + region.nbytes]
+                used += -(-region.nbytes // ALIGNMENT) * ALIGNMENT
+            arena.lend(place, given=given)
+            places.append(_PLACE.pack(place.segment, place.block, place.offset))
+            pairs.append((there, region.view))
+        return places, pairs
+
+    def _copy_in(self, fill: _Fill, limit: int) -> int:
+        self._tx_touching, before = get_ident(), self._tx_touching
+        try:
+            copied = fill.copy(limit)
+        finally:
+            self._tx_touching = before
+        stats = self.stats
+        stats.extra["copied_in"] += copied
+        stats.extra["shared_sent"] += fill.filled - fill.said
+        stats.payload_sent += fill.filled - fill.said
+        return copied
+
+    def _pump(self) -> bool:
+        budget = BURST
+        while super()._pump() and self._fills and budget > 0:
+            fill = self._fills[0]
+            self._tx_busy = True
+            try:
+                if self._closed:
+                    raise self._gone()
+                budget -= self._copy_in(fill, CHUNK)
+            finally:
+                self._tx_busy = False
+                if self._closed:
+                    self._release()
+            fill.said = fill.filled
+            whole = not fill.pairs
+            self._fills.popleft()
+            if not whole:
+                self._fills.append(fill)  # several take turns
+            said = _NUMBER.pack(fill.filled)
+            self._outbox.add_frame(FILLED, fill.channel, [said], fill.done if whole else None)
+        self._pending = self._outbox.pending or bool(self._fills)
+        return not self._pending
+
+    def flush(self) -> bool:
+        if self._fills and self._tx_failure is None and not self._closed:
+            return self._pump()
+        return super().flush() and not self._fills
+
+    # -- receiving -------------------------------------------------------------------------------
+
+    @property
+    def buffered(self) -> bool:
+        return self._start != self._end or bool(self._copying)
+
+    @property
+    def restless(self) -> bool:
+        return self._pending or self.buffered
+
+    def _receive(self, wait: float) -> Incoming | None:
+        try:
+            if not self._copying or (self._question is not None and self._question.undecided):
+                return super()._receive(wait)
+            self._copy_out()
+            try:
+                return super()._receive(0.0)
+            except ConnectionLost:
+                if self._closed:
+                    raise
+                return None  # what has come is here all the same; the end will be seen again
+        finally:
+            if self._copying:
+                self._plain = False  # come here again, rather than wait
+
+    def _copy_out(self) -> None:
+        """Copy a burst of what is there to where it belongs."""
+        payload = self._copying.popleft()
+        self._rx_touching = get_ident()
+        try:
+            copied = payload.copy(BURST)
+        finally:
+            self._rx_touching = 0
+        self.stats.extra["copied_out"] += copied
+        if payload.behind:
+            self._copying.append(payload)  # several take turns
+        else:
+            self._finish(payload)
+
+    def _finish(self, payload: SharedPayload) -> None:
+        """Report one that is complete and in place."""
+        if payload.left or payload.undecided:
+            return
+        payload.report()
+        if self._closed:
+            raise self._gone()
+
+    def _check(self, length: int, kind: int, flags: int, channel: int) -> None:
+        if flags or length > _LONGEST.get(kind, 0):
+            check_frame(length, kind, flags, channel)
+
+    def _message(self, frame: tuple[int, int, int, int], body: memoryview) -> Incoming | None:
+        _, kind, _, channel = frame
+        try:
+            if kind == SHARED:
+                return self._shared(channel, body)
+            if kind == FILLED:
+                self._filled(channel, *_NUMBER.unpack(body))
+                return None
+            if kind == DROPPED:
+                self._loans.drop(*_DROPPED.unpack(body))
+                return None
+        except struct.error as error:
+            raise ProtocolError(f"a malformed frame of shared memory: {error}") from None
+        return super()._message(frame, body)
+
+    def _shared(self, channel: int, body: memoryview) -> Incoming:
+        sizes, at = decode_sizes(body)
+        begin = at + _PLACE.size * len(sizes) + _NUMBER.size
+        total = sum(sizes)
+        if len(body) < begin or channel in self._filling:
+            raise ProtocolError(f"a payload in shared memory on channel {channel}")
+        check_header(len(body) - begin)
+        (filled,) = _NUMBER.unpack_from(body, begin - _NUMBER.size)
+        if filled > total:
+            raise ProtocolError(f"{filled} bytes are there of a payload of {total}")
+        views = []
+        for number, size in enumerate(sizes):
+            segment, block, offset = _PLACE.unpack_from(body, at + number * _PLACE.size)
+            place = Place(segment, block, offset, size)
+            if size and segment not in self._loans:
+                self._take_segments()
+            views.append(self._loans.view(place) if size else memoryview(bytearray(0)))
+        payload = SharedPayload(body[begin:], sizes, views, self._behind, self._wait_untouched)
+        if filled < total:
+            self._filling[channel] = payload
+        payload.filled(filled)
+        self.stats.messages_received += 1
+        self.stats.payload_received += filled
+        self.stats.extra["shared_received"] += filled
+        self._question = payload
+        return payload
+
+    def _filled(self, channel: int, count: int) -> None:
+        payload = self._filling.get(channel)
+        if payload is None or not payload.there < count <= payload.total:
+            raise ProtocolError(f"{count} bytes are said to be there on channel {channel}")
+        self.stats.payload_received += count - payload.there
+        self.stats.extra["shared_received"] += count - payload.there
+        if count == payload.total:
+            del self._filling[channel]
+        if payload.filled(count):
+            self._behind(payload)
+        self._finish(payload)
+
+    def _behind(self, payload: SharedPayload) -> None:
+        """There is something of it to be copied."""
+        if payload not in self._copying:
+            self._copying.append(payload)
+        self._plain = False
+
+    def due(self) -> float | None:
+        return 0.0 if self._copying else None
+
+
+def pair(blocking: bool = True, limit: int = 0) -> tuple[ShmConnection, ShmConnection]:
+    """Two connections that are connected to each other, inside this process."""
+    socks = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    sides = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    here, there = (
+        ShmConnection(sock, side, blocking=blocking, limit=limit)
+        for sock, side in zip(socks, sides, strict=True)
+    )
+    return here, there
