@@ -56,7 +56,7 @@ test: lint ## every check: lint, types, then the test suite on asyncio and on uv
 test-rdma: $(VENV)/.stamp-test ## the RDMA tests, in an emulated machine with software RoCE
 	@echo "== test-rdma: real verbs on a kernel that QEMU boots (a few minutes)"
 	@$(BIN)/python tests/rdma/machine.py --limit $(RDMA_LIMIT) -- \
-		$(BIN)/python -m pytest tests/rdma -n 2 --dist loadfile --timeout 400 \
+		$(BIN)/python -m pytest tests/rdma --timeout 400 \
 		-o faulthandler_timeout=390 -p no:cacheprovider $(PYTEST_ARGS)
 
 bench: $(VENV)/.stamp-bench ## every workload with every contender, into benchmarks/results/
