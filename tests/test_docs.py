@@ -173,6 +173,14 @@ def test_the_readme_shows_the_headings_of_make_test() -> None:
         assert f'"{line}"' in makefile, line
 
 
+def test_the_tests_that_transports_names_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", text("transports")))
+    places = [*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "src/gpuremote/testing").glob("*.py")]
+    there = {name for p in places for name in re.findall(r"def (test_\w+)", p.read_text())}
+    assert len(named) > 40
+    assert not named - there
+
+
 # -- operations ----------------------------------------------------------------------------------
 
 

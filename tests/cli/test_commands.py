@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ import gpuremote
 from gpuremote.cli._console import printable, say, show, size
 from gpuremote.testing.servers import RunningServer
 from tests.cli.commands import BOXES, command, document, plain, run, terminal
+from tests.rdma.devices import why_not
 
+DOCUMENT = Path(__file__).parents[2] / "docs/transports.md"
 NOBODY = "gpu://127.0.0.1:1"
 
 
@@ -29,7 +33,7 @@ def test_devices_as_json(server: RunningServer) -> None:
     found = document(done)
     assert (done.returncode, done.stderr) == (0, "")
     assert found["backend"] == "numpy"
-    assert found["transport"] == "tcp"
+    assert found["transport"] == "shm"
     assert found["transport_reason"]
     assert found["session_memory_limit"] == 1 << 30
     assert [d["kind"] for d in found["devices"]] == ["cpu", "cpu"]
@@ -81,10 +85,22 @@ def test_doctor_as_json(server: RunningServer) -> None:
     for place in ("local", "peer"):
         assert found[place]["works"] is True
         assert found[place]["round_trip_4KiB_us"] > 0
-        assert found[place]["transport"]["chosen"] == "tcp"
+        assert found[place]["transport"]["chosen"] == "shm"
         candidates = {c["name"]: c for c in found[place]["transport"]["candidates"]}
         assert candidates.keys() >= {"tcp", "shm", "rdma"}
         assert all(c["reason"] for c in candidates.values())
+
+
+@pytest.mark.skipif(not why_not(), reason="shown for a machine without RDMA devices")
+@pytest.mark.parametrize(("arguments", "code"), [((), 0), (("--peer", "local://?require=rdma"), 1)])
+def test_doctor_as_documented(arguments: tuple[str, ...], code: int) -> None:
+    called = " ".join(("$ gpuremote doctor", *arguments))
+    (shown,) = re.findall(re.escape(called) + r"\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    done = run("doctor", *arguments)
+    assert (done.returncode, done.stderr) == (code, "")
+    printed = done.stdout.splitlines()
+    for line in shown.splitlines():
+        assert line == "..." or line in printed
 
 
 def test_doctor_as_text_with_a_peer_that_does_not_work() -> None:

@@ -24,7 +24,7 @@ from gpuremote.cli._console import say, show
 from gpuremote.client.blocking import Session
 from gpuremote.client.connect import connect_sync
 from gpuremote.config import parse_url
-from gpuremote.errors import GpuRemoteError
+from gpuremote.errors import GpuRemoteError, TransportUnavailable
 from gpuremote.transport import congestion
 from gpuremote.transport.select import probe
 
@@ -133,7 +133,10 @@ def _try(url: str) -> dict[str, Any]:
                 "transport": session.transport.explain().as_dict(),
             }
     except (GpuRemoteError, OSError) as error:
-        return {"url": url, "works": False, "error": type(error).__name__, "reason": str(error)}
+        found = {"url": url, "works": False, "error": type(error).__name__, "reason": str(error)}
+        if isinstance(error, TransportUnavailable):
+            found["candidates"] = error.reasons
+        return found
 
 
 def _round_trip(session: Session) -> float:
@@ -178,6 +181,8 @@ def _print(report: dict[str, Any]) -> None:
         say("")
         if not found["works"]:
             say(f"{found['url']}: does not work: {found['reason']}")
+            if "candidates" in found:
+                show(("candidate", "what was found"), list(found["candidates"].items()))
             continue
         say(
             f"{found['url']}: works, {found['backend']} on {', '.join(found['devices'])}, 4 KiB "
