@@ -194,7 +194,7 @@ def test_a_link_that_goes_down() -> None:
 
 
 @machine_only
-def test_a_port_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ports_that_are_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rdma, "options", SECOND)
     ip("ve1", "down")
     try:
