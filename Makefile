@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 SPREAD := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 # Seconds for the machine in which the RDMA tests run.
-RDMA_LIMIT ?= 540
+RDMA_LIMIT ?= 1200
 # Tests without an event loop of their own: once is enough.
 LOOPLESS := $(addprefix --ignore=tests/,ops backend wire cli test_docs.py test_examples.py \
 	test_structure.py test_config.py test_benchmarks.py transport/test_cutting.py \
@@ -56,8 +56,8 @@ test: lint ## every check: lint, types, then the test suite on asyncio and on uv
 test-rdma: $(VENV)/.stamp-test ## the RDMA tests, in an emulated machine with software RoCE
 	@echo "== test-rdma: real verbs on a kernel that QEMU boots (a few minutes)"
 	@$(BIN)/python tests/rdma/machine.py --limit $(RDMA_LIMIT) -- \
-		$(BIN)/python -m pytest tests/rdma -p no:cacheprovider --timeout 200 \
-		-o faulthandler_timeout=190 $(PYTEST_ARGS)
+		$(BIN)/python -m pytest tests/rdma --timeout 400 \
+		-o faulthandler_timeout=390 -p no:cacheprovider $(PYTEST_ARGS)
 
 bench: $(VENV)/.stamp-bench ## every workload with every contender, into benchmarks/results/
 	@echo "== bench: gpuremote beside plain sockets, asyncio streams, pyzmq and memcpy"

@@ -8,7 +8,7 @@ from tests.rdma.ends import connected
 
 class OverVerbs(TransportConformance):
     limit = 150.0  # in an emulated machine
-    bulk = 12 << 20
+    bulk = 8 << 20
 
 
 class TestBlocking(OverVerbs):

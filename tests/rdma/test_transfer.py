@@ -83,10 +83,10 @@ def receive(ends: Ends, incoming: Incoming, target: memoryview) -> None:
     ends.until(lambda: done)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_a_gibibyte_by_one_sided_writes(pair: Pair) -> None:
     here, there = pair
-    ends = Ends(here, there, limit=180)
+    ends = Ends(here, there, limit=360)
     rounds, size = 16, 64 * MIB
     source = np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8)
     target = np.zeros(size, dtype=np.uint8)
@@ -161,44 +161,46 @@ def test_a_peer_that_lies_about_its_memory(pair: Pair, monkeypatch: pytest.Monke
     assert "taken back" in said.message or "WR_FLUSH_ERR" in said.message
 
 
+# Links are taken down on the second device: the conformance suite may be running on the first.
+SECOND = Options(devices=("rxe1",), piece=MIB)
+
+
 @machine_only
-def test_a_link_that_goes_down(pair: Pair) -> None:
-    here, there = pair
-    assert here.describe()["devices"] == ["rxe0"]
-    ends = Ends(here, there, limit=60)
-    source = bytes(64 * MIB)
-    here.send(b"", [here.register(source)])
-    incoming = ends.receive(there)
-    incoming.into([memoryview(bytearray(64 * MIB))])
-    ends.until(lambda: here.stats.sends > 3)
-    ip("ve0", "down")
+def test_a_link_that_goes_down() -> None:
+    here, there = connected(blocking=False, options=SECOND, over=LOOPBACK)
     try:
+        ends = Ends(here, there, limit=60)
+        source = bytes(64 * MIB)
+        here.send(b"", [here.register(source)])
+        incoming = ends.receive(there)
+        incoming.into([memoryview(bytearray(64 * MIB))])
+        ends.until(lambda: here.stats.sends > 3)
+        ip("ve1", "down")
         first = lost(ends)
         assert incoming.received < len(source)
         # RETRY_EXC_ERR from a card, LOC_QP_OP_ERR from software RoCE.
         assert "_ERR: " in first.message
         assert "is the link up" in first.message
-        assert "port 1 of rxe0 is down" in first.message
+        assert "port 1 of rxe1 is down" in first.message
         # Both ends learn it, and why.
-        for end in pair:
-            assert "port 1 of rxe0 is down" in receive_until_lost(end, 10).message
+        for end in here, there:
+            assert "port 1 of rxe1 is down" in receive_until_lost(end, 10).message
     finally:
-        ip("ve0", "up")
-    for end in connected(blocking=True, over=LOOPBACK):
+        here.abort()
+        there.abort()
+        ip("ve1", "up")
+    for end in connected(blocking=True, options=SECOND, over=LOOPBACK):
         end.abort()
 
 
 @machine_only
-def test_ports_that_are_down() -> None:
-    for link in ("ve0", "ve1"):
-        ip(link, "down")
+def test_ports_that_are_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rdma, "options", SECOND)
+    ip("ve1", "down")
     try:
-        works, reason = Rdma.probe()
-        assert not works
-        assert "port 1 of rxe0 is down" in reason
+        assert Rdma.probe() == (False, "port 1 of rxe1 is down")
     finally:
-        for link in ("ve0", "ve1"):
-            ip(link, "up")
+        ip("ve1", "up")
     works, reason = Rdma.probe()
     assert works, reason
     assert "RoCE v2" in reason
@@ -218,18 +220,11 @@ def test_memory_that_may_not_be_locked() -> None:
 @machine_only
 def test_no_device() -> None:
     script = "from gpuremote.transport.rdma import Rdma; print(Rdma.probe())"
-    links = {"rxe0": "ve0", "rxe1": "ve1"}
-    for device in links:
-        subprocess.run(["rdma", "link", "delete", device], check=True)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", script], check=True, capture_output=True, text=True
-        )
-        assert "(False, 'no RDMA device on this machine')" in done.stdout
-    finally:
-        for device, link in links.items():
-            added = ["rdma", "link", "add", device, "type", "rxe", "netdev", link]
-            subprocess.run(added, check=True)
+    hidden = f"mount -t tmpfs none /sys/class/infiniband && exec {sys.executable} -c '{script}'"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", hidden], check=True, capture_output=True, text=True
+    )
+    assert "(False, 'no RDMA device on this machine')" in done.stdout
 
 
 # -- the peer's death ------------------------------------------------------------------------------
@@ -277,12 +272,12 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_memory_does_not_grow_over_many_messages(pair: Pair) -> None:
     """20,000 messages and 200 payloads that are registered and written: half a minute of an
     emulated machine. 100,000 operations are in the test below."""
     here, there = pair
-    ends = Ends(here, there, limit=180)
+    ends = Ends(here, there, limit=360)
     source, target = bytearray(32_768), bytearray(32_768)
     counts = {"messages": 0, "payloads": 0}
 
@@ -309,7 +304,7 @@ def test_memory_does_not_grow_over_many_messages(pair: Pair) -> None:
     assert len(here._rails[0].works) < 200
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_work_requests_do_not_leak() -> None:
     """100,000 writes on a bare queue pair."""
     device = default_provider().open(default_provider().devices()[0])

@@ -109,7 +109,7 @@ class RdmaConnection(Connection):
         self._closing = False  # what comes in no longer counts
         self._failure: ConnectionLost | ProtocolError | None = None
         self._verbs = True  # not given back yet
-        self._calling = 0  # the thread that is in such a callback
+        self._calling: set[int] = set()  # the threads that are in a callback of a send
         self._ready: deque[tuple[_Received, Frame]] = deque()
         self._held: tuple[_Received, Frame] | None = None  # the program looks at its header
         # Waiting.
@@ -196,7 +196,7 @@ class RdmaConnection(Connection):
                 self._control.add(frames.MESSAGE, header, done=done)
             self.stats.messages_sent += 1
             # Behind others it has to wait for room anyway.
-            if not waiting and self._calling != threading.get_ident():
+            if not waiting and threading.get_ident() not in self._calling:
                 self._guarded(self._drive)
         self._call_sent()
 
@@ -213,7 +213,7 @@ class RdmaConnection(Connection):
     def _call_sent(self) -> None:
         # Not from within such a callback: what that one sends could go on without end.
         me = threading.get_ident()
-        if self._calling == me:
+        if me in self._calling:
             return
         for _ in range(CALLS):
             while self._out.ended and not self._closed:
@@ -221,11 +221,11 @@ class RdmaConnection(Connection):
                     done = self._out.ended.popleft()
                 except IndexError:  # another thread was faster
                     return
-                self._calling = me
+                self._calling.add(me)
                 try:
                     done()
                 finally:
-                    self._calling = 0
+                    self._calling.discard(me)
             if self._closed or not self._control.pending:
                 return
             with self._lock:

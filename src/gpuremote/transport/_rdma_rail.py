@@ -149,9 +149,10 @@ class Rail:
         for pair in self._pairs:
             pair.fail()
         # What ends now was flushed; the loop ends, as nothing is posted any more.
-        for _ in range(4):
-            while self.queue.poll(64):
-                pass
+        with contextlib.suppress(VerbsError):
+            for _ in range(4):
+                while self.queue.poll(64):
+                    pass
         self.works.clear()
         parts: list[_Closes] = [*self._pairs, self.registry, self._sink, self.queue, self.device]
         self._pairs.clear()

@@ -254,7 +254,10 @@ class PyverbsCompletionQueue:
         return self._fd
 
     def poll(self, count: int) -> list[Completion]:
-        _, found = self._queue.poll(count)
+        try:
+            _, found = self._queue.poll(count)
+        except self._error as error:
+            raise VerbsError("a completion queue can't be polled", _number(error)) from error
         if not found:
             return []
         return [
@@ -280,7 +283,10 @@ class PyverbsCompletionQueue:
             # It takes a lock; but destroying the queue waits for what was not acknowledged.
             self._queue.ack_events(self._events)
             self._events = 0
-        self._queue.req_notify()
+        try:
+            self._queue.req_notify()
+        except self._error as error:
+            raise VerbsError("a completion queue can't be armed", _number(error)) from error
 
     def close(self) -> None:
         if not self._closed:
