@@ -43,7 +43,7 @@ def test_bench_as_json(server: RunningServer) -> None:
     assert ops["ratio_to_echo"] == pytest.approx(
         ops["client_microseconds_per_op"] / ops["echo_microseconds"], rel=0.01
     )
-    assert found["transport"]["chosen"] == "tcp"
+    assert found["transport"]["chosen"] == "shm"
 
 
 def test_bench_shows_how_far_it_is_on_a_terminal_only() -> None:

@@ -49,7 +49,7 @@ def test_devices_as_text_of_the_default_server(server: RunningServer) -> None:
     assert first.split()[:3] == [f"cpu:0@127.0.0.1:{server.port}", "numpy", "cpu"]
     assert second.startswith("cpu:1@")
     assert rest[0] == "a session may hold 1.0 GiB"
-    assert rest[1].startswith("transport tcp: ")
+    assert rest[1].startswith("transport shm: ")
 
 
 def test_devices_on_a_terminal(server: RunningServer) -> None:

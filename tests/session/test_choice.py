@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 
 from gpuremote import _clock
-from gpuremote.errors import TransportUnavailable
+from gpuremote.client.core import Core
+from gpuremote.client.link import Link
+from gpuremote.errors import ConnectionFailed, TransportUnavailable
 from gpuremote.rpc import cooldown
 from gpuremote.testing.servers import RunningServer
+from gpuremote.transport import select
+from gpuremote.transport.certificates import TlsClient
 from gpuremote.transport.setup import Path, Setup
 from gpuremote.transport.shm import ShmConnection
 from gpuremote.transport.shm_setup import Shm
+from gpuremote.wire.hello import Hello
 from tests.faults.sides import Side
 
 MIB = 1 << 20
@@ -57,6 +62,25 @@ def test_one_that_can_not_be_had(side: Side, server: RunningServer) -> None:
     with pytest.raises(TransportUnavailable) as caught:
         side.do(side.connect(f"{server.url}?require=pigeon"))
     assert caught.value.reasons.keys() >= {"shm", "rdma", "tcp"}
+
+
+@pytest.mark.parametrize(("wanted", "offered"), [(None, False), ("rdma", True)])
+def test_who_asks_for_encryption_gets_no_verbs_unasked(
+    monkeypatch: pytest.MonkeyPatch, wanted: str | None, offered: bool
+) -> None:
+    found = (select.Candidate("rdma", True, "a card"), select.Candidate("tcp", True, "sockets"))
+    monkeypatch.setattr("gpuremote.rpc.transports.probe", lambda: found)
+    hellos: list[Hello] = []
+
+    def dial(host: str, port: int, hello: Hello, **_: Any) -> None:
+        hellos.append(hello)
+        raise ConnectionFailed("enough")
+
+    monkeypatch.setattr("gpuremote.client.link.dial", dial)
+    link = Link("nowhere", 1, tls=TlsClient("", "", ""), transport=wanted)
+    with pytest.raises(ConnectionFailed):
+        link.open(Core("nowhere"), blocking=True)
+    assert ("rdma" in hellos[0].transports) is offered
 
 
 def test_one_that_does_not_work_is_a_warning(

@@ -171,7 +171,7 @@ def test_the_first_connection_goes_on_where_a_transport_fails(
 def test_the_next_transport_is_tried(
     ends: tuple[TcpConnection, TcpConnection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(select, "_upgrades", lambda: {"a": FailsAtTheServer, "b": Works})
+    monkeypatch.setattr(select, "_upgrade_named", {"a": FailsAtTheServer, "b": Works}.get)
     here, there = setups(ends)
     found = both(
         lambda: select.climb(here, ["a", "b"], client=True),

@@ -206,6 +206,9 @@ class Link:
         """Open a connection, over the transport that is wanted if there is one."""
         wanted = self.require or self.transport
         resting = {} if wanted else self._tried | self._cooldowns.resting()
+        if self.tls is not None and not wanted:
+            # Who asks for encryption gets it, unless he asks for verbs as well.
+            resting["rdma"] = "does not encrypt, as TLS would; transport=rdma asks for it"
         offered, self._unusable = offers(wanted, resting)
         hello = Hello(
             software=f"gpuremote {__version__}", host=host_identity(), transports=offered, **more

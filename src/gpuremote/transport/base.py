@@ -186,7 +186,7 @@ class Connection(abc.ABC):
     reason: str
     stats: TransportStats
     shared = False
-    """Whether ``allocate`` gives memory that the other end sees too: bytes put there have arrived."""
+    """Whether ``allocate`` gives memory that the other end sees too."""
 
     def register(self, buffer: Any) -> Region:
         """Make host memory known to the transport.

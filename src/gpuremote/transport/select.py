@@ -103,8 +103,11 @@ def choose(offered: Mapping[str, str], *, same_host: bool) -> dict[str, Any]:
 
 
 @functools.cache
-def _upgrades() -> dict[str, type[Upgrade]]:
-    return {entry.name: entry.load() for entry in entry_points(group=GROUP) if entry.name != TCP}
+def _upgrade_named(name: str) -> type[Upgrade] | None:
+    for entry in entry_points(group=GROUP, name=name):
+        found: type[Upgrade] = entry.load()
+        return found
+    return None
 
 
 def climb(setup: Setup, order: Sequence[str], *, client: bool) -> tuple[Connection, dict[str, str]]:
@@ -124,7 +127,7 @@ def climb(setup: Setup, order: Sequence[str], *, client: bool) -> tuple[Connecti
     """
     failures: dict[str, str] = {}
     for name in order:
-        transport = _upgrades().get(name)
+        transport = _upgrade_named(name)
         if transport is None:
             raise ProtocolError(f"the other end wants the transport {name!r}, unknown here")
         try:
