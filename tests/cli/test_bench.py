@@ -91,7 +91,7 @@ def slow(server: RunningServer) -> Iterator[gpuremote.Session]:
     """A session over 16 MiB/s."""
     with (
         CuttingProxy(server.host, server.port, bandwidth=16 * MIB) as proxy,
-        gpuremote.connect_sync(f"gpu://127.0.0.1:{proxy.port}") as session,
+        gpuremote.connect_sync(f"gpu://127.0.0.1:{proxy.port}?transport=tcp") as session,
     ):
         yield session
 
