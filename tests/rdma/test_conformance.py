@@ -8,7 +8,7 @@ from tests.rdma.ends import connected
 
 class OverVerbs(TransportConformance):
     limit = 150.0  # in an emulated machine
-    bulk = 8 << 20
+    bulk = 12 << 20  # more than the pieces that are asked for ahead hold
 
 
 class TestBlocking(OverVerbs):
