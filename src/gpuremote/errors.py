@@ -166,9 +166,16 @@ class ConnectionFailed(TransportError):
 
 
 class ConnectionLost(TransportError):
-    """An open connection broke. Inside a session this leads to a resume, not to the caller."""
+    """An open connection broke. Inside a session this leads to a resume, not to the caller.
+
+    Attributes
+    ----------
+    deliberate : bool
+        This side ended it, as nothing else takes lent memory back at once; the path was all right.
+    """
 
     code = 102
+    deliberate = False
 
 
 class NotAGpuRemoteServer(TransportError):

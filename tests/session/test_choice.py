@@ -16,10 +16,12 @@ from gpuremote.errors import ConnectionFailed, TransportUnavailable
 from gpuremote.rpc import cooldown
 from gpuremote.testing.servers import RunningServer
 from gpuremote.transport import select
+from gpuremote.transport.base import Region
 from gpuremote.transport.certificates import TlsClient
 from gpuremote.transport.setup import Path, Setup
 from gpuremote.transport.shm import ShmConnection
 from gpuremote.transport.shm_setup import Shm
+from gpuremote.wire.frames import NUMBER, Kind
 from gpuremote.wire.hello import Hello
 from tests.faults.sides import Side
 
@@ -139,6 +141,24 @@ def test_one_that_breaks_is_left(
         assert changes == ["tcp"]
         end()
     assert len([m for m in caplog.messages if "shm" in m]) == 1
+
+
+def test_a_transfer_that_is_taken_back_is_no_failure_of_the_transport(
+    side: Side, server: RunningServer
+) -> None:
+    with side.session(server.url) as session:
+        device = session.devices[0]
+        side.do(device.ones(4).wait())
+        core = session._core
+        with core.lock:
+            entry = core.peer.post_payload(
+                Kind.PAYLOAD, NUMBER.pack(1 << 40), [Region(bytes(99 * MIB))]
+            )
+            core.peer.cancel(entry)
+        assert side.do(device.ones(4).sum().item()) == 4
+        assert session.transport.name == "shm"
+        assert session.stats().fallbacks == 0
+        assert session.stats().reconnects == 1
 
 
 def test_one_that_broke_comes_back(

@@ -118,14 +118,7 @@ class Link:
             if core.state.value in (State.OPEN, State.CLOSING):
                 self._lost_at = _clock.now()
                 core.state.advance(Stimulus.CONNECTION_LOST)
-                if self._present not in ("", TCP) and not (
-                    self.require
-                    or self.transport
-                    or getattr(core.peer.failure, "message", "").startswith("aborted: ")
-                ):
-                    self._broken = self._present
-                    self._cooldowns.failed(self._broken, str(core.peer.failure))
-                self._present = ""
+                self._take_note(core.peer.failure)
             if core.state.value is State.CLOSED and core.dead is None:
                 # Either side closes it after the goodbyes; another thread may have seen that first.
                 core.die(SessionClosed("the session was closed meanwhile", peer=self.name))
@@ -232,6 +225,14 @@ class Link:
             reasons=reasons,
             peer=self.name,
         )
+
+    def _take_note(self, failure: BaseException | None) -> None:
+        """The transport in use broke, unless this side ended the connection."""
+        name, self._present = self._present, ""
+        deliberate = isinstance(failure, ConnectionLost) and failure.deliberate
+        if name not in ("", TCP) and not (self.require or self.transport or deliberate):
+            self._broken = name
+            self._cooldowns.failed(name, str(failure))
 
     def _in_use(self, core: Core, found: Dialled) -> None:
         """Take note of which transport the session goes on over."""

@@ -213,7 +213,7 @@ class Peer(Lane):
             # Ctrl-C: nobody will take it back, and what follows must not overtake it.
             entry.cancelled = True
             entry.regions = ()
-            self.lost(ConnectionLost("aborted: interrupted while a message was being sent"))
+            self.lost(_aborted("interrupted while a message was being sent"))
             raise
         return entry
 
@@ -234,7 +234,7 @@ class Peer(Lane):
             self.post(Kind.BATCH, body)
         elif self.connection is not None:
             # Whether the connection was given it nobody knows; the next one begins with receipts.
-            self.lost(ConnectionLost("aborted: interrupted while a message was being sent"))
+            self.lost(_aborted("interrupted while a message was being sent"))
 
     def control(self, kind: Kind, body: bytes = b"", arg: int = 0) -> None:
         """Send an unreliable message; dropped where there is no connection."""
@@ -273,7 +273,7 @@ class Peer(Lane):
         entry.cancelled = True
         entry.regions = ()
         if entry.started and self.connection is not None:
-            self.lost(ConnectionLost("aborted: a transfer was cancelled while it was on its way"))
+            self.lost(_aborted("a transfer was cancelled while it was on its way"))
 
     def _transmit(self, entry: Entry) -> None:
         flags = CANCELLED if entry.cancelled else 0
@@ -504,7 +504,7 @@ class Peer(Lane):
     def forget(self) -> None:
         """Nothing will be sent or received any more: let go of all memory that was lent."""
         if self.connection is not None and (self._bulk or self.arriving):
-            self.lost(ConnectionLost("aborted: the session is over"))
+            self.lost(_aborted("the session is over"))
         for entry in self._bulk.values():
             entry.regions = ()
         self._bulk.clear()
@@ -564,6 +564,12 @@ class Peer(Lane):
 
 def _ignore(connection: Connection) -> None:
     pass
+
+
+def _aborted(why: str) -> ConnectionLost:
+    error = ConnectionLost(f"aborted: {why}")
+    error.deliberate = True
+    return error
 
 
 def _skip(views: Sequence[memoryview], offset: int) -> list[memoryview]:
