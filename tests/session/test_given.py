@@ -5,21 +5,22 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from gpuremote.testing.servers import RunningServer
 from tests.faults.sides import Side
 
 SIZE = 300_000
 
 
 @pytest.fixture
-def shared(fresh: Any) -> Any:
-    if fresh.transport.name != "shm":
-        pytest.skip("this half of the run has no shared memory")
-    return fresh
+def shared(side: Side, server: RunningServer) -> Iterator[Any]:
+    with side.session(f"{server.url}?transport=shm") as session:
+        yield session
 
 
 def test_an_array_that_is_put_whole_is_given_away(side: Side, shared: Any) -> None:
@@ -81,7 +82,7 @@ def test_a_child_gives_nothing_back(side: Side, shared: Any) -> None:
     assert view.min() == view.max() == 5
 
 
-def test_arrays_outlive_the_session(side: Side, server: Any) -> None:
+def test_arrays_outlive_the_session(side: Side, server: RunningServer) -> None:
     with side.session(f"{server.url}?transport=shm") as session:
         local = session.empty(SIZE, np.float32)
         local[:] = 3
