@@ -27,7 +27,7 @@ def test_the_server_has_the_options(gpuremote_session):
 
 
 def test_a_network_that_breaks(gpuremote_network):
-    with gpuremote.connect_sync(f"gpu://127.0.0.1:{gpuremote_network.port}") as session:
+    with gpuremote.connect_sync(gpuremote_network.url) as session:
         x = session.devices[0].arange(4)
         gpuremote_network.cut()
         assert x.sum().item() == 6

@@ -22,6 +22,8 @@ class OtherCongestion(BlockingDevices):
 
     def open(self) -> None:
         super().open()
+        # The server sets its end up behind its welcome: by this answer it has.
+        self._session.synchronize()
         for process in (os.getpid(), self.peer):
             if not force_congestion(process, self.setup.option):
                 raise RuntimeError("its sockets can't be reached from outside")

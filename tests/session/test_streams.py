@@ -17,8 +17,8 @@ from gpuremote.wire import caps
 from tests.faults.sides import BlockingSide, Side, slow
 from tests.session.comparing import case
 
-LONG: Final = 6_000_000
-"""Random numbers that take a fraction of a second, and a hundred times as long as a small op."""
+LONG: Final = 30_000_000
+"""Random numbers that take a good fraction of a second, a thousand times as long as a small op."""
 
 
 def late(device: Any, x: Any, value: float) -> None:

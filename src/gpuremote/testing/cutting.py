@@ -123,6 +123,12 @@ class CuttingProxy:
         return self.host, self.port
 
     @property
+    def url(self) -> str:
+        """A device server behind it, over the transport that it can cut."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"gpu://{host}:{self.port}?transport=tcp"
+
+    @property
     def bytes_up(self) -> int:
         return self._bytes["up"]
 

@@ -3,7 +3,7 @@
 ``gpuremote_server``
     A real device server (NumPy) for the whole test run: a :class:`RunningServer` with ``url``.
 ``gpuremote_network``
-    A way to it that breaks where the test says: a :class:`CuttingProxy`.
+    A way to it that breaks where the test says: a :class:`CuttingProxy` with ``url``.
 ``gpuremote_session``
     A blocking session on the server, closed when the test ends; what failed in it and was not
     waited for fails the test.
@@ -44,7 +44,7 @@ def gpuremote_server(pytestconfig: pytest.Config) -> Iterator[RunningServer]:
 
 @pytest.fixture
 def gpuremote_network(gpuremote_server: RunningServer) -> Iterator[CuttingProxy]:
-    """A network between the test and the server, for ``gpu://127.0.0.1:{port}``."""
+    """A network between the test and the server, at its ``url``."""
     with CuttingProxy(gpuremote_server.host, gpuremote_server.port) as network:
         yield network
 
