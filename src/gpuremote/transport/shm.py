@@ -360,7 +360,7 @@ class ShmConnection(TcpConnection):
             self._copy_out()
             try:
                 return super()._receive(0.0)
-            except ConnectionLost:
+            except (ConnectionLost, OSError):
                 if self._closed:
                     raise
                 return None  # what has come is here all the same; the end will be seen again
