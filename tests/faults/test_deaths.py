@@ -246,7 +246,8 @@ def test_a_daemon_that_is_told_to_stop() -> None:
         x = session.devices[0].ones(3)
         side.do(x.get())
         server.process.send_signal(signal.SIGTERM)
-        side.do(x.get())
+        while not session.draining:  # the session is told
+            side.do(x.get())
         with pytest.raises(GpuRemoteError, match="shutting down"):
             side.do(side.connect(server.url))
         workers = children(server.process.pid)

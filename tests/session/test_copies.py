@@ -216,10 +216,11 @@ def test_memory_comes_back(side: Side, session: Any, near: Any, far: Any) -> Non
     left: list[int] = []
     for _ in range(100):  # a sender learns a moment later that its bytes have come
         left = [side.do(s.server_stats())["memory_used"] for s in (session, near, far)]
-        if left == used:
+        if all(now <= before for now, before in zip(left, used, strict=True)):
             break
         time.sleep(0.02)
-    assert left == used
+    # Less than before where something of an earlier test went meanwhile.
+    assert all(now <= before for now, before in zip(left, used, strict=True)), (used, left)
 
 
 def test_a_source_that_failed(side: Side, session: Any, target: Any) -> None:
