@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import threading
-from collections.abc import Callable
 
 from gpuremote import _clock
 from gpuremote.transport._rdma_setup import bring_up
@@ -13,6 +11,7 @@ from gpuremote.transport.setup import Setup
 from gpuremote.transport.tcp import TcpConnection, open_tcp
 from gpuremote.transport.verbs.base import VerbsProvider
 from tests.rdma.devices import in_machine
+from tests.transport.ends import both
 
 SERVER = "10.77.0.1"
 """The address that the machine of ``machine.py`` gives to its first device."""
@@ -31,23 +30,6 @@ def first_pair(over: str, *, blocking: bool) -> tuple[TcpConnection, TcpConnecti
         here = open_tcp(over, listener.getsockname()[1], timeout=10)
         there, _ = listener.accept()
     return TcpConnection(here, blocking=blocking), TcpConnection(there, blocking=blocking)
-
-
-def both(client: Callable[[], object], server: Callable[[], object]) -> list[object]:
-    """Run two ends at a time; what each gave or raised."""
-    found: list[object] = [None, None]
-
-    def run(number: int, end: Callable[[], object]) -> None:
-        try:
-            found[number] = end()
-        except Exception as error:
-            found[number] = error
-
-    thread = threading.Thread(target=run, args=(1, server))
-    thread.start()
-    run(0, client)
-    thread.join()
-    return found
 
 
 def connected(

@@ -22,7 +22,8 @@ from gpuremote.transport.setup import Setup, upgrade
 from gpuremote.transport.tcp import TcpConnection
 from gpuremote.transport.verbs.base import Gid, GidKind, VerbsError, VerbsProvider
 from gpuremote.transport.verbs.gids import gid_of
-from tests.rdma.ends import LOOPBACK, both, connected, first_pair
+from tests.rdma.ends import LOOPBACK, connected, first_pair
+from tests.transport.ends import both
 
 
 def gid(host: str, kind: GidKind = GidKind.ROCE_V2) -> Gid:

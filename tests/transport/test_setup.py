@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -18,6 +17,7 @@ from gpuremote.transport import select
 from gpuremote.transport.base import Connection
 from gpuremote.transport.setup import MAX_MESSAGES, Path, Setup, upgrade
 from gpuremote.transport.tcp import TcpConnection, pair
+from tests.transport.ends import both
 
 
 def test_probe() -> None:
@@ -109,23 +109,6 @@ def setups(ends: tuple[Connection, Connection], seconds: float = 10.0) -> tuple[
     deadline = _clock.now() + seconds
     here, there = (Setup(end, blocking=True, deadline=deadline) for end in ends)
     return here, there
-
-
-def both(client: Callable[[], object], server: Callable[[], object]) -> list[object]:
-    """Run the two ends at a time; what each gave or raised."""
-    found: list[object] = [None, None]
-
-    def run(number: int, end: Callable[[], object]) -> None:
-        try:
-            found[number] = end()
-        except Exception as error:
-            found[number] = error
-
-    thread = threading.Thread(target=run, args=(1, server))
-    thread.start()
-    run(0, client)
-    thread.join()
-    return found
 
 
 def test_both_ends_are_ready(ends: tuple[TcpConnection, TcpConnection]) -> None:
