@@ -91,9 +91,11 @@ def test_a_block_stays_with_whoever_has_a_slice_of_it() -> None:
     side = Side()
     place = side.lend(block(side, MIB))
     part = np.frombuffer(side.loans.view(place), np.float32).reshape(512, 512)[3:5, ::2]
-    assert side.arena.find(block(side, MIB)) != place
+    other = block(side, MIB)
+    assert side.arena.find(other) != place
     del part
     assert side.arena.find(block(side, MIB)) == place
+    del other
 
 
 def test_each_loan_has_to_come_back() -> None:
@@ -103,9 +105,24 @@ def test_each_loan_has_to_come_back() -> None:
     views = [side.loans.view(place), side.loans.view(side.lend(here))]
     del here
     views.pop()
-    assert side.arena.find(block(side, MIB)) != place
+    other = block(side, MIB)
+    assert side.arena.find(other) != place
     views.pop()
     assert side.arena.find(block(side, MIB)) == place
+    del other
+
+
+def test_the_block_that_was_left_last_is_taken_first() -> None:
+    side = Side()
+    blocks: list[memoryview | None] = [block(side, MIB) for _ in range(6)]
+    places = [side.arena.find(view) for view in blocks if view is not None]
+    for k in (2, 5, 0):
+        blocks[k] = None
+    assert [side.arena.find(view) for view in [block(side, MIB), block(side, MIB)]] == [
+        places[0],
+        places[5],
+    ]
+    del blocks
 
 
 def test_loans_come_back_from_many_threads() -> None:

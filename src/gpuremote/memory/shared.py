@@ -144,9 +144,9 @@ class _Mapping:
         if populate and nbytes <= AT_ONCE:
             _libc.madvise(address, nbytes, _POPULATE)
 
-    def counters(self, count: int) -> npt.NDArray[np.uint32]:
-        """The first page; only as long as somebody refers to this mapping."""
-        return self._content[: 4 * count].view(np.uint32)
+    def counters(self, count: int) -> memoryview:
+        """The first page, as u32; only as long as somebody refers to this mapping."""
+        return self._content[: 4 * count].data.cast("I")
 
     def memory(self, offset: int, nbytes: int, on_gone: Callable[[], object]) -> memoryview:
         """Bytes that keep the mapping, and tell when the last reference to them goes."""
@@ -227,7 +227,9 @@ class Arena:
         self._next = 0
         self._segments: dict[int, _Segment] = {}
         self._bases: list[tuple[int, int]] = []  # address and number, in order of the addresses
-        self._by_size: dict[int, list[_Segment]] = {}
+        # Blocks of each size to which nobody here refers, the latest last: of those that the other
+        # process has given back too, they are the likeliest to be in the caches.
+        self._idle: dict[int, list[tuple[_Segment, int]]] = {}
         # Blocks whose last reference here is gone; finalisers only append.
         self._gone: deque[tuple[_Segment, int]] = deque()
         self._closed = False
@@ -238,10 +240,11 @@ class Arena:
             return None
         self.collect()
         size = _size_class(nbytes)
-        for segment in self._by_size.get(size, ()):
-            for index in range(segment.info.blocks):
-                if segment.free(index):
-                    return self._take(segment, index, nbytes)
+        idle = self._idle.get(size, ())
+        for at in range(len(idle) - 1, -1, -1):
+            segment, index = idle[at]
+            if segment.free(index):
+                return self._take(*self._idle[size].pop(at), nbytes)
         grown = self._grow(size)
         return None if grown is None else self._take(grown, 0, nbytes)
 
@@ -272,7 +275,7 @@ class Arena:
             os.close(fd)
         self._next += 1
         self._segments[info.ident] = segment
-        self._by_size.setdefault(size, []).append(segment)
+        self._idle.setdefault(size, [])[:0] = [(segment, k) for k in range(count - 1, 0, -1)]
         self._bases.append((segment.base, info.ident))
         self._bases.sort()
         self.nbytes += info.nbytes
@@ -316,6 +319,7 @@ class Arena:
             segment, index = self._gone.popleft()
             segment.used[index] = 0
             segment.left_at = _clock.now()
+            self._idle[segment.info.block].append((segment, index))
 
     def trim(self, kept: float = KEPT) -> None:
         """Give back the segments that nobody has used for ``kept`` seconds."""
@@ -327,7 +331,8 @@ class Arena:
 
     def _forget(self, ident: int, segment: _Segment) -> None:
         del self._segments[ident]
-        self._by_size[segment.info.block].remove(segment)
+        idle = self._idle[segment.info.block]
+        idle[:] = [block for block in idle if block[0] is not segment]
         self._bases.remove((segment.base, ident))
         self.nbytes -= segment.info.nbytes
 
@@ -335,7 +340,7 @@ class Arena:
         """Nothing more is given out; what is out stays valid as long as it lives."""
         self._closed = True
         self._segments.clear()
-        self._by_size.clear()
+        self._idle.clear()
         self._bases.clear()
         self._gone.clear()
 

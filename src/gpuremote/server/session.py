@@ -34,7 +34,7 @@ from gpuremote.server.storage import STALLED, Failure, Quota, Slot, Storage
 from gpuremote.transport.base import Incoming
 from gpuremote.wire import caps
 from gpuremote.wire.batch import FIRST_PLAN, Op, decode
-from gpuremote.wire.frames import NUMBER, Kind
+from gpuremote.wire.frames import NUMBER, SEPARATE, Kind
 
 __all__ = ["WorkerSession"]
 
@@ -126,7 +126,7 @@ class WorkerSession:
             raise ProtocolError("a payload that belongs to no PUT")
         numbers = [_HANDLES.unpack_from(body, 8 * k)[0] for k in range(len(sizes))]
         places = incoming.adopt() if self.backend.exports_memory else None
-        arrivals = []
+        views: list[memoryview | None] = []
         for k, (number, size) in enumerate(zip(numbers, sizes, strict=True)):
             arrival = self._arriving.get(number)
             if arrival is not None and size != arrival.meta.nbytes:
@@ -135,15 +135,21 @@ class WorkerSession:
                 )
             # Without one its PUT was refused (the client has been told why) or cancelled.
             place = None if places is None else places[k]
-            if arrival is not None and self._placed(number, arrival, "put", place):
-                arrivals.append(arrival)
-        if len(arrivals) < len(sizes):
-            if len(sizes) > 1:
-                self._fail_arriving(
-                    numbers, OutOfDeviceMemory("another array of the same upload did not fit")
-                )
+            taken = arrival is not None and self._placed(number, arrival, "put", place)
+            views.append(arrival.view if taken and arrival is not None else None)
+        refused = [size for size, view in zip(sizes, views, strict=True) if view is None]
+        if len(refused) == len(sizes) or (refused and arg != SEPARATE):
+            self._fail_arriving(
+                numbers, OutOfDeviceMemory("another array of the same upload did not fit")
+            )
             return None
-        return [arrival.view for arrival in arrivals], numbers
+        if refused:
+            # The bytes between others have to go somewhere; nobody looks at them.
+            rest = memoryview(bytearray(max(refused)))
+            for k, view in enumerate(views):
+                if view is None:
+                    views[k] = rest[: sizes[k]] if places is None else places[k]
+        return [view for view in views if view is not None], numbers
 
     def on_payload_done(self, token: object) -> None:
         assert isinstance(token, list)

@@ -24,7 +24,7 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Final
 
@@ -147,30 +147,35 @@ class ShmConnection(TcpConnection):
 
     def allocate(self, nbytes: int) -> memoryview | None:
         waiting = self._pending
-        with self._using_memory():
+        outer = self._hold()
+        try:
             if self._closed:
                 return None
             found = self._arena.allocate(nbytes)
+        finally:
+            self._let_go(outer)
         if self._pending and not waiting and not self._calling:
             with contextlib.suppress(ConnectionLost):  # a segment that is no longer used
                 self._pump()
         return found
 
-    @contextlib.contextmanager
-    def _using_memory(self) -> Iterator[None]:
-        """Another thread that aborts leaves the arena to this one meanwhile."""
-        outer, self._tx_busy = self._tx_busy, True
-        try:
-            yield
-        finally:
-            self._tx_busy = outer
-            if self._closed and not outer:
-                self._release()
-
     def gives(self, view: memoryview) -> bool:
-        with self._using_memory():
+        outer = self._hold()
+        try:
             place = self._arena.find(view)
             return place is not None and self._arena.whole(place)
+        finally:
+            self._let_go(outer)
+
+    def _hold(self) -> bool:
+        """Until ``_let_go`` another thread that aborts leaves the arena to this one."""
+        outer, self._tx_busy = self._tx_busy, True
+        return outer
+
+    def _let_go(self, outer: bool) -> None:
+        self._tx_busy = outer
+        if self._closed and not outer:
+            self._release()
 
     def _release(self) -> None:
         super()._release()
@@ -233,10 +238,13 @@ class ShmConnection(TcpConnection):
             super()._send(header, regions, done)
             return
         waiting = self._pending  # before room is made, which may queue DROPPED frames
-        with self._using_memory():
+        outer = self._hold()
+        try:
             if self._closed:
                 raise self._gone()
             placed = self._place(regions)
+        finally:
+            self._let_go(outer)
         if self._closed:
             raise self._gone()
         if placed is None:
