@@ -121,6 +121,24 @@ def test_an_upload_that_nothing_follows_is_told_of_at_the_end(
     del kept
 
 
+def test_what_was_put_comes_back_as_it_was(side: Side, shared: Any) -> None:
+    """It is taken from where it lies, and no op writes there before all of it has been."""
+    device = shared.devices[0]
+    for size in (SIZE, 90 << 20):
+        host = np.arange(size, dtype=np.uint8)
+        remote = side.do(device.put(host))
+        part = remote[7:-7]
+        for _ in range(3):
+            kept = side.do(remote.get())
+            some = side.do(part.get())
+            remote += 1
+            assert np.array_equal(kept, host)
+            assert np.array_equal(some, host[7:-7])
+            host += 1
+        assert np.array_equal(side.do(remote.get(copy=False)), host)
+        del remote, part
+
+
 def test_a_child_gives_nothing_back(side: Side, shared: Any) -> None:
     """After a fork the parent still has what it had."""
     device = shared.devices[0]

@@ -116,5 +116,6 @@ class Answers:
             if not private:
                 # Ops that would write to this memory wait until the client has it all.
                 storage.outgoing += 1
-            peer.post_payload(Kind.RESULT, head, [Region(view)], release, ResultForm.PAYLOAD)
+            region = Region(view, steady=True)
+            peer.post_payload(Kind.RESULT, head, [region], release, ResultForm.PAYLOAD)
         return None

@@ -33,6 +33,9 @@ class Region:
     ----------
     buffer : object with the buffer protocol
         C-contiguous memory of any format.
+    steady : bool
+        Nobody writes to it before the other end has said (by other means than the connection's)
+        that it has the bytes: it may take them from where they lie.
 
     Attributes
     ----------
@@ -47,11 +50,12 @@ class Region:
         The memory is not C-contiguous, or the object exports none.
     """
 
-    __slots__ = ("nbytes", "view")
+    __slots__ = ("nbytes", "steady", "view")
 
-    def __init__(self, buffer: Any) -> None:
+    def __init__(self, buffer: Any, steady: bool = False) -> None:
         self.view = flat_view(buffer)
         self.nbytes = self.view.nbytes
+        self.steady = steady
 
     @property
     def readonly(self) -> bool:
@@ -157,7 +161,7 @@ class Incoming(abc.ABC):
             One writable flat view per size, complete, that stays valid for as long as it or
             anything made from it lives (also after the connection). The other end may still
             read and write that memory. None where the payload is not in memory that both ends
-            see: call ``into`` or ``discard``.
+            see, or is only lent: call ``into`` or ``discard``.
         """
         return None
 

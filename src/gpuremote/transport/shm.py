@@ -7,6 +7,9 @@
     kind FILLED   body = bytes that are there by now u64; on the channel of the SHARED
     kind DROPPED  body = segment u32, which the sender no longer uses
 
+The top bit of a place's segment (``YOURS``) says that the memory is the receiver's own, which it
+gave away before. That payload is only lent, and there is nothing to give back.
+
 These frames come among those of ``transport.tcp`` (a payload for which there is no room in
 shared memory goes through the socket as there). A place of an empty region is all zeros. New
 segments come with their descriptors over a second socket, before the frame that names them.
@@ -55,6 +58,7 @@ CHUNK: Final = 4 << 20
 MAX_STAGED: Final = 64 << 20
 """Bytes of a payload that are copied into shared memory. Of a larger one a second copy would have
 to be there as a whole, so it goes through the socket."""
+YOURS: Final = 1 << 31
 ALIGNMENT: Final = 64
 SHARE: Final = 0.5
 """Part of this machine's memory that the segments of one connection may take."""
@@ -279,6 +283,9 @@ class ShmConnection(TcpConnection):
             place = arena.find(region.view) if region.nbytes else None
             if place is not None and (region.readonly or not arena.whole(place)):
                 place = None
+            if place is None and region.steady:
+                theirs = self._loans.find(region.view)
+                place = theirs and theirs._replace(segment=theirs.segment | YOURS)
             found.append(place)
             if place is None:
                 room += -(-region.nbytes // ALIGNMENT) * ALIGNMENT
@@ -306,7 +313,8 @@ class ShmConnection(TcpConnection):
                 place = Place(origin.segment, origin.block, used, region.nbytes)
                 there = block[used : used + region.nbytes]
                 used += -(-region.nbytes // ALIGNMENT) * ALIGNMENT
-            arena.lend(place, given=given)
+            if place.segment < YOURS:
+                arena.lend(place, given=given)
             places.append(_PLACE.pack(place.segment, place.block, place.offset))
             pairs.append((there, region.view))
         return places, pairs
@@ -381,10 +389,9 @@ class ShmConnection(TcpConnection):
         payload = self._copying.popleft()
         self._rx_touching = get_ident()
         try:
-            copied = payload.copy(BURST)
+            payload.copy(BURST)
         finally:
             self._rx_touching = 0
-        self.stats.extra["copied_out"] += copied
         if payload.behind:
             self._copying.append(payload)  # several take turns
         else:
@@ -431,13 +438,22 @@ class ShmConnection(TcpConnection):
         if filled > total:
             raise ProtocolError(f"{filled} bytes are there of a payload of {total}")
         views = []
+        lent = False
         for number, size in enumerate(sizes):
             segment, block, offset = _PLACE.unpack_from(body, at + number * _PLACE.size)
-            place = Place(segment, block, offset, size)
-            if size and segment not in self._loans:
-                self._take_segments()
-            views.append(self._loans.view(place) if size else memoryview(bytearray(0)))
-        payload = SharedPayload(body[begin:], sizes, views, self._behind, self._wait_untouched)
+            place = Place(segment & ~YOURS, block, offset, size)
+            if not size:
+                views.append(memoryview(bytearray(0)))
+            elif segment & YOURS:
+                views.append(self._arena.look(place))
+                lent = True
+            else:
+                if segment not in self._loans:
+                    self._take_segments()
+                views.append(self._loans.view(place))
+        payload = SharedPayload(
+            body[begin:], sizes, views, self._behind, self._wait_untouched, self.stats.extra, lent
+        )
         if filled < total:
             self._filling[channel] = payload
         payload.filled(filled)
