@@ -21,13 +21,12 @@ import pytest
 from gpuremote import _clock
 from gpuremote.errors import ConnectionLost, GpuRemoteError, ProtocolError
 from gpuremote.testing.driving import Ends
-from gpuremote.transport import _rdma_payload
-from gpuremote.transport._rdma_frames import Piece
-from gpuremote.transport._rdma_memory import Registry, address_of
-from gpuremote.transport._rdma_payload import InPiece, RdmaIncoming
-from gpuremote.transport._rdma_setup import bring_up
 from gpuremote.transport.base import Connection, Incoming
-from gpuremote.transport.rdma import Options, Rdma, RdmaConnection, default_provider
+from gpuremote.transport.rdma import Options, Rdma, RdmaConnection, default_provider, payload
+from gpuremote.transport.rdma.frames import Piece
+from gpuremote.transport.rdma.memory import Registry, address_of
+from gpuremote.transport.rdma.payload import InPiece, RdmaIncoming
+from gpuremote.transport.rdma.setup import bring_up
 from gpuremote.transport.setup import Setup
 from gpuremote.transport.tcp import TcpConnection
 from gpuremote.transport.verbs.base import Access, Remote
@@ -153,7 +152,7 @@ def test_a_peer_that_lies_about_its_memory(pair: Pair, monkeypatch: pytest.Monke
         wrong = tuple(s._replace(rkey=s.rkey ^ 0xFF00) for s in wanted.segments)
         return wanted._replace(segments=wrong)
 
-    monkeypatch.setattr(_rdma_payload.RdmaIncoming, "plan", lie)
+    monkeypatch.setattr(payload.RdmaIncoming, "plan", lie)
     ends = Ends(here, there, limit=60)
     here.send(b"", [here.register(bytes(MIB))])
     ends.receive(there).into([memoryview(bytearray(MIB))])

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Final
 
 from gpuremote.errors import ProtocolError
-from gpuremote.transport import _rdma_frames as frames
-from gpuremote.transport._rdma_control import Control
-from gpuremote.transport._rdma_lanes import PIECES, InLane, lane_of
-from gpuremote.transport._rdma_payload import InPiece, RdmaIncoming, Receiver
 from gpuremote.transport.base import TransportStats
+from gpuremote.transport.rdma import frames
+from gpuremote.transport.rdma.control import Control
+from gpuremote.transport.rdma.lanes import PIECES, InLane, lane_of
+from gpuremote.transport.rdma.payload import InPiece, RdmaIncoming, Receiver
 
 __all__ = ["STRIPED", "Inbound"]
 

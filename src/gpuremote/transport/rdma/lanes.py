@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 from gpuremote.errors import ProtocolError
-from gpuremote.transport._rdma_payload import InPiece, OutPiece, Write
-from gpuremote.transport._rdma_rail import Rail, random_psn
 from gpuremote.transport.base import TransportStats
+from gpuremote.transport.rdma.payload import InPiece, OutPiece, Write
+from gpuremote.transport.rdma.rail import Rail, random_psn
 from gpuremote.transport.verbs.base import Completion, Status
 
 __all__ = ["PIECES", "InLane", "OutLane", "lane_of"]

@@ -19,17 +19,17 @@ from gpuremote.errors import (
     LimitExceeded,
     ProtocolError,
 )
-from gpuremote.transport import _rdma_frames as frames
 from gpuremote.transport._framing import MAX_HEADER, MAX_REGIONS
 from gpuremote.transport._incoming import Message
-from gpuremote.transport._rdma_control import Control, Frame
-from gpuremote.transport._rdma_inbound import Inbound
-from gpuremote.transport._rdma_lanes import InLane, OutLane
-from gpuremote.transport._rdma_memory import Slabs
-from gpuremote.transport._rdma_outbound import Outbound
-from gpuremote.transport._rdma_payload import EagerIncoming, RdmaIncoming
-from gpuremote.transport._rdma_rail import Owner, Rail
 from gpuremote.transport.base import Connection, Incoming, Region, TransportStats, flat_view
+from gpuremote.transport.rdma import frames
+from gpuremote.transport.rdma.control import Control, Frame
+from gpuremote.transport.rdma.inbound import Inbound
+from gpuremote.transport.rdma.lanes import InLane, OutLane
+from gpuremote.transport.rdma.memory import Slabs
+from gpuremote.transport.rdma.outbound import Outbound
+from gpuremote.transport.rdma.payload import EagerIncoming, RdmaIncoming
+from gpuremote.transport.rdma.rail import Owner, Rail
 from gpuremote.transport.verbs.base import Completion, VerbsError
 from gpuremote.transport.verbs.explain import explain_errno, explain_status
 

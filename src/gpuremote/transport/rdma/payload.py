@@ -9,9 +9,9 @@ from typing import Final, NamedTuple, Protocol
 
 from gpuremote.errors import InternalError, ProtocolError
 from gpuremote.transport._incoming import fitting
-from gpuremote.transport._rdma_frames import MAX_SEGMENTS, Piece, Segment
-from gpuremote.transport._rdma_memory import Registered, Registry, address_of
 from gpuremote.transport.base import Incoming, TransportStats
+from gpuremote.transport.rdma.frames import MAX_SEGMENTS, Piece, Segment
+from gpuremote.transport.rdma.memory import Registered, Registry, address_of
 from gpuremote.transport.verbs.base import Access
 
 __all__ = [

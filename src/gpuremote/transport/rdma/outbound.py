@@ -8,11 +8,11 @@ from typing import Final
 
 from gpuremote._types import BytesLike
 from gpuremote.errors import ProtocolError
-from gpuremote.transport import _rdma_frames as frames
-from gpuremote.transport._rdma_control import Control
-from gpuremote.transport._rdma_lanes import OutLane, lane_of
-from gpuremote.transport._rdma_payload import Outgoing, OutPiece, eager
 from gpuremote.transport.base import Region, TransportStats
+from gpuremote.transport.rdma import frames
+from gpuremote.transport.rdma.control import Control
+from gpuremote.transport.rdma.lanes import OutLane, lane_of
+from gpuremote.transport.rdma.payload import Outgoing, OutPiece, eager
 
 __all__ = ["Outbound"]
 
