@@ -82,6 +82,7 @@ def receive(ends: Ends, incoming: Incoming, target: memoryview) -> None:
     ends.until(lambda: done)
 
 
+@pytest.mark.short
 @pytest.mark.timeout(400)
 def test_a_gibibyte_by_one_sided_writes(pair: Pair) -> None:
     here, there = pair
@@ -164,6 +165,7 @@ def test_a_peer_that_lies_about_its_memory(pair: Pair, monkeypatch: pytest.Monke
 SECOND = Options(devices=("rxe1",), piece=MIB)
 
 
+@pytest.mark.short
 @machine_only
 def test_a_link_that_goes_down() -> None:
     here, there = connected(blocking=False, options=SECOND, over=LOOPBACK)
