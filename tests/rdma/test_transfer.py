@@ -24,6 +24,7 @@ from gpuremote.testing.driving import Ends
 from gpuremote.transport.base import Connection, Incoming
 from gpuremote.transport.rdma import Options, Rdma, RdmaConnection, default_provider, payload
 from gpuremote.transport.rdma.frames import Piece
+from gpuremote.transport.rdma.gpu import Stages
 from gpuremote.transport.rdma.memory import Registry, address_of
 from gpuremote.transport.rdma.payload import InPiece, RdmaIncoming
 from gpuremote.transport.rdma.setup import bring_up
@@ -148,8 +149,11 @@ def test_a_peer_that_lies_about_its_memory(pair: Pair, monkeypatch: pytest.Monke
     here, there = pair
     plan = RdmaIncoming.plan
 
-    def lie(incoming: RdmaIncoming, piece: InPiece, largest: int, registry: Registry) -> Piece:
-        wanted = plan(incoming, piece, largest, registry)
+    def lie(
+        incoming: RdmaIncoming, piece: InPiece, largest: int, registry: Registry, stages: Stages
+    ) -> Piece:
+        wanted = plan(incoming, piece, largest, registry, stages)
+        assert wanted is not None
         wrong = tuple(s._replace(rkey=s.rkey ^ 0xFF00) for s in wanted.segments)
         return wanted._replace(segments=wrong)
 

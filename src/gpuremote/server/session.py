@@ -31,7 +31,7 @@ from gpuremote.server.arrivals import Arrival
 from gpuremote.server.execute import Executable, run_plan
 from gpuremote.server.ordering import Ordering
 from gpuremote.server.storage import STALLED, Failure, Quota, Slot, Storage
-from gpuremote.transport.base import Incoming
+from gpuremote.transport.base import Incoming, Target
 from gpuremote.wire import caps
 from gpuremote.wire.batch import FIRST_PLAN, Op, decode
 from gpuremote.wire.frames import NUMBER, Kind
@@ -120,7 +120,7 @@ class WorkerSession:
 
     def on_payload(
         self, kind: int, arg: int, body: memoryview, incoming: Incoming
-    ) -> tuple[Sequence[memoryview], object] | None:
+    ) -> tuple[Sequence[Target], object] | None:
         sizes = incoming.sizes
         if kind != Kind.PAYLOAD or len(body) != 8 * len(sizes):
             raise ProtocolError("a payload that belongs to no PUT")
@@ -135,7 +135,8 @@ class WorkerSession:
                 )
             # Without one its PUT was refused (the client has been told why) or cancelled.
             place = None if places is None else places[k]
-            if arrival is not None and self._placed(number, arrival, "put", place):
+            direct = incoming.takes_device
+            if arrival is not None and self._placed(number, arrival, "put", place, direct):
                 arrivals.append(arrival)
         if len(arrivals) < len(sizes):
             if len(sizes) > 1:
@@ -143,7 +144,7 @@ class WorkerSession:
                     numbers, OutOfDeviceMemory("another array of the same upload did not fit")
                 )
             return None
-        return [arrival.view for arrival in arrivals], numbers
+        return [arrival.target for arrival in arrivals], numbers
 
     def on_payload_done(self, token: object) -> None:
         assert isinstance(token, list)
@@ -272,11 +273,16 @@ class WorkerSession:
         return arrival
 
     def _placed(
-        self, number: int, arrival: Arrival, op: str, place: memoryview | None = None
+        self,
+        number: int,
+        arrival: Arrival,
+        op: str,
+        place: memoryview | None = None,
+        direct: bool = False,
     ) -> bool:
         """Whether there is memory for it; otherwise it is no longer waited for."""
         try:
-            arrival.place(self.backend, place)
+            arrival.place(self.backend, place, direct=direct)
         except Exception as error:
             del self._arriving[number]
             arrival.slot.poison(self.failed(number, op, error))
