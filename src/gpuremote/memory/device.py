@@ -147,14 +147,11 @@ class DeviceArray(NamedTuple):
 
 def on_cuda_device(value: Any) -> bool:
     """Whether an array lies in CUDA memory, as far as it says so."""
-    if hasattr(type(value), "__cuda_array_interface__") or "__cuda_array_interface__" in getattr(
-        value, "__dict__", ()
-    ):
-        device = getattr(value, "__dlpack_device__", None)
-        # A torch tensor on the CPU has the attribute as well; reading it raises.
-        return device is None or device()[0] == _CUDA
     device = getattr(value, "__dlpack_device__", None)
-    return device is not None and device()[0] == _CUDA
+    if device is not None:
+        # A torch tensor on the CPU has the other attribute as well; reading that raises.
+        return bool(device()[0] == _CUDA)
+    return hasattr(value, "__cuda_array_interface__")
 
 
 def device_array(value: Any, driver: CudaDriver | None = None) -> DeviceArray:
