@@ -119,6 +119,9 @@ class FakeCuda:
                 return found
         return None
 
+    def devices(self) -> int:
+        return 1
+
     def allocation(self, pointer: int) -> Allocation:
         if "allocation" in self._failures:
             raise self._failures["allocation"]
