@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 
 from gpuremote.errors import InternalError, InvalidBuffer
+from gpuremote.memory.device import DeviceTarget
 from gpuremote.memory.host import copy_bytes
-from gpuremote.transport.base import Incoming, flat_view
+from gpuremote.transport.base import Incoming, Target, flat_view
 
 __all__ = ["SharedPayload"]
 
@@ -94,7 +95,7 @@ class SharedPayload(Incoming):
         return self._views
 
     def into(
-        self, buffers: Sequence[memoryview], done: Callable[[Incoming], None] | None = None
+        self, buffers: Sequence[Target], done: Callable[[Incoming], None] | None = None
     ) -> None:
         if not self.undecided:
             raise InternalError("where this payload goes was already said")
@@ -108,7 +109,7 @@ class SharedPayload(Incoming):
             return
         pairs = []
         for number, (buffer, size) in enumerate(zip(buffers, self.sizes, strict=True)):
-            view = flat_view(buffer)
+            view = buffer.host() if isinstance(buffer, DeviceTarget) else flat_view(buffer)
             if view.nbytes != size:
                 raise InvalidBuffer(
                     f"buffer {number} has {view.nbytes} bytes and the payload brings {size}"
