@@ -17,7 +17,7 @@ import pytest
 from gpuremote import errors
 from gpuremote.cli import main as cli
 from gpuremote.cli import serve
-from gpuremote.client import core, issuing, link
+from gpuremote.client import core, issuing, link, uploading
 from gpuremote.config import DEFAULT_PORT, Settings, Target, parse_url
 from gpuremote.errors import GpuRemoteError, InvalidURL
 from gpuremote.ops.meta import DTYPES
@@ -322,7 +322,7 @@ SENTENCES = [
     ("architecture", f"large ({issuing.FLUSH_BYTES // KIB} KiB)"),
     ("architecture", f"kept ({core.MAX_FAILURES} of them)"),
     ("architecture", f"Up to {caps.INLINE_PAYLOAD // KIB} KiB go into the batch"),
-    ("architecture", f"sends up to {core.GROUP} arrays"),
+    ("architecture", f"sends up to {uploading.GROUP} arrays"),
     ("architecture", f"up to {worker.LOOKS} times ({worker.PYTHON_LOOKS} without"),
     ("architecture", f"more than {worker.BUSY_AFTER * 1000:.0f} ms"),
     ("architecture", f"{link.MAX_PAUSE:.0f} s at most"),

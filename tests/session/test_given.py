@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpuremote.client.core import STAGED
+from gpuremote.client.uploading import STAGED
 from gpuremote.errors import OutOfDeviceMemory
 from gpuremote.testing.servers import RunningServer
 from tests.faults.sides import BlockingSide, Side
@@ -109,6 +109,56 @@ def test_one_that_does_not_fit_leaves_the_others(
         del arrays
         with contextlib.suppress(OutOfDeviceMemory):
             side.do(session.synchronize())
+
+
+def test_memory_that_nobody_waits_for_is_free_at_once(side: Side, server: RunningServer) -> None:
+    """Of uploads that the program drops only the latest counts, told or not."""
+    with side.session(f"{server.url}?transport=shm&memory={4 << 20}") as session:
+        device = session.devices[0]
+        host = np.ones(1 << 20, np.uint8)
+        kept: Any = None
+        for k in range(100):
+            host[0] = k
+            kept = side.do(device.put(host))
+        assert side.do(kept[0].item()) == 99
+        del kept
+        total = device.zeros((), np.int64)
+        for _ in range(20):  # with an op that needs it
+            array = side.do(device.put(host))
+            total = total + array[0]
+            del array
+            side.do(session.synchronize())
+        assert side.do(total.item()) == 20 * 99
+
+
+def test_bytes_that_nobody_wants_take_no_memory(side: Side, server: RunningServer) -> None:
+    """Between others they have to be received; where that takes too much, none of them is."""
+    with side.session(f"{server.url}?transport=tcp&memory={8 << 20}") as session:
+        device, core = session.devices[0], session._core
+        large = np.zeros(80 << 20, np.uint8)
+        hosts = [np.ones(SIZE, np.uint8), large]
+        metas = [core.metas.get(host.shape, host.dtype, 0) for host in hosts]
+        arrays = [
+            device._array_type(core, core.put_staged(meta, host.data), meta)
+            for meta, host in zip(metas, hosts, strict=True)
+        ]
+        for array in arrays:
+            with pytest.raises(OutOfDeviceMemory):
+                side.do(array.get())
+        del arrays, array
+        with contextlib.suppress(OutOfDeviceMemory):
+            side.do(session.synchronize())
+        assert side.do(side.do(device.put(hosts[0])).sum().item()) == SIZE
+
+
+def test_an_upload_behind_a_batch_that_is_nearly_full(side: Side, shared: Any) -> None:
+    device = shared.devices[0]
+    small, large = np.ones(1000, np.uint8), np.full(SIZE, 7, np.uint8)
+    for count in range(40, 50):
+        kept = [side.do(device.put(small)) for _ in range(count)]
+        remote = side.do(device.put(large))
+        assert side.do(remote.get(timeout=10)).sum() == 7 * SIZE
+        del kept, remote
 
 
 def test_an_upload_that_nothing_follows_is_told_of_at_the_end(

@@ -324,6 +324,49 @@ def test_memory_that_the_other_end_does_not_have(where: tuple[int, int, int]) ->
         del kept
 
 
+def test_an_abort_by_another_thread_is_no_breach(
+    pair: tuple[ShmConnection, ShmConnection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arena may be closed while the receiving thread is about to look something up."""
+    here, there = pair
+    ends = Ends(here, there)
+    adopted = adopted_there(pair, ends)
+    there.send(b"", [Region(adopted, steady=True)])
+    look = here._arena.look
+
+    def aborted(place: Place) -> memoryview:
+        thread = threading.Thread(target=here.abort)
+        thread.start()
+        thread.join()
+        return look(place)
+
+    monkeypatch.setattr(here._arena, "look", aborted)
+    with pytest.raises(ConnectionLost, match="closed on this side"):
+        ends.receive(here)
+
+
+def test_a_great_many_blocks_that_are_kept_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all of them are looked at each time, and each is found when it has come back."""
+    side = Side(limit=1 << 30)
+    views = [side.loans.view(side.lend(block(side, 64 << 10))) for _ in range(300)]
+    looks = 0
+    lent = shared._Segment.lent
+
+    def counted(segment: shared._Segment, index: int) -> bool:
+        nonlocal looks
+        looks += 1
+        return lent(segment, index)
+
+    monkeypatch.setattr(shared._Segment, "lent", counted)
+    kept = [block(side, 64 << 10) for _ in range(20)]
+    assert looks <= 20 * (shared.SWEEP + 2)
+    before = side.arena.nbytes
+    views.clear()
+    kept += [block(side, 64 << 10) for _ in range(300)]
+    assert side.arena.nbytes <= before + (4 << 20) + shared.PAGE
+    del kept
+
+
 def test_other_memory_is_copied_once_where_it_is_adopted(
     pair: tuple[ShmConnection, ShmConnection],
 ) -> None:

@@ -23,6 +23,8 @@ SLICE: Final = 1.0
 """Seconds of one blocking receive; deadlines are looked at in between."""
 PUSH: Final = 0.005
 """Seconds that a thread waits to send on before it looks for its answer."""
+MANY: Final = 1024
+"""Receives without a pause on behalf of another session."""
 RECEIPTS: Final = 1
 """Uploads that nothing was heard of, before a further one looks whether something was: memory is
 used again as soon as the server is through with it, while it is in the caches."""
@@ -248,8 +250,9 @@ class BlockingDriver:
             source.poll()
         self.core.run_deferred()
 
-    def _poll(self) -> None:
-        """Take in what has arrived, without waiting; come back where the connection broke."""
+    def _poll(self, most: int = MANY) -> None:
+        """Take in what has arrived (``most`` receives), without waiting; come back where the
+        connection broke."""
         if self.core.dead is not None or not self._leading.acquire(blocking=False):
             return
         connection = self.core.peer.connection
@@ -257,8 +260,9 @@ class BlockingDriver:
             if connection is None:
                 self._resume(_clock.now() + SHORT)
                 return
-            while self.core.peer.take(connection):
-                pass
+            for _ in range(most):
+                if not self.core.peer.take(connection):
+                    break
         except ConnectionLost as error:
             assert connection is not None
             self._lost(connection, error)
@@ -272,8 +276,8 @@ class BlockingDriver:
         """Wait until one more upload may be on its way (with many threads uploading)."""
         if self.core.full:
             self._until(_Room(self.core), None)
-        elif self.core.peer.bulk_in_flight > RECEIPTS:
-            self._poll()
+        elif self.core.peer.bulk_in_flight > RECEIPTS and self.core.peer.connection is not None:
+            self._poll(2 * RECEIPTS)
 
     def _stalled(self) -> None:
         """Issuing has to wait until the server has caught up."""

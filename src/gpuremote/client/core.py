@@ -17,9 +17,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from gpuremote.client.issuing import FLUSH_NS, NEVER, Issuer
+from gpuremote.client.issuing import FLUSH_NS, NEVER
 from gpuremote.client.origin import describe
 from gpuremote.client.stats import SessionStats
+from gpuremote.client.uploading import Uploader
 from gpuremote.client.waits import Wait
 from gpuremote.errors import (
     GpuRemoteError,
@@ -28,11 +29,10 @@ from gpuremote.errors import (
     SessionLost,
     error_from_wire,
 )
-from gpuremote.ops.meta import Meta
-from gpuremote.rpc.peer import Connection, Entry, Region
+from gpuremote.rpc.peer import Connection
 from gpuremote.transport.base import Incoming
 from gpuremote.wire import caps
-from gpuremote.wire.batch import ALL_STREAMS, Op, blob_record
+from gpuremote.wire.batch import ALL_STREAMS, Op
 from gpuremote.wire.frames import NUMBER, Kind, ResultForm, pack_info, unpack_info
 from gpuremote.wire.state import SessionState, State, Stimulus
 
@@ -47,21 +47,13 @@ _pack_get = struct.Struct("<QIQ").pack
 """A batch with one GET."""
 MAX_FAILURES: Final = 256
 """Failures kept for a ``synchronize``; of more only the number is kept."""
-GROUP: Final = 4096
-"""Arrays of one message."""
-STAGED: Final = 8
-STAGED_BYTES: Final = 64 << 20
-"""Arrays in shared memory, and bytes of them, of which the server is told at the latest with the
-next one. To be told wakes it, on this core as a rule: that takes longer than to copy a MiB."""
-MAX_RECORDS: Final = 1024
-"""Encoded PUT records that are kept; programs upload the same shapes again and again."""
 VIEW: Final = "view"
 """The kind of a wait for memory, in place of bytes to be put somewhere."""
 MAX_LINKS: Final = 4096
 """Copies to other servers whose failure is still passed on to the receiving session."""
 
 
-class Core(Issuer):
+class Core(Uploader):
     """The client's side of one session, without a driver.
 
     Parameters
@@ -105,15 +97,12 @@ class Core(Issuer):
         self.deferred: deque[int] = deque()
         self.sources: weakref.WeakSet[Core] = weakref.WeakSet()
         self._linked: dict[int, tuple[Core, int]] = {}
-        self.trips = self.peer.trips
         self.peer.wait_type = Wait
         self._ask = self.peer.ask
-        self._waits: dict[int, Wait] = {}
         self.peer.waits = self._waits
         self._failures: dict[int, GpuRemoteError] = {}
         self._more_failures = 0
         self._farewell = Wait(0, "close")
-        self._put_records: dict[Meta, bytes] = {}
         _cores.add(self)
 
     def _check(self) -> None:
@@ -158,7 +147,7 @@ class Core(Issuer):
         with self.lock:
             if self._special:
                 self._prepare()
-            if self._buffer or self.dropped:
+            if self._buffer or self.dropped or self._staged:
                 wait = self.ask(Op.GET, handle, kind=kind, into=into)
             else:
                 number = self._next
@@ -177,129 +166,6 @@ class Core(Issuer):
         if self._stalled:
             self._relieve()
         return wait
-
-    def put(
-        self, shape: tuple[int, ...], dtype: str, device: int, view: memoryview
-    ) -> tuple[int, Wait | None]:
-        """Upload bytes: the handle, and what to wait for until ``view`` may be reused (None:
-        it may be at once, the bytes were small and went into the batch)."""
-        if view.nbytes <= caps.INLINE_PAYLOAD:
-            blob = [list(shape), dtype, device, bytes(view)]
-            with self.lock:
-                if len(self._buffer) + view.nbytes + 1024 > caps.MAX_BATCH // 2:
-                    self.flush()
-                number = self._record(Op.PUT_INLINE, (), "put", blob)
-            if self._stalled:
-                self._relieve()
-            self.stats.payload_copied += view.nbytes
-            return number, None
-        numbers, wait = self.put_many([(shape, dtype, device, view)])
-        return numbers[0], wait
-
-    def allocate(self, nbytes: int, *, shared: bool = False) -> memoryview | None:
-        """Memory from which the present connection sends without copying (with ``shared``: that
-        the server sees too); None: there is none."""
-        with self.lock:
-            connection = self.peer.connection
-            if connection is None or (shared and not connection.shared):
-                return None
-            return connection.allocate(nbytes)
-
-    def gives(self, view: memoryview) -> bool:
-        """Whether ``view`` is such memory, all of it, and not put yet (then it is read-only)."""
-        if view.readonly:
-            return False
-        with self.lock:
-            connection = self.peer.connection
-            return connection is not None and connection.gives(view)
-
-    def put_staged(self, meta: Meta, view: memoryview) -> int:
-        """Upload what lies in memory from :meth:`allocate`: nothing has to be waited for, as the
-        bytes are where the server finds them. It is told with the next record that goes out."""
-        number = 0
-        with self.lock:
-            staged = self._staged
-            if staged and (
-                len(staged) >= STAGED or sum(v.nbytes for _, v in staged) >= STAGED_BYTES
-            ):
-                self.flush()
-            due, self.flush_after = self.flush_after, NEVER
-            try:
-                while self.dropped:  # the server makes room for a PUT when it comes
-                    self._free_dropped()
-                number = self._append(self._put_record(meta), "put")
-                self._staged.append((number, view))
-            except BaseException:
-                if number and self.dead is None:
-                    self._record(Op.CANCEL, (number,))
-                    self.dropped.append(number)
-                raise
-            finally:
-                self.flush_after = due
-        if self._stalled:
-            self._relieve()
-        return number
-
-    def _put_record(self, meta: Meta) -> bytes:
-        known = self._put_records.get(meta)
-        if known is None:
-            if len(self._put_records) >= MAX_RECORDS:
-                self._put_records.clear()
-            blob = [list(meta.shape), meta.wire_dtype, meta.device]
-            known = self._put_records[meta] = blob_record(Op.PUT, blob=pack_info(blob))
-        return known
-
-    def put_many(
-        self, items: Sequence[tuple[tuple[int, ...], str, int, memoryview]]
-    ) -> tuple[list[int], Wait]:
-        """Upload several arrays, up to ``GROUP`` of them as the payload of one message."""
-        wait = Wait(self._next, "put")
-        entries: list[Entry] = []
-        wait.entries = entries
-        with self.lock:
-            self.trips["put"] = self.trips.get("put", 0) + 1
-            while self.dropped:  # the server makes room for a PUT when it comes, not in its turn
-                self._free_dropped()
-            numbers = []
-            try:
-                for start in range(0, len(items), GROUP):
-                    with self.peer.together():
-                        numbers += self._put_group(items[start : start + GROUP], wait, entries)
-            except BaseException:
-                self.cancel(wait)
-                raise
-            self._posted()
-        if self._stalled:
-            self._relieve()
-        return numbers, wait
-
-    def _put_group(
-        self,
-        items: Sequence[tuple[tuple[int, ...], str, int, memoryview]],
-        wait: Wait,
-        entries: list[Entry],
-    ) -> list[int]:
-        numbers = []
-        for shape, dtype, device, _ in items:
-            number = self._record(Op.PUT, (), "put", [list(shape), dtype, device])
-            numbers.append(number)
-            self._waits[number] = wait
-        self.flush()
-        body = b"".join(NUMBER.pack(number) for number in numbers)
-        regions = [Region(view.toreadonly()) for *_, view in items]  # lent, not given away
-        wait.left += 1
-        entry = self.peer.post_payload(
-            Kind.PAYLOAD, body, regions, lambda: self._put_done(numbers, wait)
-        )
-        entries.append(entry)
-        return numbers
-
-    def _put_done(self, numbers: list[int], wait: Wait) -> None:
-        for number in numbers:
-            self._waits.pop(number, None)
-        wait.left -= 1
-        if not wait.left:
-            wait.finish(error=wait.refusal)
 
     def cancel(self, wait: Wait) -> None:
         """The program no longer waits. On return nothing touches its buffers any more."""

@@ -158,9 +158,15 @@ class Device(Generic[A]):
         """Upload what ``_staged`` said, which is filled by now."""
         core = self._core
         meta = core.metas.get(host.shape, host.dtype, self.index)
-        number = core.put_staged(meta, staged)
-        if staged is host.view:
+        given = staged is host.view
+        if given:
             value.flags.writeable = False  # it is the device's from now on
+        try:
+            number = core.put_staged(meta, staged)
+        except BaseException:
+            if given:
+                value.flags.writeable = True
+            raise
         return self._array_type(core, number, meta)
 
     def _upload_many(

@@ -97,6 +97,9 @@ class Issuer:
         self._held = {Op.STREAM_DROP: 0, Op.EVENT_DROP: 0}
         self._depth = depth
         self._next = 1
+        self._last = 0
+        """Number of the latest record that was appended: known also to whom Ctrl-C kept from
+        being told."""
         self._next_plan = FIRST_PLAN
         self._buffer = bytearray()
         self._first = 1
@@ -165,6 +168,7 @@ class Issuer:
                 self._prepare()
             number = self._next
             self._next = number + 1
+            self._last = number
             self._buffer += encoded
             if name:
                 self._named += 1

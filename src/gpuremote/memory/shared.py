@@ -19,7 +19,7 @@ import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,9 @@ SLAB: Final = 4 << 20
 """Bytes of a segment of several blocks."""
 AT_ONCE: Final = 32 << 20
 """Bytes of a segment whose pages are got in one call: some 10 ms, which a loop can spare."""
+SWEEP: Final = 32
+"""Blocks that are looked at, whether the other process has given them back, before there is a new
+segment."""
 KEPT: Final = 10.0
 """Seconds for which a segment is kept that nobody uses."""
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -111,9 +114,11 @@ class _Span:
     """
 
     def __init__(self, address: int, nbytes: int) -> None:
+        unmap = _libc.munmap
+        # No call stands between these lines: Ctrl-C comes before all of them or after.
         self.address = address
         self.nbytes = nbytes
-        self._unmap = _libc.munmap
+        self._unmap = unmap
         self.__array_interface__ = {
             "shape": (nbytes,),
             "typestr": "|u1",
@@ -205,6 +210,10 @@ class _Segment:
         )
 
 
+_Block: TypeAlias = tuple[_Segment, int]
+_NONE: Final[deque[_Block]] = deque()
+
+
 class Arena:
     """The segments of one owner.
 
@@ -239,9 +248,10 @@ class Arena:
         self._next = 0
         self._segments: dict[int, _Segment] = {}
         self._bases: list[tuple[int, int]] = []  # address and number, in order of the addresses
-        # Blocks of each size to which nobody here refers, the latest last: of those that the other
-        # process has given back too, they are the likeliest to be in the caches.
-        self._idle: dict[int, list[tuple[_Segment, int]]] = {}
+        # Blocks of each size that nobody has, the latest last: it may be in the caches. And those
+        # to which nobody here refers, while the other process has not given them back.
+        self._idle: dict[int, list[_Block]] = {}
+        self._lent: dict[int, deque[_Block]] = {}
         # Blocks whose last reference here is gone; finalisers only append.
         self._gone: deque[tuple[_Segment, int]] = deque()
         self._closed = False
@@ -252,13 +262,22 @@ class Arena:
             return None
         self.collect()
         size = _size_class(nbytes)
-        idle = self._idle.get(size, ())
-        for at in range(len(idle) - 1, -1, -1):
-            segment, index = idle[at]
-            if segment.free(index):
-                return self._take(*self._idle[size].pop(at), nbytes)
+        # The block that was left last, if it is back already; one that nobody has; any other.
+        if self._sweep(size, 1) or self._idle.get(size) or self._sweep(size, SWEEP):
+            return self._take(*self._idle[size].pop(), nbytes)
         grown = self._grow(size)
         return None if grown is None else self._take(grown, 0, nbytes)
+
+    def _sweep(self, size: int, most: int) -> bool:
+        """Look at ``most`` blocks, the latest first, whether one of them came back."""
+        lent = self._lent.get(size, _NONE)
+        for _ in range(min(len(lent), most)):
+            if not lent[-1][0].lent(lent[-1][1]):
+                self._idle[size].append(lent.pop())
+                return True
+            if most > 1:
+                lent.rotate(1)  # each in its turn
+        return False
 
     def _take(self, segment: _Segment, index: int, nbytes: int) -> memoryview:
         segment.used[index] = nbytes
@@ -270,6 +289,7 @@ class Arena:
     def _grow(self, size: int) -> _Segment | None:
         count = min(MAX_BLOCKS, max(1, SLAB // size))
         info = SegmentInfo(self._next, size, count)
+        self._next += 1  # whatever becomes of it: the other process must not hear it twice
         self.trim(0.0 if self.nbytes + info.nbytes > self._limit else KEPT)
         if self.nbytes + info.nbytes > self._limit or len(self._segments) >= MAX_SEGMENTS:
             return None
@@ -285,9 +305,9 @@ class Arena:
             return None  # no memory, or no address space
         finally:
             os.close(fd)
-        self._next += 1
         self._segments[info.ident] = segment
         self._idle.setdefault(size, [])[:0] = [(segment, k) for k in range(count - 1, 0, -1)]
+        self._lent.setdefault(size, deque())
         self._bases.append((segment.base, info.ident))
         self._bases.sort()
         self.nbytes += info.nbytes
@@ -343,7 +363,11 @@ class Arena:
             segment, index = self._gone.popleft()
             segment.used[index] = 0
             segment.left_at = _clock.now()
-            self._idle[segment.info.block].append((segment, index))
+            size = segment.info.block
+            if segment.lent(index):
+                self._lent[size].append((segment, index))
+            else:
+                self._idle[size].append((segment, index))
 
     def trim(self, kept: float = KEPT) -> None:
         """Give back the segments that nobody has used for ``kept`` seconds."""
@@ -357,6 +381,8 @@ class Arena:
         del self._segments[ident]
         idle = self._idle[segment.info.block]
         idle[:] = [block for block in idle if block[0] is not segment]
+        lent = self._lent[segment.info.block]
+        self._lent[segment.info.block] = deque(block for block in lent if block[0] is not segment)
         self._bases.remove((segment.base, ident))
         self.nbytes -= segment.info.nbytes
 
@@ -365,6 +391,7 @@ class Arena:
         self._closed = True
         self._segments.clear()
         self._idle.clear()
+        self._lent.clear()
         self._bases.clear()
         self._gone.clear()
 

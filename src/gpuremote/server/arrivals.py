@@ -35,6 +35,11 @@ class Arrival:
         self._array: Any = None
 
     @property
+    def placed(self) -> bool:
+        """Whether its bytes are coming."""
+        return self._array is not None
+
+    @property
     def view(self) -> memoryview:
         """Flat bytes to be filled, where ``place`` was not told that what comes is direct."""
         assert isinstance(self.target, memoryview)

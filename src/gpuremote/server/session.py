@@ -7,6 +7,7 @@ lock held), and the threads of the streams run items (without it, except where t
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -38,8 +39,28 @@ from gpuremote.wire.frames import NUMBER, SEPARATE, Kind
 
 __all__ = ["WorkerSession"]
 
+SCRATCH: Final = 64 << 20
+"""Bytes for what nobody wants that are not counted; where it is more, it has to fit as an array."""
 _HANDLES: Final = NUMBER
 _BATCH: Final = int(Kind.BATCH)
+
+
+class _Upload:
+    """Arrays whose bytes are coming.
+
+    Attributes
+    ----------
+    numbers : list of int
+        Their records.
+    scratch : Storage or None
+        Memory for what nobody wants, counted until all is here.
+    """
+
+    __slots__ = ("numbers", "scratch")
+
+    def __init__(self, numbers: list[int], scratch: Storage | None = None) -> None:
+        self.numbers = numbers
+        self.scratch = scratch
 
 
 class WorkerSession:
@@ -141,30 +162,47 @@ class WorkerSession:
             else:
                 targets.append(None)
         refused = [size for size, target in zip(sizes, targets, strict=True) if target is None]
-        if len(refused) == len(sizes) or (refused and arg != SEPARATE):
+        scratch: Storage | None = None
+        if refused and arg == SEPARATE and len(refused) < len(sizes):
+            scratch = self._fill_gaps(targets, sizes, places)
+        if refused and scratch is None:
             self._fail_arriving(
                 numbers, OutOfDeviceMemory("another array of the same upload did not fit")
             )
             return None
-        if refused:
-            # The bytes between others have to go somewhere; nobody looks at them.
-            rest = memoryview(bytearray(max(refused)))
-            for k, target in enumerate(targets):
-                if target is None:
-                    targets[k] = rest[: sizes[k]] if places is None else places[k]
-        return [target for target in targets if target is not None], numbers
+        found = [target for target in targets if target is not None]
+        return found, _Upload(numbers, scratch)
+
+    def _fill_gaps(
+        self,
+        targets: list[Target | None],
+        sizes: Sequence[int],
+        places: Sequence[memoryview] | None,
+    ) -> Storage | None:
+        """Where bytes go that nobody wants and that lie between others; None: there is no room."""
+        gaps = [k for k, target in enumerate(targets) if target is None]
+        try:
+            most = max(sizes[k] for k in gaps) if places is None else 0
+            scratch = Storage(self.quota, most if most > SCRATCH else 0)
+            rest = memoryview(bytearray(most))
+        except (OutOfDeviceMemory, MemoryError):
+            return None
+        for k in gaps:
+            targets[k] = rest[: sizes[k]] if places is None else places[k]
+        return scratch
 
     def on_payload_done(self, token: object) -> None:
-        assert isinstance(token, list)
-        for number in token:
+        assert isinstance(token, _Upload)
+        for number in token.numbers:
             arrival = self._arriving.pop(number, None)
             if arrival is not None:
                 arrival.fill(self.backend)
         self.ordering.stir()
 
     def on_payload_cancelled(self, token: object) -> None:
-        assert isinstance(token, list)
-        self._fail_arriving(token, OpCancelled("the upload was cancelled by the program"))
+        assert isinstance(token, _Upload)
+        error = OpCancelled("the upload was cancelled by the program")
+        self._fail_arriving(token.numbers, error)
 
     def _fail_arriving(self, numbers: list[int], error: GpuRemoteError) -> None:
         for number in numbers:
@@ -248,7 +286,16 @@ class WorkerSession:
 
     def _free(self, number: int, *handles: int) -> None:
         for handle in handles:
-            self._table.pop(handle, None)
+            slot = self._table.pop(handle, None)
+            arrival = self._arriving.get(handle)
+            if (
+                arrival is not None
+                and not arrival.placed
+                and not (handle in self._claimed or handle in self._expected.values())
+                and sys.getrefcount(slot) <= 3  # this call's, and the arrival's
+            ):
+                # No op waits for what comes: its room is free for what is announced next.
+                del self._arriving[handle]
 
     def _queue(self, number: int, function: Callable[..., Any], *arguments: Any) -> None:
         self.ordering.current.queue.append((number, function, arguments))
@@ -423,7 +470,7 @@ class WorkerSession:
         with self.lock:
             self._claimed.discard(number)
             if error is None:
-                self.on_payload_done([number])
+                self.on_payload_done(_Upload([number]))
                 return
             arrival = self._arriving.pop(number, None)
             if arrival is not None:

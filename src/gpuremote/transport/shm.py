@@ -445,7 +445,7 @@ class ShmConnection(TcpConnection):
             if not size:
                 views.append(memoryview(bytearray(0)))
             elif segment & YOURS:
-                views.append(self._arena.look(place))
+                views.append(self._look(place))
                 lent = True
             else:
                 if segment not in self._loans:
@@ -462,6 +462,14 @@ class ShmConnection(TcpConnection):
         self.stats.extra["shared_received"] += filled
         self._question = payload
         return payload
+
+    def _look(self, place: Place) -> memoryview:
+        try:
+            return self._arena.look(place)
+        except ProtocolError:
+            if self._closed:  # by another thread, and the arena with it
+                raise self._gone() from None
+            raise
 
     def _filled(self, channel: int, count: int) -> None:
         payload = self._filling.get(channel)

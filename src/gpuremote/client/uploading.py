@@ -1,0 +1,182 @@
+"""Uploading: arrays become records and payloads. What waits for them, and for how long memory stays
+lent, is said here; nothing here waits itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from gpuremote.client.issuing import FLUSH_BYTES, NEVER, Issuer
+from gpuremote.client.waits import Wait
+from gpuremote.ops.meta import Meta
+from gpuremote.rpc.peer import Entry, Region, Sink
+from gpuremote.wire import caps
+from gpuremote.wire.batch import Op, blob_record
+from gpuremote.wire.frames import NUMBER, Kind, pack_info
+
+__all__ = ["GROUP", "STAGED", "Uploader"]
+
+GROUP: Final = 4096
+"""Arrays of one message."""
+STAGED: Final = 8
+STAGED_BYTES: Final = 64 << 20
+"""Arrays in shared memory, and bytes of them, of which the server is told at the latest with the
+next one. To be told wakes it, on this core as a rule: that takes longer than to copy a MiB."""
+ALMOST_FULL: Final = FLUSH_BYTES - 1024
+"""A batch of so many bytes goes out before another upload: one that is full goes out by itself,
+and what it says of the upload would not be complete yet."""
+MAX_RECORDS: Final = 1024
+"""Encoded PUT records that are kept; programs upload the same shapes again and again."""
+
+
+class Uploader(Issuer):
+    """The part of a session's core that brings arrays to the server.
+
+    Parameters
+    ----------
+    sink, depth, sync
+        As for ``Issuer``.
+    """
+
+    def __init__(self, sink: Sink, depth: int, sync: bool) -> None:
+        super().__init__(sink, depth, sync)
+        self.trips = self.peer.trips
+        self._waits: dict[int, Wait] = {}
+        self._put_records: dict[Meta, bytes] = {}
+
+    def cancel(self, wait: Wait) -> None:
+        """The program no longer waits."""
+        raise NotImplementedError
+
+    def put(
+        self, shape: tuple[int, ...], dtype: str, device: int, view: memoryview
+    ) -> tuple[int, Wait | None]:
+        """Upload bytes: the handle, and what to wait for until ``view`` may be reused (None:
+        it may be at once, the bytes were small and went into the batch)."""
+        if view.nbytes <= caps.INLINE_PAYLOAD:
+            blob = [list(shape), dtype, device, bytes(view)]
+            with self.lock:
+                if len(self._buffer) + view.nbytes + 1024 > caps.MAX_BATCH // 2:
+                    self.flush()
+                number = self._record(Op.PUT_INLINE, (), "put", blob)
+            if self._stalled:
+                self._relieve()
+            self.stats.payload_copied += view.nbytes
+            return number, None
+        numbers, wait = self.put_many([(shape, dtype, device, view)])
+        return numbers[0], wait
+
+    def allocate(self, nbytes: int, *, shared: bool = False) -> memoryview | None:
+        """Memory from which the present connection sends without copying (with ``shared``: that
+        the server sees too); None: there is none."""
+        with self.lock:
+            connection = self.peer.connection
+            if connection is None or (shared and not connection.shared):
+                return None
+            return connection.allocate(nbytes)
+
+    def gives(self, view: memoryview) -> bool:
+        """Whether ``view`` is such memory, all of it, and not put yet (then it is read-only)."""
+        if view.readonly:
+            return False
+        with self.lock:
+            connection = self.peer.connection
+            return connection is not None and connection.gives(view)
+
+    def put_staged(self, meta: Meta, view: memoryview) -> int:
+        """Upload what lies in memory from :meth:`allocate`: nothing has to be waited for, as the
+        bytes are where the server finds them. It is told with the next record that goes out."""
+        record = self._put_record(meta)
+        self._last = 0
+        try:
+            with self.lock:
+                staged = self._staged
+                if (
+                    len(staged) >= STAGED
+                    or sum(v.nbytes for _, v in staged) >= STAGED_BYTES
+                    or len(self._buffer) + len(record) >= ALMOST_FULL
+                ):
+                    self.flush()
+                due, self.flush_after = self.flush_after, NEVER
+                try:
+                    while self.dropped:  # the server makes room for a PUT when it comes
+                        self._free_dropped()
+                    number = self._append(record, "put")
+                    self._staged.append((number, view))
+                finally:
+                    self.flush_after = due
+            if self._stalled:
+                self._relieve()
+        except BaseException:
+            self._take_back(self._last)
+            raise
+        return number
+
+    def _take_back(self, number: int) -> None:
+        """Ctrl-C: nobody will have the array of PUT ``number`` (0: there is none yet)."""
+        with self.lock:
+            if number and self.dead is None:
+                self._staged = [one for one in self._staged if one[0] != number]
+                self._record(Op.CANCEL, (number,))
+                self.dropped.append(number)
+
+    def _put_record(self, meta: Meta) -> bytes:
+        known = self._put_records.get(meta)
+        if known is None:
+            if len(self._put_records) >= MAX_RECORDS:
+                self._put_records.clear()
+            blob = [list(meta.shape), meta.wire_dtype, meta.device]
+            known = self._put_records[meta] = blob_record(Op.PUT, blob=pack_info(blob))
+        return known
+
+    def put_many(
+        self, items: Sequence[tuple[tuple[int, ...], str, int, memoryview]]
+    ) -> tuple[list[int], Wait]:
+        """Upload several arrays, up to ``GROUP`` of them as the payload of one message."""
+        wait = Wait(self._next, "put")
+        entries: list[Entry] = []
+        wait.entries = entries
+        with self.lock:
+            self.trips["put"] = self.trips.get("put", 0) + 1
+            while self.dropped:  # the server makes room for a PUT when it comes, not in its turn
+                self._free_dropped()
+            numbers = []
+            try:
+                for start in range(0, len(items), GROUP):
+                    with self.peer.together():
+                        numbers += self._put_group(items[start : start + GROUP], wait, entries)
+            except BaseException:
+                self.cancel(wait)
+                raise
+            self._posted()
+        if self._stalled:
+            self._relieve()
+        return numbers, wait
+
+    def _put_group(
+        self,
+        items: Sequence[tuple[tuple[int, ...], str, int, memoryview]],
+        wait: Wait,
+        entries: list[Entry],
+    ) -> list[int]:
+        numbers = []
+        for shape, dtype, device, _ in items:
+            number = self._record(Op.PUT, (), "put", [list(shape), dtype, device])
+            numbers.append(number)
+            self._waits[number] = wait
+        self.flush()
+        body = b"".join(NUMBER.pack(number) for number in numbers)
+        regions = [Region(view.toreadonly()) for *_, view in items]  # lent, not given away
+        wait.left += 1
+        entry = self.peer.post_payload(
+            Kind.PAYLOAD, body, regions, lambda: self._put_done(numbers, wait)
+        )
+        entries.append(entry)
+        return numbers
+
+    def _put_done(self, numbers: list[int], wait: Wait) -> None:
+        for number in numbers:
+            self._waits.pop(number, None)
+        wait.left -= 1
+        if not wait.left:
+            wait.finish(error=wait.refusal)
