@@ -173,7 +173,10 @@ def _over(driver: CudaDriver, device: int, slab: Slab) -> bool:
 def tidy() -> None:
     """Give slabs back that connections left behind, as far as no copy needs them any more."""
     for _ in range(len(_left)):
-        driver, device, slab = _left.popleft()
+        try:
+            driver, device, slab = _left.popleft()
+        except IndexError:  # another thread was faster
+            return
         try:
             if not _over(driver, device, slab):
                 _left.append((driver, device, slab))
