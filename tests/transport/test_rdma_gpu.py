@@ -108,8 +108,8 @@ def target(memory: DeviceMemory, idle: Callable[[], bool] = lambda: True) -> Dev
 def described(end: RdmaConnection) -> str:
     """What ``explain()`` says."""
     found = end.describe()["gpu_memory"]
-    assert isinstance(found, list)
-    return str(found[0])
+    assert isinstance(found, dict)
+    return str(found["here"])
 
 
 def move(pair: Pair, ends: Ends, source: object, into: DeviceTarget | memoryview) -> None:
@@ -141,8 +141,9 @@ def test_a_slice_by_dmabuf(
     assert ctypes.string_at(place.pointer - 100, 100) == before
     assert not cuda.called("copy_in", "copy_out", "allocate_host")
     closed(cuda)
-    for end in pair:
-        assert end.describe()["gpu_memory"] == [DMA_BUF]
+    # Each end knows of the other one as well.
+    ends.until(lambda: pair[0].describe()["gpu_memory"] == {"here": DMA_BUF, "there": DMA_BUF})
+    ends.until(lambda: pair[1].describe()["gpu_memory"] == {"here": DMA_BUF, "there": DMA_BUF})
 
 
 def test_peermem_where_the_card_takes_no_dmabuf(
@@ -184,7 +185,8 @@ def test_staging_where_neither_works(
 
 
 def test_nothing_was_asked_for_yet(pair: Pair) -> None:
-    assert pair[0].describe()["gpu_memory"] == ["no GPU memory was moved yet"]
+    nothing = "no GPU memory was moved yet"
+    assert pair[0].describe()["gpu_memory"] == {"here": nothing, "there": nothing}
 
 
 def test_memory_of_the_asynchronous_pool_is_staged(
@@ -200,7 +202,7 @@ def test_memory_of_the_asynchronous_pool_is_staged(
     assert "cudaMallocAsync" in said
     # That says nothing of other memory.
     move(pair, ends, device_memory(cuda, data), target(device_memory(cuda, bytes(MIB))))
-    assert pair[1].describe()["gpu_memory"] == [DMA_BUF]
+    assert described(pair[1]) == DMA_BUF
 
 
 def test_between_a_gpu_and_host_memory(pair: Pair, ends: Ends, cuda: FakeCuda) -> None:
@@ -279,7 +281,7 @@ def test_a_device_that_can_not_be_flushed_is_not_written_to(
     place = device_memory(cuda, bytes(MIB))
     move(pair, ends, device_memory(cuda, data), target(place))
     assert bytes_of(place) == data
-    assert pair[0].describe()["gpu_memory"] == [DMA_BUF]
+    assert described(pair[0]) == DMA_BUF
     said = described(pair[1])
     assert "can't be told to take in what a card has written" in said
 
