@@ -230,6 +230,16 @@ class Stages:
             self._stagings[memory.device] = found
         return found
 
+    def look(self) -> None:
+        """Take back slabs whose copy is over, and let go of the memory at its other side.
+
+        Raises
+        ------
+        CudaError
+        """
+        for staging in self._stagings.values():
+            staging.look()
+
     @property
     def copying(self) -> bool:
         """Whether a copy is under way, the end of which nothing but a look tells of."""
