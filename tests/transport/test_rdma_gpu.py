@@ -441,6 +441,34 @@ def test_a_payload_that_is_discarded(pair: Pair, ends: Ends, cuda: FakeCuda, sta
     assert bytes_of(place) == data
 
 
+def test_a_lane_that_is_made_anew_gives_its_slabs_back(
+    pair: Pair, ends: Ends, cuda: FakeCuda, verbs: FakeVerbs
+) -> None:
+    """The peer takes memory back that is being written to, from slabs."""
+    here, there = pair
+    cuda.dmabuf = False
+    (data,) = random_parts([8 * SLAB])
+    here.send(b"", [Region(device_memory(cuda, data))])
+    incoming = ends.receive(there)
+    verbs.holding = True
+    incoming.into([memoryview(bytearray(len(data)))])
+    verbs.let_go()  # what asks for pieces
+    there.receive()
+    verbs.holding = True
+    for _ in range(20):
+        here.receive()
+    assert any(lane._posted for lane in here._out._lanes)
+    gone: list[Incoming] = []
+    incoming.discard(gone.append)
+    verbs.let_go()
+    ends.until(lambda: gone)
+    ends.until(lambda: here.stats.extra.get("lanes_renewed"))
+    for _ in range(2):
+        place = bytearray(len(data))
+        move(pair, ends, device_memory(cuda, data), memoryview(place))
+        assert place == data
+
+
 def test_without_page_locked_memory(pair: Pair, ends: Ends, cuda: FakeCuda) -> None:
     cuda.dmabuf = False
     cuda.pinnable = 0

@@ -73,6 +73,23 @@ def test_a_device_address_that_is_used_again(
     second.release()
 
 
+def test_a_device_address_that_is_used_again_while_the_old_one_is_sent(
+    registry: Registry, cuda: FakeCuda
+) -> None:
+    base = cuda.allocate(MIB)
+    memory = DeviceMemory(cuda, base, MIB, 0, Owner())
+    first = registry.acquire_device(memory, 0, MIB, READ)
+    _, owner = cuda._allocations[base]
+    cuda.free(base)
+    cuda.adopt(base, MIB, owner)
+    second = registry.acquire_device(memory, 0, MIB, READ)
+    assert first is not None
+    assert second is not None
+    assert second is not first
+    first.release()
+    second.release()
+
+
 def test_an_allocation_that_is_gone_is_let_go_of(
     registry: Registry, cuda: FakeCuda, verbs: FakeVerbs
 ) -> None:
