@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpuremote.errors import ServerBusy
+from gpuremote.errors import ConnectionLost, ServerBusy
 from gpuremote.testing import servers
 from gpuremote.testing.cutting import CuttingProxy
 from gpuremote.testing.servers import RunningServer, device_server
@@ -54,13 +54,14 @@ def random(nbytes: int) -> np.ndarray[Any, Any]:
 
 @contextmanager
 def opened(side: Side, url: str) -> Iterator[Any]:
-    """A session; its worker may take longer to start than a server waits for one."""
+    """A session. Its worker may take longer to start than a server waits for one, and the set-up
+    of verbs longer than a worker waits for that."""
     deadline = time.monotonic() + 150
     session = None
     while session is None:
         try:
             session = side.do(side.connect(url))
-        except ServerBusy:
+        except (ServerBusy, ConnectionLost):
             assert time.monotonic() < deadline
     try:
         yield session
