@@ -49,9 +49,23 @@ class HostArray(NamedTuple):
     copied: int
 
 
-def copy_bytes(target: memoryview, source: memoryview) -> None:
-    """Copy flat bytes without the interpreter's lock, which a slice assignment would keep."""
+def _python_copy(target: memoryview, source: memoryview, /) -> None:
+    if target.nbytes != source.nbytes:  # NumPy would repeat a single byte
+        raise ValueError(f"{source.nbytes} bytes do not fit into {target.nbytes} exactly")
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+_copy = _python_copy
+if not TYPE_CHECKING and native is not None:
+    _copy = native.copy
+
+
+def copy_bytes(target: memoryview, source: memoryview) -> None:
+    """Copy flat bytes without the interpreter's lock, which a slice assignment would keep.
+
+    They must not overlap, and be of equal size. In C a large copy goes past the caches.
+    """
+    _copy(target, source)
 
 
 def host_array(value: Any, dtype: npt.DTypeLike | None = None) -> HostArray:
@@ -69,6 +83,10 @@ def host_array(value: Any, dtype: npt.DTypeLike | None = None) -> HostArray:
         A DLPack exporter refused, or an array on a CUDA device is not C-contiguous or can't be
         copied.
     """
+    if type(value) is np.ndarray and dtype is None and value.flags.c_contiguous:
+        kind = check_dtype(value.dtype)
+        if kind == value.dtype:  # nearly every one
+            return HostArray(value.shape, kind, _bytes_of(value), 0)
     array = _as_numpy(value)
     wanted = check_dtype(array.dtype if dtype is None else dtype)
     ready = array if array.dtype == wanted and array.flags.c_contiguous else None

@@ -217,6 +217,10 @@ class Peer(Lane):
             raise
         return entry
 
+    def holds(self, body: BytesLike) -> bool:
+        """Whether a payload with exactly this object as its body is on its way."""
+        return any(entry.body is body and not entry.cancelled for entry in self._bulk.values())
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """A context: what is sent within goes out at its end, in one system call if possible."""

@@ -125,6 +125,6 @@ class Answers:
         connection = self._session.peer.connection
         if connection is not None and connection.takes_device:
             source, private = backend.send_source(value)
-            return Region(source), private
+            return Region(source, steady=True), private
         view, private = backend.send_view(value)
-        return Region(view), private
+        return Region(view, steady=True), private

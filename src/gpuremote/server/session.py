@@ -34,7 +34,7 @@ from gpuremote.server.storage import STALLED, Failure, Quota, Slot, Storage
 from gpuremote.transport.base import Incoming, Target
 from gpuremote.wire import caps
 from gpuremote.wire.batch import FIRST_PLAN, Op, decode
-from gpuremote.wire.frames import NUMBER, Kind
+from gpuremote.wire.frames import NUMBER, SEPARATE, Kind
 
 __all__ = ["WorkerSession"]
 
@@ -126,7 +126,7 @@ class WorkerSession:
             raise ProtocolError("a payload that belongs to no PUT")
         numbers = [_HANDLES.unpack_from(body, 8 * k)[0] for k in range(len(sizes))]
         places = incoming.adopt() if self.backend.exports_memory else None
-        arrivals = []
+        targets: list[Target | None] = []
         for k, (number, size) in enumerate(zip(numbers, sizes, strict=True)):
             arrival = self._arriving.get(number)
             if arrival is not None and size != arrival.meta.nbytes:
@@ -137,14 +137,22 @@ class WorkerSession:
             place = None if places is None else places[k]
             direct = incoming.takes_device
             if arrival is not None and self._placed(number, arrival, "put", place, direct):
-                arrivals.append(arrival)
-        if len(arrivals) < len(sizes):
-            if len(sizes) > 1:
-                self._fail_arriving(
-                    numbers, OutOfDeviceMemory("another array of the same upload did not fit")
-                )
+                targets.append(arrival.target)
+            else:
+                targets.append(None)
+        refused = [size for size, target in zip(sizes, targets, strict=True) if target is None]
+        if len(refused) == len(sizes) or (refused and arg != SEPARATE):
+            self._fail_arriving(
+                numbers, OutOfDeviceMemory("another array of the same upload did not fit")
+            )
             return None
-        return [arrival.target for arrival in arrivals], numbers
+        if refused:
+            # The bytes between others have to go somewhere; nobody looks at them.
+            rest = memoryview(bytearray(max(refused)))
+            for k, target in enumerate(targets):
+                if target is None:
+                    targets[k] = rest[: sizes[k]] if places is None else places[k]
+        return [target for target in targets if target is not None], numbers
 
     def on_payload_done(self, token: object) -> None:
         assert isinstance(token, list)

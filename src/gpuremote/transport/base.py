@@ -38,6 +38,9 @@ class Region:
     buffer : object with the buffer protocol, or DeviceMemory
         C-contiguous memory of any format; or memory of a GPU to read from, with everything done
         that was queued to write there.
+    steady : bool
+        Nobody writes to it before the other end has said (by other means than the connection's)
+        that it has the bytes: it may take them from where they lie.
 
     Attributes
     ----------
@@ -53,11 +56,12 @@ class Region:
         The memory is not C-contiguous, or the object exports none.
     """
 
-    __slots__ = ("_view", "nbytes", "source")
+    __slots__ = ("_view", "nbytes", "source", "steady")
 
     source: memoryview | DeviceMemory
 
-    def __init__(self, buffer: Any) -> None:
+    def __init__(self, buffer: Any, steady: bool = False) -> None:
+        self.steady = steady
         if isinstance(buffer, DeviceMemory):
             self._view: memoryview | None = None
             self.source = buffer
@@ -88,8 +92,8 @@ class Region:
     def rest(self, offset: int) -> Region:
         """Its bytes from ``offset`` on."""
         if isinstance(self.source, DeviceMemory):
-            return Region(self.source.part(offset, self.nbytes - offset))
-        return Region(self.source[offset:])
+            return Region(self.source.part(offset, self.nbytes - offset), self.steady)
+        return Region(self.source[offset:], self.steady)
 
     def release(self) -> None:
         """Let go of the exporter."""
@@ -195,7 +199,7 @@ class Incoming(abc.ABC):
             One writable flat view per size, complete, that stays valid for as long as it or
             anything made from it lives (also after the connection). The other end may still
             read and write that memory. None where the payload is not in memory that both ends
-            see: call ``into`` or ``discard``.
+            see, or is only lent: call ``into`` or ``discard``.
         """
         return None
 
