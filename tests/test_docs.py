@@ -20,6 +20,7 @@ from gpuremote.cli import serve
 from gpuremote.client import core, issuing, link, uploading
 from gpuremote.config import DEFAULT_PORT, Settings, Target, parse_url
 from gpuremote.errors import GpuRemoteError, InvalidURL
+from gpuremote.memory import staging
 from gpuremote.ops.meta import DTYPES
 from gpuremote.ops.operands import WEAK
 from gpuremote.ops.plan import PlanCaps
@@ -368,6 +369,7 @@ SENTENCES = [
     ("transports", f"up to {tcp.IDLE // KIB} KiB"),
     ("transports", f"same slot of {rdma_control.SLOT // KIB} KiB"),
     ("transports", f"A ring has {rdma_control.RECEIVES} slots"),
+    ("transports", f"pieces of {staging.SLAB // MIB} MiB pass through two slabs"),
     (
         "transports",
         f"no more than {rdma_payload.EAGER // KIB} KiB on average "

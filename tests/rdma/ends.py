@@ -38,16 +38,19 @@ def connected(
     options: Options | None = None,
     over: str = "",
     provider: VerbsProvider | None = None,
+    other: VerbsProvider | None = None,
 ) -> tuple[RdmaConnection, RdmaConnection]:
-    """Two ends of one connection."""
+    """Two ends of one connection, the second one of ``other`` if that is given."""
     firsts = first_pair(over or host(), blocking=blocking)
     wanted = options or Options(piece=1 << 20)
-    used = provider or default_provider()
+    used = [provider or default_provider()] * 2
+    if other is not None:
+        used[1] = other
     deadline = _clock.now() + SECONDS
     setups = [Setup(first, blocking=blocking, deadline=deadline) for first in firsts]
 
     def end(number: int) -> RdmaConnection:
-        path = bring_up(setups[number], used, wanted, client=number == 0)
+        path = bring_up(setups[number], used[number], wanted, client=number == 0)
         theirs = setups[number].conclude("ready")
         assert theirs == "ready"
         return path.connection()

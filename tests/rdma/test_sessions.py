@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpuremote.errors import ServerBusy
+from gpuremote.errors import ConnectionLost, ServerBusy
 from gpuremote.testing import servers
 from gpuremote.testing.cutting import CuttingProxy
 from gpuremote.testing.servers import RunningServer, device_server
@@ -54,14 +54,19 @@ def random(nbytes: int) -> np.ndarray[Any, Any]:
 
 @contextmanager
 def opened(side: Side, url: str) -> Iterator[Any]:
-    """A session; its worker may take longer to start than a server waits for one."""
-    deadline = time.monotonic() + 150
-    session = None
+    """A session. Its worker may take longer to start than a server waits for one, and the set-up
+    of verbs longer than a worker waits for that."""
+    deadline = time.monotonic() + 240
+    session, pause = None, 5.0
     while session is None:
         try:
             session = side.do(side.connect(url))
-        except ServerBusy:
+        except (ServerBusy, ConnectionLost):
             assert time.monotonic() < deadline
+            # The server ends a worker that was not ready in time, and starts the next one ahead:
+            # who comes back at once waits for that from its beginning.
+            time.sleep(pause)
+            pause = min(2 * pause, 40.0)
     try:
         yield session
     finally:

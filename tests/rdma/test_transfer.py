@@ -83,7 +83,6 @@ def receive(ends: Ends, incoming: Incoming, target: memoryview) -> None:
     ends.until(lambda: done)
 
 
-@pytest.mark.short
 @pytest.mark.timeout(400)
 def test_a_gibibyte_by_one_sided_writes(pair: Pair) -> None:
     here, there = pair
@@ -107,6 +106,7 @@ def test_a_gibibyte_by_one_sided_writes(pair: Pair) -> None:
     assert all(registry.made <= 4 for registry in registries)
 
 
+@pytest.mark.short
 def test_memory_that_is_sent_without_being_registered(pair: Pair) -> None:
     here, there = pair
     ends = Ends(here, there, limit=60)

@@ -123,6 +123,13 @@ def worker() -> Iterator[Worker]:
     assert (cuda.pinned, cuda.streams, cuda.events) == ({}, set(), set())
 
 
+def here(connection: Connection) -> str:
+    """What ``explain()`` says of this end."""
+    found = connection.describe()["gpu_memory"]
+    assert isinstance(found, dict)
+    return str(found["here"])
+
+
 def numbers(count: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(count).standard_normal(count)
 
@@ -140,9 +147,14 @@ def test_put_and_get(worker: Worker, dmabuf: bool) -> None:
     # Three pieces of a MiB at most.
     copies = worker.cuda.called("copy_in", "copy_out")
     assert copies == ([] if dmabuf else 3 * ["copy_in"] + 3 * ["copy_out"])
-    way = connection.describe()["gpu_memory"]
-    assert isinstance(way, list)
-    assert str(way[0]).startswith("dma-buf" if dmabuf else "page-locked staging (dma-buf: ")
+    expected = "dma-buf" if dmabuf else "page-locked staging (dma-buf: "
+    assert here(connection).startswith(expected)
+    # The client has no GPU, and learns what the worker does with its own.
+    mine = worker.client.peer.connection
+    assert mine is not None
+    found = mine.describe()["gpu_memory"]
+    assert isinstance(found, dict)
+    assert found == {"here": "no GPU memory was moved yet", "there": here(connection)}
 
 
 def test_the_stream_is_waited_for_before_its_array_is_sent(worker: Worker) -> None:
@@ -164,7 +176,7 @@ def test_memory_that_the_stream_still_uses_is_staged(worker: Worker) -> None:
     assert np.array_equal(worker.value(handle).host, data)
     assert worker.cuda.called("copy_in") == ["copy_in"]
     assert not worker.cuda.called("flush_writes")
-    assert connection.describe()["gpu_memory"] == ["no GPU memory was moved yet"]
+    assert here(connection) == "no GPU memory was moved yet"
 
 
 def test_an_array_that_is_not_contiguous(worker: Worker) -> None:

@@ -48,6 +48,20 @@ def test_the_best_is_used_and_explained(side: Side, server: RunningServer) -> No
         assert session.stats().fallbacks == 0
 
 
+def test_an_explanation_is_current(
+    side: Side, server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in what a connection finds out while it is used."""
+    with side.session(server.url) as session:
+        before = session.transport.explain()
+        monkeypatch.setattr(ShmConnection, "describe", lambda _: {"found": "out"})
+        after = session.transport.explain()
+        assert after.connection == {"found": "out"}
+        assert after.candidates == before.candidates
+        monkeypatch.undo()
+        assert session.transport.explain() == before
+
+
 @pytest.mark.parametrize("name", ["tcp", "shm"])
 @pytest.mark.parametrize("option", ["transport", "require"])
 def test_one_that_is_asked_for(side: Side, server: RunningServer, option: str, name: str) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import gc
 import os
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,8 +19,7 @@ from gpuremote.testing.fake_cuda import FakeCuda
 from gpuremote.testing.fake_verbs import FakeVerbs
 from gpuremote.transport.base import Incoming, Region
 from gpuremote.transport.rdma import Options, RdmaConnection
-from gpuremote.transport.rdma.gpu import DMA_BUF, KNOWN, PEERMEM, STAGING, Direct
-from gpuremote.transport.rdma.memory import Registry
+from gpuremote.transport.rdma.gpu import DMA_BUF, PEERMEM, STAGING
 from gpuremote.transport.verbs.base import Access
 from tests.rdma.ends import LOOPBACK, connected
 
@@ -69,14 +69,6 @@ def ends(pair: Pair) -> Ends:
     return Ends(*pair)
 
 
-@pytest.fixture
-def registry(verbs: FakeVerbs) -> Iterator[Registry]:
-    found = Registry(verbs.open("fake0"), limit=8 * MIB)
-    yield found
-    found.close()
-    assert verbs.registered == 0
-
-
 def closed(cuda: FakeCuda) -> None:
     """Every descriptor that was exported is closed by now."""
     for descriptor in cuda.exported:
@@ -108,8 +100,8 @@ def target(memory: DeviceMemory, idle: Callable[[], bool] = lambda: True) -> Dev
 def described(end: RdmaConnection) -> str:
     """What ``explain()`` says."""
     found = end.describe()["gpu_memory"]
-    assert isinstance(found, list)
-    return str(found[0])
+    assert isinstance(found, dict)
+    return str(found["here"])
 
 
 def move(pair: Pair, ends: Ends, source: object, into: DeviceTarget | memoryview) -> None:
@@ -141,8 +133,9 @@ def test_a_slice_by_dmabuf(
     assert ctypes.string_at(place.pointer - 100, 100) == before
     assert not cuda.called("copy_in", "copy_out", "allocate_host")
     closed(cuda)
-    for end in pair:
-        assert end.describe()["gpu_memory"] == [DMA_BUF]
+    # Each end knows of the other one as well.
+    ends.until(lambda: pair[0].describe()["gpu_memory"] == {"here": DMA_BUF, "there": DMA_BUF})
+    ends.until(lambda: pair[1].describe()["gpu_memory"] == {"here": DMA_BUF, "there": DMA_BUF})
 
 
 def test_peermem_where_the_card_takes_no_dmabuf(
@@ -184,7 +177,8 @@ def test_staging_where_neither_works(
 
 
 def test_nothing_was_asked_for_yet(pair: Pair) -> None:
-    assert pair[0].describe()["gpu_memory"] == ["no GPU memory was moved yet"]
+    nothing = "no GPU memory was moved yet"
+    assert pair[0].describe()["gpu_memory"] == {"here": nothing, "there": nothing}
 
 
 def test_memory_of_the_asynchronous_pool_is_staged(
@@ -200,7 +194,7 @@ def test_memory_of_the_asynchronous_pool_is_staged(
     assert "cudaMallocAsync" in said
     # That says nothing of other memory.
     move(pair, ends, device_memory(cuda, data), target(device_memory(cuda, bytes(MIB))))
-    assert pair[1].describe()["gpu_memory"] == [DMA_BUF]
+    assert described(pair[1]) == DMA_BUF
 
 
 def test_between_a_gpu_and_host_memory(pair: Pair, ends: Ends, cuda: FakeCuda) -> None:
@@ -279,7 +273,7 @@ def test_a_device_that_can_not_be_flushed_is_not_written_to(
     place = device_memory(cuda, bytes(MIB))
     move(pair, ends, device_memory(cuda, data), target(place))
     assert bytes_of(place) == data
-    assert pair[0].describe()["gpu_memory"] == [DMA_BUF]
+    assert described(pair[0]) == DMA_BUF
     said = described(pair[1])
     assert "can't be told to take in what a card has written" in said
 
@@ -354,6 +348,13 @@ def test_the_next_piece_arrives_while_the_last_one_is_copied(
     cuda.let_go()
     ends.until(lambda: done)
     assert bytes_of(place) == data
+    # When the last copy is over nobody looks any more, and the array is nobody's but its owner's.
+    gone = weakref.ref(place.owner)
+    del place, incoming
+    done.clear()
+    ends.until(lambda: there.due() != 0.001)
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_second_payload_is_not_held_up_by_one_that_waits_for_a_slab(
@@ -370,150 +371,6 @@ def test_a_second_payload_is_not_held_up_by_one_that_waits_for_a_slab(
     move(pair, ends, data, memoryview(landed))
     assert landed == data
     cuda.let_go()
-
-
-# -- what stays registered -------------------------------------------------------------------------
-
-
-def test_arrays_of_one_allocation_are_registered_once(registry: Registry, cuda: FakeCuda) -> None:
-    base = cuda.allocate(MIB)
-    for offset in (0, 100, 70_000):
-        memory = DeviceMemory(cuda, base + offset, 1000, 0, Owner())
-        held = registry.acquire_device(memory, 10, 100, READ)
-        assert held is not None
-        assert held.at(base + offset + 10) == base + offset + 10
-        held.release()
-    assert (registry.made, registry.reused, registry.kept) == (1, 2, MIB)
-
-
-def test_a_device_address_that_is_used_again(
-    registry: Registry, cuda: FakeCuda, verbs: FakeVerbs
-) -> None:
-    """The driver's number for an allocation tells, where the address does not."""
-    base = cuda.allocate(MIB)
-    memory = DeviceMemory(cuda, base, MIB, 0, Owner())
-    first = registry.acquire_device(memory, 0, MIB, READ)
-    assert first is not None
-    first.release()
-    _, owner = cuda._allocations[base]
-    cuda.free(base)
-    cuda.adopt(base, MIB, owner)
-    second = registry.acquire_device(memory, 0, MIB, READ)
-    assert second is not None
-    assert second is not first
-    assert second.lkey != first.lkey
-    # What is gone is let go of: what is registered keeps a GPU's memory.
-    assert verbs.registered == registry.kept == MIB
-    second.release()
-
-
-def test_an_allocation_that_is_gone_is_let_go_of(
-    registry: Registry, cuda: FakeCuda, verbs: FakeVerbs
-) -> None:
-    base, other = cuda.allocate(MIB), cuda.allocate(4096)
-    held = registry.acquire_device(DeviceMemory(cuda, base, MIB, 0, Owner()), 0, MIB, READ)
-    assert held is not None
-    # Not while it is in use.
-    cuda.free(base)
-    little = DeviceMemory(cuda, other, 4096, 0, Owner())
-    for expected in (MIB + 4096, 4096):
-        found = registry.acquire_device(little, 0, 4096, READ)
-        assert found is not None
-        found.release()
-        assert verbs.registered == expected
-        if held.users:
-            held.release()
-
-
-def test_nothing_of_a_device_goes_while_it_is_in_use(
-    registry: Registry, cuda: FakeCuda, verbs: FakeVerbs
-) -> None:
-    """More than may be kept (8 MiB): those in use stay, and go when they are not."""
-    sources = [DeviceMemory(cuda, cuda.allocate(4 * MIB), 4 * MIB, 0, Owner()) for _ in range(4)]
-    held = [registry.acquire_device(source, 0, MIB, READ) for source in sources]
-    assert registry.kept == 16 * MIB == verbs.registered
-    for entry in held:
-        assert entry is not None
-        assert entry.lkey in verbs.memory
-        entry.release()
-    assert registry.kept == 8 * MIB == verbs.registered
-
-
-def test_what_is_written_to_is_registered_as_just_that(
-    registry: Registry, cuda: FakeCuda, verbs: FakeVerbs
-) -> None:
-    base = cuda.allocate(MIB)
-    owner: Owner | None = Owner()
-    memory: DeviceMemory | None = DeviceMemory(cuda, base + 4096, 8192, 0, owner)
-    assert memory is not None
-    first = registry.acquire_device(memory, 0, 8192, WRITE)
-    second = registry.acquire_device(memory, 0, 8192, WRITE)
-    assert first is not None
-    assert second is not None
-    # Taking one back must not break the other.
-    assert first.rkey != second.rkey
-    assert verbs.registered == 2 * 8192
-    registry.revoke(first)
-    assert second.rkey in verbs.memory
-    second.release()
-    assert verbs.registered == 0
-    # It stays registered while its owner lives, and not a moment longer.
-    third = registry.acquire_device(memory, 0, 8192, WRITE)
-    assert third is not None
-    third.release()
-    assert registry.acquire_device(memory, 0, 8192, WRITE) is third
-    third.release()
-    assert verbs.registered == 8192
-    memory = owner = None
-    gc.collect()
-    assert verbs.registered == 0
-    assert third.rkey not in verbs.memory
-
-
-def test_an_owner_that_can_not_be_watched(
-    registry: Registry, cuda: FakeCuda, verbs: FakeVerbs
-) -> None:
-    memory = DeviceMemory(cuda, cuda.allocate(4096), 4096, 0, (1, 2))
-    held = registry.acquire_device(memory, 0, 4096, WRITE)
-    assert held is not None
-    held.release()
-    assert verbs.registered == registry.kept == 0
-
-
-def test_an_array_in_several_allocations(registry: Registry, cuda: FakeCuda) -> None:
-    base = cuda.allocate(8192)
-    held = registry.acquire_device(DeviceMemory(cuda, base, 3 * 8192, 0, Owner()), 0, 10_000, READ)
-    assert held is None
-    assert "several allocations" in registry.direct.describe()
-    assert not cuda.exported
-
-
-def test_what_can_not_be_registered_is_remembered_within_bounds(
-    cuda: FakeCuda, verbs: FakeVerbs
-) -> None:
-    verbs.dmabuf = errno.EINVAL
-    registry = Registry(verbs.open("fake0"))
-    source = DeviceMemory(cuda, cuda.allocate(4096), 4096, 0, Owner())
-    for _ in range(3):
-        assert registry.acquire_device(source, 0, 4096, READ) is None
-    assert len(cuda.called("export_dmabuf")) == 1
-    for _ in range(KNOWN + 10):
-        one = DeviceMemory(cuda, cuda.allocate(4096), 4096, 0, Owner())
-        assert registry.acquire_device(one, 0, 4096, READ) is None
-    assert len(registry.direct._refused) == KNOWN
-    registry.close()
-
-
-def test_a_way_that_fails_says_so(cuda: FakeCuda, verbs: FakeVerbs) -> None:
-    direct = Direct(verbs.open("fake0"))
-    cuda.fail("export_dmabuf")
-    cuda.fail("synchronous_copies")  # which some memory does not take: no reason to give up
-    memory = DeviceMemory(cuda, cuda.allocate(4096), 4096, 0, Owner())
-    verbs.peermem = True
-    found = direct.register(memory, memory.allocation(), memory.pointer, 4096, READ)
-    assert found is not None
-    assert direct.describe() == f"{PEERMEM} ({DMA_BUF}: export_dmabuf: CUDA_ERROR_UNKNOWN)"
-    found[0].close()
 
 
 # -- the end ---------------------------------------------------------------------------------------
@@ -582,6 +439,34 @@ def test_a_payload_that_is_discarded(pair: Pair, ends: Ends, cuda: FakeCuda, sta
     assert bytes_of(place) == before
     move(pair, ends, device_memory(cuda, data), target(place))
     assert bytes_of(place) == data
+
+
+def test_a_lane_that_is_made_anew_gives_its_slabs_back(
+    pair: Pair, ends: Ends, cuda: FakeCuda, verbs: FakeVerbs
+) -> None:
+    """The peer takes memory back that is being written to, from slabs."""
+    here, there = pair
+    cuda.dmabuf = False
+    (data,) = random_parts([8 * SLAB])
+    here.send(b"", [Region(device_memory(cuda, data))])
+    incoming = ends.receive(there)
+    verbs.holding = True
+    incoming.into([memoryview(bytearray(len(data)))])
+    verbs.let_go()  # what asks for pieces
+    there.receive()
+    verbs.holding = True
+    for _ in range(20):
+        here.receive()
+    assert any(lane._posted for lane in here._out._lanes)
+    gone: list[Incoming] = []
+    incoming.discard(gone.append)
+    verbs.let_go()
+    ends.until(lambda: gone)
+    ends.until(lambda: here.stats.extra.get("lanes_renewed"))
+    for _ in range(2):
+        place = bytearray(len(data))
+        move(pair, ends, device_memory(cuda, data), memoryview(place))
+        assert place == data
 
 
 def test_without_page_locked_memory(pair: Pair, ends: Ends, cuda: FakeCuda) -> None:

@@ -330,10 +330,17 @@ def test_a_machine_without_devices(
     monkeypatch.setattr(os, "access", lambda *_: True)
 
     def absent() -> None:
-        raise ImportError("No module named 'pyverbs'")
+        raise ImportError("no such module")
 
+    second = FakeVerbs()
     monkeypatch.setattr(rdma, "PyverbsProvider", absent)
-    with pytest.raises(TransportUnavailable, match="install python3-pyverbs"):
+    monkeypatch.setattr(rdma, "IbverbsProvider", lambda: second)
+    assert provider() is second
+    monkeypatch.setattr(rdma, "IbverbsProvider", absent)
+    with pytest.raises(
+        TransportUnavailable,
+        match=r"pyverbs \(no such module\), ibverbs \(no such module\); install python3-pyverbs",
+    ):
         provider()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 import os
@@ -34,8 +35,9 @@ D = TypeVar("D", bound=Device[Any])
 class TransportView:
     """The transport of a session, for people and programs."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, core: Core) -> None:
         self._link = link
+        self._core = core
 
     @property
     def name(self) -> str:
@@ -44,7 +46,11 @@ class TransportView:
 
     def explain(self) -> Explanation:
         """Which transport is in use, every candidate, and why (not). Prints well."""
-        return self._link.explanation
+        known, connection = self._link.explanation, self._core.peer.connection
+        if connection is None or connection.name != known.chosen:
+            return known
+        # What a connection says of itself may change while it is in use.
+        return dataclasses.replace(known, connection=dict(connection.describe()))
 
     def subscribe(self, told: Callable[[Explanation], None]) -> Callable[[], None]:
         """Have ``told`` called with the new explanation whenever the transport changes: a hook
@@ -78,7 +84,7 @@ class SessionBase(Generic[D]):
         self._link = link
         self._on_close = on_close
         self._closed = False
-        self.transport = TransportView(link)
+        self.transport = TransportView(link, core)
         core.owner = self
 
     def __repr__(self) -> str:

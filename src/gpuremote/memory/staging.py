@@ -76,8 +76,8 @@ class Staging:
         """Whether a copy is under way, the end of which nothing but a look tells of."""
         return self._loading > 0 or bool(self._leaving)
 
-    def take(self) -> Slab | None:
-        """A slab that nobody uses; None while there is none.
+    def look(self) -> None:
+        """Take back slabs whose copy is over.
 
         Raises
         ------
@@ -86,6 +86,15 @@ class Staging:
         for slab in [slab for slab in self._leaving if self._over(slab)]:
             self._leaving.remove(slab)
             self._free.append(slab)
+
+    def take(self) -> Slab | None:
+        """A slab that nobody uses; None while there is none.
+
+        Raises
+        ------
+        CudaError
+        """
+        self.look()
         if self._free:
             return self._free.pop()
         if len(self._slabs) >= self._count:
@@ -173,7 +182,10 @@ def _over(driver: CudaDriver, device: int, slab: Slab) -> bool:
 def tidy() -> None:
     """Give slabs back that connections left behind, as far as no copy needs them any more."""
     for _ in range(len(_left)):
-        driver, device, slab = _left.popleft()
+        try:
+            driver, device, slab = _left.popleft()
+        except IndexError:  # another thread was faster
+            return
         try:
             if not _over(driver, device, slab):
                 _left.append((driver, device, slab))

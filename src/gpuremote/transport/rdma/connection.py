@@ -25,7 +25,7 @@ from gpuremote.transport._incoming import Message
 from gpuremote.transport.base import Connection, Incoming, Region, TransportStats, flat_view
 from gpuremote.transport.rdma import frames
 from gpuremote.transport.rdma.control import Control, Frame
-from gpuremote.transport.rdma.gpu import Stages
+from gpuremote.transport.rdma.gpu import Stages, Ways
 from gpuremote.transport.rdma.inbound import Inbound
 from gpuremote.transport.rdma.lanes import InLane, OutLane
 from gpuremote.transport.rdma.memory import Slabs
@@ -111,6 +111,7 @@ class RdmaConnection(Connection):
             control, in_lanes, stats, piece=piece, receiver=self, stages=self._stages[1]
         )
         self._blocking = blocking
+        self._ways = Ways([rail.registry.direct for rail in rails], frames.MAX_TEXT)
         self._slabs = Slabs([rail.registry for rail in rails])
         self._lock = threading.RLock()
         self._closed = False
@@ -175,7 +176,7 @@ class RdmaConnection(Connection):
             **super().describe(),
             "devices": [rail.device.name for rail in self._rails],
             "lanes": self._lanes,
-            "gpu_memory": [rail.registry.direct.describe() for rail in self._rails],
+            "gpu_memory": self._ways.describe(),
         }
 
     def _gone(self) -> ConnectionLost:
@@ -434,12 +435,10 @@ class RdmaConnection(Connection):
                 peer=self.peer_address,
             )
         if isinstance(owner, OutLane):
-            self._count("lanes_renewed")
+            renewed = self.stats.extra.get("lanes_renewed", 0)
+            self.stats.extra["lanes_renewed"] = renewed + 1
             told = frames.encode_lane(owner.number, owner.pair.number, owner.psn)
             self._control.add(frames.LANE, told)
-
-    def _count(self, name: str) -> None:
-        self.stats.extra[name] = self.stats.extra.get(name, 0) + 1
 
     def _take_in(self) -> None:
         """Look at the frames that came."""
@@ -474,6 +473,8 @@ class RdmaConnection(Connection):
             self._in.renew(frames.decode_lane(body))
         elif kind == frames.LANE_READY:
             self._out.renewed(frames.decode_lane(body))
+        elif kind == frames.GPU:
+            self._ways.hear(body)
         else:
             self._reap(ALL)  # the last pieces may be reported by another card
             self._lose(ConnectionLost("the peer closed the connection", peer=self.peer_address))
@@ -482,6 +483,8 @@ class RdmaConnection(Connection):
         """Ask, write and tell what can be asked, written and told."""
         self._in.ask()
         self._out.pump()
+        if (news := self._ways.news()) is not None:
+            self._control.add(frames.GPU, news)
         self._control.pump()
         if self._control.ended:
             self._out.ended.extend(self._control.ended)

@@ -20,6 +20,7 @@ fits into a slot is not cut.
     DROPPED     channel u32: nothing more of it will be written
     LANE        lane u16 | zero u16 | queue pair u32 | psn u32: the lane failed, here is its new end
     LANE_READY  the same, then pieces u32: those that are still wanted
+    GPU         text: how the sender gets at the memory of its GPUs, for people
     BYE         the sender closes; it has everything it wanted to send acknowledged
 
 Numbers are little-endian. Payload itself is written to where PIECE says, with the piece's number as
@@ -43,6 +44,7 @@ __all__ = [
     "DROPPED",
     "EAGER",
     "FRAME",
+    "GPU",
     "LANE",
     "LANE_READY",
     "MESSAGE",
@@ -79,10 +81,12 @@ DROP: Final = 5
 DROPPED: Final = 6
 LANE: Final = 7
 LANE_READY: Final = 8
-BYE: Final = 9
+GPU: Final = 9
+BYE: Final = 10
 
 MAX_SEGMENTS: Final = 256
 """Of one piece."""
+MAX_TEXT: Final = 4096
 _LARGEST: Final = {
     MESSAGE: MAX_HEADER,
     OPEN: MAX_OPEN + _CHANNEL.size,
@@ -92,6 +96,7 @@ _LARGEST: Final = {
     DROPPED: _CHANNEL.size,
     LANE: _LANE.size,
     LANE_READY: _LANE.size + 4 * 1024,
+    GPU: MAX_TEXT,
     BYE: 0,
 }
 

@@ -10,22 +10,24 @@ import contextlib
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
+from gpuremote._types import BytesLike
 from gpuremote.memory.cuda import Allocation, CudaError
 from gpuremote.memory.device import DeviceMemory
 from gpuremote.memory.staging import SLAB, Staging
 from gpuremote.transport.verbs.base import Access, Device, Memory, VerbsError
 from gpuremote.transport.verbs.explain import explain_errno
 
-__all__ = ["DMA_BUF", "PEERMEM", "STAGING", "Direct", "Stages"]
+__all__ = ["DMA_BUF", "PEERMEM", "STAGING", "Direct", "Stages", "Ways"]
 
 DMA_BUF: Final = "dma-buf"
 PEERMEM: Final = "nvidia-peermem"
 STAGING: Final = "page-locked staging"
 KNOWN: Final = 256
 """Allocations of which it is known that they can't be registered."""
+_NOTHING_YET: Final = "no GPU memory was moved yet"
 _PAGE: Final = 4096
 _FOR_GOOD: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPROTONOSUPPORT)
 
@@ -51,25 +53,32 @@ class Direct:
         The way that was taken last; empty before the first.
     reasons : dict of str to str
         Ways that did not work, and why: of the last memory that was asked for.
+    changes : int
+        How often those two may have changed.
     """
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self.used = ""
         self.reasons: dict[str, str] = {}
+        self.changes = 0
         self._never: dict[tuple[int, str], str] = {}
         self._refused: OrderedDict[tuple[int, int], dict[str, str]] = OrderedDict()
 
     def describe(self) -> str:
         """For ``explain()``."""
         if not self.used:
-            return "no GPU memory was moved yet"
+            return _NOTHING_YET
         why = "; ".join(f"{way}: {reason}" for way, reason in self.reasons.items())
         return f"{self.used} ({why})" if why else self.used
 
+    def _take(self, way: str, reasons: dict[str, str]) -> None:
+        self.used, self.reasons = way, reasons
+        self.changes += 1
+
     def refuse(self, why: str) -> None:
         """It is no memory that anything is known of."""
-        self.used, self.reasons = STAGING, {DMA_BUF: why, PEERMEM: why}
+        self._take(STAGING, {DMA_BUF: why, PEERMEM: why})
 
     def register(
         self, memory: DeviceMemory, allocation: Allocation, begin: int, size: int, access: Access
@@ -83,7 +92,7 @@ class Direct:
         """
         known = (allocation.ident, int(access))
         if (reasons := self._refused.get(known)) is not None:
-            self.used, self.reasons = STAGING, reasons
+            self._take(STAGING, reasons)
             return None
         reasons = {}
         ways: tuple[tuple[str, Callable[..., tuple[Memory, int]]], ...] = (
@@ -108,12 +117,12 @@ class Direct:
                 if error.errno in _FOR_GOOD:
                     self._never[never] = reasons[way]
             else:
-                self.used, self.reasons = way, reasons
+                self._take(way, reasons)
                 return found
         self._refused[known] = reasons
         while len(self._refused) > KNOWN:
             self._refused.popitem(last=False)
-        self.used, self.reasons = STAGING, reasons
+        self._take(STAGING, reasons)
         return None
 
     def _by_dmabuf(
@@ -159,6 +168,48 @@ def _check(
         raise _Refused("the device can't be told to take in what a card has written")
 
 
+class Ways:
+    """How both ends of a connection get at the memory of their GPUs.
+
+    Parameters
+    ----------
+    directs : sequence of Direct
+        This end's, one for each card.
+    limit : int
+        Bytes of a text.
+    """
+
+    def __init__(self, directs: Sequence[Direct], limit: int) -> None:
+        self._directs = directs
+        self._limit = limit
+        self._told = ""
+        self._changes = 0
+        self._theirs = ""
+
+    def _ours(self) -> str:
+        return "; ".join(direct.describe() for direct in self._directs)
+
+    def news(self) -> bytes | None:
+        """What the other end has not been told yet."""
+        changes = sum(direct.changes for direct in self._directs)
+        if changes == self._changes:
+            return None
+        self._changes = changes
+        text = self._ours()
+        if text == self._told:
+            return None
+        self._told = text
+        return text.encode()[: self._limit]
+
+    def hear(self, text: BytesLike) -> None:
+        """The other end tells of its own."""
+        self._theirs = bytes(text).decode(errors="replace")
+
+    def describe(self) -> dict[str, str]:
+        """For ``explain()``."""
+        return {"here": self._ours(), "there": self._theirs or _NOTHING_YET}
+
+
 class Stages:
     """The staging of one direction of a connection: slabs for each GPU that it is used with.
 
@@ -178,6 +229,16 @@ class Stages:
             found = Staging(memory.driver, memory.device, self.size)
             self._stagings[memory.device] = found
         return found
+
+    def look(self) -> None:
+        """Take back slabs whose copy is over, and let go of the memory at its other side.
+
+        Raises
+        ------
+        CudaError
+        """
+        for staging in self._stagings.values():
+            staging.look()
 
     @property
     def copying(self) -> bool:

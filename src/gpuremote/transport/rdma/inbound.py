@@ -78,6 +78,7 @@ class Inbound:
         VerbsError
             Memory can't be registered.
         """
+        self._stages.look()
         without = 0  # payloads in a row that wait for a slab
         while without < len(self._asking):
             lane = min(self._lanes, key=lambda lane: (lane.bytes, len(lane.pieces)))

@@ -74,6 +74,7 @@ class Outbound:
         self._control.add(frames.OPEN, frames.encode_open(channel, sizes), header)
 
     def pump(self) -> None:
+        self._stages.look()
         for lane in self._lanes:
             lane.pump()
 

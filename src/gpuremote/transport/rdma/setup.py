@@ -168,15 +168,18 @@ def _open(
 class RdmaPath:
     """A way that was tried; see ``setup.Path``."""
 
-    def __init__(self, end: _End, setup: Setup, options: Options) -> None:
+    def __init__(self, end: _End, setup: Setup, options: Options, library: str) -> None:
         self._end = end
         self._setup = setup
         self._options = options
+        self._library = library
 
     def connection(self) -> RdmaConnection:
         end = self._end
         names = ", ".join(f"{rail.device.name} as {text_of(rail.gid.raw)}" for rail in end.rails)
         kind = end.rails[0].gid.kind.value
+        lanes = len(end.out_lanes)
+        why = f"{kind} on {names} with {self._library}, {lanes} lanes, tried with a checksum"
         return RdmaConnection(
             self._setup.connection,
             end.rails,
@@ -186,7 +189,7 @@ class RdmaPath:
             end.stats,
             blocking=self._setup.blocking,
             piece=self._options.piece,
-            reason=f"{kind} on {names}, {len(end.out_lanes)} lanes, tried with a checksum",
+            reason=why,
         )
 
     def abandon(self) -> None:
@@ -207,7 +210,7 @@ def bring_up(setup: Setup, provider: VerbsProvider, options: Options, *, client:
         end = side(setup, provider, options, local)
     except VerbsError as error:
         raise TransportUnavailable(explain_errno(error)) from None
-    return RdmaPath(end, setup, options)
+    return RdmaPath(end, setup, options, provider.name)
 
 
 def _client(setup: Setup, provider: VerbsProvider, options: Options, local: bytes | None) -> _End:
