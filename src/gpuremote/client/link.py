@@ -54,6 +54,8 @@ class Link:
         What both ends have to know; empty: nothing.
     tls : TlsClient or None
         Whom to trust; None: nothing is encrypted.
+    lanes, compression : int, str
+        As in the URL; 0 lanes: as many as the way needs.
     on_transport : list of callable
         Called with the explanation whenever the transport changes, in whichever thread opens
         connections.
@@ -70,6 +72,8 @@ class Link:
     grace: float = 60.0
     token: bytes = field(default=b"", repr=False)
     tls: TlsClient | None = None
+    lanes: int = 0
+    compression: str = "auto"
     server_ended: Callable[[], str | None] = lambda: None
     welcome: Welcome = field(default_factory=Welcome)
     explanation: Explanation = field(default_factory=Explanation)
@@ -214,6 +218,8 @@ class Link:
             blocking=blocking,
             token=self.token,
             tls=self.tls,
+            lanes=self.lanes,
+            compression=self.compression,
         )
         if wanted in (None, found.connection.name):
             return found

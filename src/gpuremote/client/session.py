@@ -208,4 +208,6 @@ def make_link(target: Target, host: str, port: int) -> Link:
         grace=target.grace,
         token=settings.token if target.scheme != "local" else b"",
         tls=tls,
+        lanes=target.lanes,
+        compression=target.compression,
     )
