@@ -13,7 +13,6 @@ from gpuremote.testing.conformance import Pair, TransportConformance
 from gpuremote.testing.driving import Ends
 from gpuremote.transport import lanes, shm
 from gpuremote.transport.certificates import TlsClient, TlsServer
-from gpuremote.transport.compression import Rule, codec_named
 from gpuremote.transport.emulated import EmulatedConnection
 from gpuremote.transport.lanes import LanesConnection, tune_lane
 from gpuremote.transport.tcp import StreamConnection, TcpConnection, open_tcp, pair, tune
@@ -209,8 +208,7 @@ class TestLanesCompressed(LanesConformance):
     """Every piece is tried; what does not get smaller goes out as it is."""
 
     def connection_pair(self) -> Pair:
-        codecs = [codec_named("zstd") for _ in range(2)]
-        return lanes.pair(2, codecs=(codecs[0], codecs[1]), rule=Rule(always=True))
+        return lanes.pair(2, "zstd")
 
 
 class TestLanesTls(LanesConformance, TlsConformance):

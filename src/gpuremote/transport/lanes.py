@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from gpuremote import _clock
 from gpuremote._types import BytesLike
@@ -28,7 +28,7 @@ from gpuremote.transport._lane_payload import SpreadPayload
 from gpuremote.transport._sockets import broken, drain, reset
 from gpuremote.transport._striping import Source, Striping
 from gpuremote.transport.base import Connection, Incoming, Region
-from gpuremote.transport.compression import Codec, Rule
+from gpuremote.transport.compression import Codec, Rule, codec_named
 from gpuremote.transport.tcp import BURST, StreamConnection, TcpConnection
 from gpuremote.transport.tls import TlsSocket
 
@@ -545,13 +545,17 @@ class LanesConnection(Connection):
             pass
 
 
-def pair(lanes: int = 2, **more: Any) -> tuple[LanesConnection, LanesConnection]:
-    """Two connections that are connected to each other, inside this process."""
+def pair(lanes: int = 2, codec: str = "") -> tuple[LanesConnection, LanesConnection]:
+    """Two connections that are connected to each other, inside this process; with a codec each
+    piece is tried."""
     firsts = socket.socketpair()
     lines = [socket.socketpair() for _ in range(lanes)]
     here, there = (
         LanesConnection(
-            TcpConnection(firsts[side], blocking=False), [line[side] for line in lines], **more
+            TcpConnection(firsts[side], blocking=False),
+            [line[side] for line in lines],
+            codecs=(codec_named(codec), codec_named(codec)) if codec else (None, None),
+            rule=Rule(always=bool(codec)),
         )
         for side in (0, 1)
     )
