@@ -168,8 +168,6 @@ class _Client:
         delay = wishes.answer
         if not asked:
             self._decline_if_short(delay)
-            if setup.left < ROOM * delay:
-                self._decline(f"no time to measure a way of {delay * 1e3:.3g} ms")
         begin = _clock.now()
         setup.say({"codecs": self._codecs})
         heard = setup.hear()
@@ -183,6 +181,8 @@ class _Client:
             delay = min(delay, _clock.now() - begin)
         if not asked:
             self._decline_if_short(delay)
+        if setup.left < ROOM * delay:
+            self._decline(f"one connection: no time left to open more, {Way(delay)}")
         nonce = heard.get("nonce")
         if not isinstance(nonce, bytes) or len(nonce) != NONCE:
             raise ProtocolError("the server tells no nonce for lanes")
