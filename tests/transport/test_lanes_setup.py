@@ -14,7 +14,7 @@ from gpuremote.errors import ConnectionFailed, ProtocolError
 from gpuremote.testing.driving import Ends, place, random_parts
 from gpuremote.transport import compression, lanes_setup, select
 from gpuremote.transport.base import Connection, Region
-from gpuremote.transport.lane_offer import LaneGate, LaneWishes, Line, lane_proof, worth_offering
+from gpuremote.transport.lane_offer import LaneGate, LanePolicy, LaneWishes, Line, lane_proof
 from gpuremote.transport.lane_rule import MAX_LANES, Way
 from gpuremote.transport.lanes import LanesConnection
 from gpuremote.transport.setup import Setup
@@ -58,7 +58,7 @@ class Meeting:
 
     def run(self, number: int = 0, compression: str = "off", answer: float = 0.2) -> list[object]:
         """Both ends' connections, or what they raised."""
-        asked = LaneWishes(number, compression, answer, self.dial)
+        asked = LaneWishes(LanePolicy(number, compression, answer), self.dial)
         deadline = _clock.now() + 10
         here, there = self.firsts
         client = Setup(here, blocking=True, deadline=deadline, secret=SECRET, wishes=asked)
@@ -184,10 +184,19 @@ def test_no_time_to_measure(meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_is_worth_offering() -> None:
-    assert worth_offering(0, "off")
-    assert worth_offering(2, "auto")
-    assert not worth_offering(1, "auto")
-    assert worth_offering(1, "lz4")
+    assert LanePolicy(0, "off").worth_offering
+    assert LanePolicy(2, "auto").worth_offering
+    assert not LanePolicy(1, "auto").worth_offering
+    assert LanePolicy(1, "lz4").worth_offering
+
+
+def test_a_server_that_is_busy_later_is_not_far_away() -> None:
+    policy = LanePolicy()
+    assert policy.heard(0.002, "10.0.0.1") == 0.002
+    assert policy.heard(0.5, "10.0.0.1") == 0.002
+    assert policy.heard(0.001) == 0.001
+    # From somewhere else the way is another one.
+    assert policy.heard(0.5, "10.9.9.9") == 0.5
 
 
 # -- compression ----------------------------------------------------------------------------------
@@ -349,7 +358,7 @@ def test_a_server_that_says_something_else(meeting: Meeting, said: dict[str, Any
         return made[-1]
 
     deadline = _clock.now() + 10
-    wishes = LaneWishes(2, "off", 0.2, dial)
+    wishes = LaneWishes(LanePolicy(2, "off", 0.2), dial)
     client = Setup(here, blocking=True, deadline=deadline, secret=SECRET, wishes=wishes)
     server = Setup(there, blocking=True, deadline=deadline, secret=SECRET)
     server.say(said)

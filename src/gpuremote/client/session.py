@@ -24,6 +24,7 @@ from gpuremote.config import Settings, Target
 from gpuremote.memory.host import output_view
 from gpuremote.rpc.transports import Explanation
 from gpuremote.transport.certificates import TlsClient
+from gpuremote.transport.lane_offer import LanePolicy
 from gpuremote.wire.caps import INLINE_PAYLOAD
 
 __all__ = ["SessionBase", "TransportView", "make_core", "make_link"]
@@ -208,6 +209,5 @@ def make_link(target: Target, host: str, port: int) -> Link:
         grace=target.grace,
         token=settings.token if target.scheme != "local" else b"",
         tls=tls,
-        lanes=target.lanes,
-        compression=target.compression,
+        lanes=LanePolicy(target.lanes, target.compression),
     )

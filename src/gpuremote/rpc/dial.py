@@ -29,7 +29,7 @@ from gpuremote.errors import (
 )
 from gpuremote.transport.base import Connection
 from gpuremote.transport.certificates import TlsClient, handshake_failure
-from gpuremote.transport.lane_offer import LaneWishes, worth_offering
+from gpuremote.transport.lane_offer import LanePolicy, LaneWishes
 from gpuremote.transport.select import TCP, climb
 from gpuremote.transport.setup import Setup
 from gpuremote.transport.tcp import join_address, open_tcp
@@ -91,8 +91,7 @@ def dial(
     blocking: bool,
     token: bytes = b"",
     tls: TlsClient | None = None,
-    lanes: int = 1,
-    compression: str = "off",
+    lanes: LanePolicy | None = None,
 ) -> Dialled:
     """Connect to ``host:port``, complete the handshake, and go on over the best transport that
     both ends have and that works between them.
@@ -110,10 +109,9 @@ def dial(
     tls : TlsClient, optional
         Encrypt, and connect to a server whose certificate is for ``host`` only. Without it nothing
         is encrypted.
-    lanes : int
-        Connections for large payloads where tcp is what is used; 0: as many as the way needs.
-    compression : {"off", "auto", "lz4", "zstd"}
-        Of large payloads, there.
+    lanes : LanePolicy, optional
+        Where tcp is what is used: open further connections for large payloads; takes note of how
+        far the server is.
 
     Raises
     ------
@@ -139,8 +137,8 @@ def dial(
     sock: Reached | None = None
     connection: Connection | None = None
     try:
-        if TCP in hello.transports and worth_offering(lanes, compression):
-            hello = replace(hello, lanes=1)
+        offers = lanes is not None and TCP in hello.transports and lanes.worth_offering
+        hello = replace(hello, lanes=int(offers))
         sock, answer, seconds = _reach(host, port, hello, deadline, token, tls)
 
         def dial_lane(number: int, proof: bytes, until: float) -> Reached:
@@ -148,12 +146,16 @@ def dial(
             return _attach(host, port, lane, min(until, deadline), token, tls)
 
         connection = stream_connection(sock, blocking=blocking)
+        wishes = None
+        if offers and lanes is not None:
+            lanes.heard(seconds, connection.local_address.rpartition(":")[0])
+            wishes = LaneWishes(lanes, dial_lane)
         setup = Setup(
             connection,
             blocking=blocking,
             deadline=deadline,
             secret=answer.secret,
-            wishes=LaneWishes(lanes, compression, seconds, dial_lane) if hello.lanes else None,
+            wishes=wishes,
         )
         connection, failures = climb(setup, _order(answer, hello), client=True)
         return Dialled(connection, answer, failures)

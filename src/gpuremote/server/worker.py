@@ -281,7 +281,9 @@ class Worker:
                     poller.register(self._watched_fd, wanted)
                     watched = take_over
             timeout = None if self._parked else BUSY_AFTER
-            due = watched.due() if watched is not None else None
+            due = None
+            if watched is not None:
+                due = 0.0 if self._left_over else watched.due()
             if due is not None:
                 timeout = min(due, BUSY_AFTER)
             ready = {fd for fd, _ in poller.poll(None if timeout is None else 1000 * timeout)}
@@ -384,6 +386,7 @@ class Worker:
             with session.lock:
                 if resumed:
                     self.state.advance(Stimulus.RESUMED)
+                self._left_over = True  # some may have come along with the set-up
                 peer.attach(connection, hello.receipt)
         except (OSError, GpuRemoteError) as error:
             # The client will try again within the grace period.

@@ -7,6 +7,7 @@ an HMAC over it with the session's secret, which was told to the client of this 
 from __future__ import annotations
 
 import hmac
+import math
 import secrets
 import socket
 import threading
@@ -19,7 +20,7 @@ from gpuremote.transport.compression import CODECS
 from gpuremote.transport.lane_rule import MAX_LANES
 from gpuremote.transport.tls import TlsSocket
 
-__all__ = ["LaneGate", "LaneWishes", "Line", "lane_proof", "worth_offering"]
+__all__ = ["LaneGate", "LanePolicy", "LaneWishes", "Line", "lane_proof"]
 
 Line: TypeAlias = socket.socket | TlsSocket
 
@@ -31,21 +32,9 @@ def lane_proof(secret: bytes, nonce: bytes, number: int) -> bytes:
     return hmac.digest(secret, b"gpuremote lane\0" + bytes([number]) + nonce, "sha256")
 
 
-def worth_offering(number: int, compression: str) -> bool:
-    """Whether further connections can come of what a program asks for.
-
-    Parameters
-    ----------
-    number : int
-        Lanes; 0: as many as the way needs.
-    compression : {"auto", "off", "lz4", "zstd"}
-    """
-    return number != 1 or compression in CODECS
-
-
-@dataclass(frozen=True, slots=True)
-class LaneWishes:
-    """What a client wants.
+@dataclass(slots=True)
+class LanePolicy:
+    """What a session wants, and how far its server has been found to be.
 
     Attributes
     ----------
@@ -53,15 +42,42 @@ class LaneWishes:
         Lanes; 0: as many as the way needs.
     compression : {"auto", "off", "lz4", "zstd"}
     answer : float
-        Seconds that the fastest answer of the handshake took.
+        Seconds that the fastest answer took, over all connections from the same address: a server
+        that is busy when the session comes back is not far away.
+    """
+
+    number: int = 0
+    compression: str = "auto"
+    answer: float = math.inf
+    _address: str = ""
+
+    @property
+    def worth_offering(self) -> bool:
+        """Whether further connections can come of this."""
+        return self.number != 1 or self.compression in CODECS
+
+    def heard(self, seconds: float, address: str = "") -> float:
+        """An answer took that long (at this address of this side, if it is a new connection);
+        gives the fastest one."""
+        if address and address != self._address:
+            self._address, self.answer = address, math.inf
+        self.answer = min(self.answer, seconds)
+        return self.answer
+
+
+@dataclass(frozen=True, slots=True)
+class LaneWishes:
+    """What a client wants now.
+
+    Attributes
+    ----------
+    policy : LanePolicy
     dial : callable
         Opens lane ``number`` with ``proof``, until a deadline on ``_clock.now()``. Raises
         GpuRemoteError or OSError. Any thread may call it.
     """
 
-    number: int
-    compression: str
-    answer: float
+    policy: LanePolicy
     dial: Callable[[int, bytes, float], Line]
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final, NoReturn
 
 from gpuremote import _clock
 from gpuremote.errors import GpuRemoteError, ProtocolError, TransportUnavailable
+from gpuremote.transport import congestion
 from gpuremote.transport._sockets import tune
 from gpuremote.transport.base import Connection
 from gpuremote.transport.compression import CODECS, Rule, agree, codec_named, wanted_codecs
@@ -42,9 +43,8 @@ PART: Final = 60 << 10
 """Bytes of one message of a burst."""
 PATIENCE: Final = 5.0
 """Seconds for the lanes to be opened, and to come."""
-PINGS: Final = 3
-"""Answers more, of a way that may be long or a machine that is busy."""
-MIDDLING: Final = 4
+PINGS: Final = 4
+"""Answers more, where the kernel takes the way for a short one: what was slow may be the answer."""
 ROOM: Final = 12
 """Round trips that all of it may take, and that have to be left of the time to connect."""
 NONCE: Final = 32
@@ -157,30 +157,27 @@ class _Client:
 
     def __init__(self, setup: Setup, wishes: LaneWishes) -> None:
         self._setup = setup
-        self._wishes = wishes
-        self._codecs, self._no_codec = wanted_codecs(wishes.compression)
+        self._dial_lane = wishes.dial
+        self._policy = wishes.policy
+        self._codecs, self._no_codec = wanted_codecs(wishes.policy.compression)
         # Asked for by name: worth a lane also on a short way.
-        self._insists = wishes.compression in CODECS and bool(self._codecs)
+        self._insists = wishes.policy.compression in CODECS and bool(self._codecs)
 
     def connect(self) -> Path:
-        setup, wishes = self._setup, self._wishes
-        asked = bool(wishes.number > 1 or self._insists)
-        delay = wishes.answer
+        setup, policy = self._setup, self._policy
+        asked = bool(policy.number > 1 or self._insists)
         if not asked:
-            self._decline_if_short(delay)
-        begin = _clock.now()
-        setup.say({"codecs": self._codecs})
-        heard = setup.hear()
-        delay = min(delay, _clock.now() - begin)
-        for _ in range(PINGS):
-            if not LONG_WAY <= delay < MIDDLING * LONG_WAY:
-                break  # nothing that a busy machine could be taken for
-            begin = _clock.now()
-            setup.say({"ping": 1})
-            setup.hear()
-            delay = min(delay, _clock.now() - begin)
+            self._decline_if_short()
+        heard = self._ask({"codecs": self._codecs})
+        if not self._seems_long():
+            # A relay nearby, or an end that is busy.
+            for _ in range(PINGS):
+                if policy.answer < LONG_WAY:
+                    break
+                self._ask({"ping": 1})
         if not asked:
-            self._decline_if_short(delay)
+            self._decline_if_short()
+        delay = policy.answer
         if setup.left < ROOM * delay:
             self._decline(f"one connection: no time left to open more, {Way(delay)}")
         nonce = heard.get("nonce")
@@ -189,7 +186,7 @@ class _Client:
         codec, why = agree(self._codecs, _texts(heard.get("codecs"))) if self._codecs else ("", "")
         self._no_codec = self._no_codec or why
         way = self._measured(delay, heard)
-        number = wishes.number or lanes_for(way)
+        number = policy.number or lanes_for(way)
         if number == 1 and not codec:
             self._decline(f"one connection: {way}")
         lines = self._dial(number, nonce)
@@ -201,7 +198,7 @@ class _Client:
         up = window_between(kernel_limit("tcp_wmem"), int(takes))
         down = window_between(int(sends), kernel_limit("tcp_rmem"))
         window = min((w for w in (up, down) if w), default=0)
-        if self._wishes.number or delay < LONG_WAY:
+        if self._policy.number or delay < LONG_WAY:
             return Way(delay, None, window)
         setup = self._setup
         _send_burst(setup, {"delay": delay})
@@ -209,7 +206,22 @@ class _Client:
         back = bandwidth_of(_take_burst(setup, setup.hear()), delay) or 0.0
         return Way(delay, max(rate, back) or None, window)
 
-    def _decline_if_short(self, delay: float) -> None:
+    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        begin = _clock.now()
+        self._setup.say(message)
+        heard = self._setup.hear()
+        self._policy.heard(_clock.now() - begin)
+        return heard
+
+    def _seems_long(self) -> bool:
+        """Whether the kernel, too, finds the way long."""
+        first = self._setup.connection
+        if not isinstance(first, StreamConnection):
+            return False
+        return (congestion.round_trip(first._sock) or 0.0) >= LONG_WAY
+
+    def _decline_if_short(self) -> None:
+        delay = self._policy.answer
         if delay < LONG_WAY:
             self._decline(f"one connection: answers take {delay * 1e3:.2g} ms")
 
@@ -219,7 +231,7 @@ class _Client:
 
     def _dial(self, number: int, nonce: bytes) -> dict[int, Line]:
         """Open the lanes, all at a time; those that came about, in order."""
-        setup, dial = self._setup, self._wishes.dial
+        setup, dial = self._setup, self._dial_lane
         deadline = _clock.now() + min(setup.left / 2, PATIENCE)
         found: dict[int, Line] = {}
 
@@ -253,7 +265,7 @@ class _Client:
         finally:
             for lane in set(lines) - set(agreed):
                 lines[lane].close()
-        number = self._wishes.number
+        number = self._policy.number
         count = f"{len(agreed)} lane{'s' if len(agreed) > 1 else ''}"
         why = f"{count}{' as asked for' if number > 1 else ''}: {way}"
         if codec:

@@ -33,10 +33,8 @@ MAX_MESSAGES: Final = 64
 _READY: Final = "ready"
 
 
-class Unneeded(TransportUnavailable):
+class Unneeded(Exception):
     """The client does without, and has told the server so: nothing more is said of it."""
-
-    code = TransportUnavailable.code
 
 
 class Path(Protocol):
@@ -218,8 +216,10 @@ def upgrade(setup: Setup, transport: type[Upgrade], *, client: bool) -> Connecti
     verdict = _READY
     try:
         path = transport.connect(setup) if client else transport.accept(setup)
-    except (ConnectionLost, HandshakeTimeout, ProtocolError, Unneeded):
+    except (ConnectionLost, HandshakeTimeout, ProtocolError):
         raise
+    except Unneeded as said:
+        raise TransportUnavailable(str(said)) from None
     except (GpuRemoteError, OSError) as error:
         verdict = getattr(error, "message", "") or str(error) or type(error).__name__
     try:
