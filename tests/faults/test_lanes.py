@@ -18,6 +18,7 @@ from gpuremote.errors import AuthenticationFailed, SessionLost
 from gpuremote.rpc.dial import read_hello
 from gpuremote.testing.cutting import CuttingProxy, Direction
 from gpuremote.testing.servers import RunningServer, device_server
+from gpuremote.transport.lane_rule import Way, lanes_for
 from gpuremote.transport.lanes import LanesConnection
 from gpuremote.transport.tls import TlsSocket
 from gpuremote.wire.hello import Attach, Challenge, Hello, Refusal, Welcome
@@ -130,6 +131,28 @@ def test_on_one_host_there_are_none_unasked(side: Side, server: RunningServer) -
         assert "one connection" in session.transport.explain().reason
     with side.session(server.url + "?transport=tcp&lanes=1") as session:
         assert "one connection" not in session.transport.explain().reason
+
+
+def test_on_a_long_way_there_are_as_many_as_it_needs(side: Side, server: RunningServer) -> None:
+    """Also where the kernel takes it for a short one, as here."""
+    with (
+        CuttingProxy(server.host, server.port, delay=0.05, bandwidth=500e6) as proxy,
+        side.session(proxy.url) as session,
+    ):
+        explained = session.transport.explain()
+        found = explained.connection
+        assert found["delay"] >= 0.1
+        way = Way(found["delay"], found["bandwidth"], found["window"])
+        assert 1 < found["lanes"] == lanes_for(way)
+        assert f"{found['lanes']} lanes: {way}" in explained.reason
+        assert proxy.open_connections == 1 + found["lanes"]
+        host = pattern(24 * MIB, 3)
+        assert np.array_equal(side.do(side.do(session.devices[0].put(host)).get()), host)
+        assert session.stats().payload_copied == 0
+        # What was lost is made up for over the same way.
+        proxy.cut()
+        assert side.do(session.devices[0].ones(5).sum().item()) == 5
+        assert session.transport.explain().connection["lanes"] > 1
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])

@@ -27,6 +27,9 @@ smaller, so that no lane is still at work when the others have nothing to do."""
 WINDOW: Final = 0.02
 MEANINGFUL: Final = 512 << 10
 """Seconds, and bytes, of lanes at their limit that make up one measurement."""
+COMPRESSING: Final = 4
+"""Times the bytes of a piece that count for one step where it is compressed, so that it takes a few
+milliseconds at most."""
 _IOV: Final = 256
 
 
@@ -77,6 +80,7 @@ class _Ready(NamedTuple):
     wire: int
     raw: int
     codec: int
+    cost: int
 
 
 class Striping:
@@ -134,7 +138,7 @@ class Striping:
         self._open += 1
 
     def pump(self, budget: int) -> None:
-        """Send what the lanes take now, up to ``budget`` bytes of payload. Raises OSError."""
+        """Send what the lanes take now, up to ``budget`` bytes. Raises OSError."""
         free = deque(lane for lane in self._lanes if lane.go_on())
         while free and budget > 0 and (ready := self._cut()) is not None:
             lane = free[0]
@@ -143,7 +147,7 @@ class Striping:
                 free.popleft()
                 continue
             self._count(ready)
-            budget -= ready.raw
+            budget -= ready.cost
             if lane.busy:
                 free.popleft()
             else:
@@ -163,19 +167,19 @@ class Striping:
         if source.cut < source.total:
             self._sources.append(source)
         raw = sum(map(len, views))
-        packed = self._compressed(views, raw)
+        tries = self._codec is not None and len(views) == 1 and self.rule.try_next()
+        packed = self._compressed(views[0], raw) if tries else None
         body: list[BytesLike] = [*views] if packed is None else [packed]
         wire = raw if packed is None else len(packed)
         number = 0 if packed is None or self._codec is None else self._codec.number
         head = encode_piece(Piece(source.number, offset, raw, wire, number))
-        return _Ready(source, [head, *body], wire, raw, number)
+        cost = COMPRESSING * raw if tries else raw
+        return _Ready(source, [head, *body], wire, raw, number, cost)
 
-    def _compressed(self, views: list[memoryview], raw: int) -> bytes | None:
-        codec = self._codec
-        if codec is None or len(views) > 1 or not self.rule.try_next():
-            return None
+    def _compressed(self, view: memoryview, raw: int) -> bytes | None:
+        assert self._codec is not None
         begin = _clock.now()
-        packed = codec.compress(views[0])
+        packed = self._codec.compress(view)
         self.rule.compressed(raw, len(packed), _clock.now() - begin)
         return packed if len(packed) < GAIN * raw else None
 

@@ -334,9 +334,13 @@ class LanesConnection(Connection):
 
     def _read_lanes(self) -> None:
         budget = BURST
+        announced = self._control.announced
+        ready = self._wait(0.0)
         self._first = (self._first + 1) % len(self._lanes)
         for lane in (*self._lanes[self._first :], *self._lanes[: self._first]):
             incoming = lane.incoming
+            if lane.fd not in ready and not lane.readable(announced):
+                continue
             while budget > 0 and not incoming.ended:
                 with self._placing:
                     if self._closed:
@@ -405,16 +409,14 @@ class LanesConnection(Connection):
 
     # -- waiting -------------------------------------------------------------------------------
 
-    def _wait(self, seconds: float) -> None:
+    def _wait(self, seconds: float) -> set[int]:
+        """Wait until something can be done; the descriptors that say so."""
         with self._watching:
             if self._closed:
                 raise self._gone()
             self._waiting += 1
         try:
-            for descriptor, _ in self._epoll.poll(seconds):
-                if descriptor == self._wake:
-                    with contextlib.suppress(BlockingIOError):
-                        os.eventfd_read(self._wake)
+            return {descriptor for descriptor, _ in self._epoll.poll(seconds)}
         finally:
             with self._watching:
                 self._waiting -= 1
