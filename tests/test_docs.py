@@ -28,11 +28,6 @@ from gpuremote.transport import (
     _framing,
     _lane_frames,
     _outgoing,
-    _rdma_control,
-    _rdma_inbound,
-    _rdma_memory,
-    _rdma_payload,
-    _rdma_setup,
     _striping,
     compression,
     congestion,
@@ -42,6 +37,11 @@ from gpuremote.transport import (
     tcp,
     tls,
 )
+from gpuremote.transport.rdma import control as rdma_control
+from gpuremote.transport.rdma import inbound as rdma_inbound
+from gpuremote.transport.rdma import memory as rdma_memory
+from gpuremote.transport.rdma import payload as rdma_payload
+from gpuremote.transport.rdma import setup as rdma_setup
 from gpuremote.transport.verbs import pyverbs_provider
 from gpuremote.wire import caps
 from gpuremote.wire.batch import FIRST_PLAN, Op
@@ -373,16 +373,16 @@ SENTENCES = [
     ("transports", f"At most {tls.AHEAD // KIB} KiB are encrypted before"),
     ("transports", f"chunks of {_outgoing.CHUNK // MIB} MiB"),
     ("transports", f"up to {tcp.IDLE // KIB} KiB"),
-    ("transports", f"same slot of {_rdma_control.SLOT // KIB} KiB"),
-    ("transports", f"A ring has {_rdma_control.RECEIVES} slots"),
+    ("transports", f"same slot of {rdma_control.SLOT // KIB} KiB"),
+    ("transports", f"A ring has {rdma_control.RECEIVES} slots"),
     (
         "transports",
-        f"no more than {_rdma_payload.EAGER // KIB} KiB on average "
-        f"({_rdma_payload.EAGER_MANY // MIB} MiB in all)",
+        f"no more than {rdma_payload.EAGER // KIB} KiB on average "
+        f"({rdma_payload.EAGER_MANY // MIB} MiB in all)",
     ),
-    ("transports", f"pieces of {_rdma_setup.PIECE // MIB} MiB"),
-    ("transports", f"payload of {_rdma_inbound.STRIPED // MIB} MiB or more is cut"),
-    ("transports", f"until {_rdma_memory.CACHED_BYTES >> 30} GiB are kept"),
+    ("transports", f"pieces of {rdma_setup.PIECE // MIB} MiB"),
+    ("transports", f"payload of {rdma_inbound.STRIPED // MIB} MiB or more is cut"),
+    ("transports", f"until {rdma_memory.CACHED_BYTES >> 30} GiB are kept"),
     (
         "transports",
         f"Timeout {pyverbs_provider.TIMEOUT} (67 ms), {pyverbs_provider.RETRIES} retries",

@@ -31,6 +31,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     )
 }
 """Every dtype that may travel, by its name on the wire (``"f4"``, ``"i8"``, ``"b1"``, ...)."""
+_THEMSELVES = {dtype: dtype for dtype in DTYPES.values()}
 
 
 def check_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
@@ -41,6 +42,8 @@ def check_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
     DTypeError
         Object, string, datetime, structured or extended-precision dtype.
     """
+    if isinstance(dtype, np.dtype) and dtype in _THEMSELVES:
+        return _THEMSELVES[dtype]
     try:
         found = np.dtype(dtype)
     except TypeError as error:

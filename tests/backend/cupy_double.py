@@ -17,6 +17,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from gpuremote.testing.fake_cuda import FakeCuda
+
 __all__ = ["CupyDouble"]
 
 # Functions that CuPy lacks, and keywords that its functions lack.
@@ -46,7 +48,7 @@ class Array:
     def __init__(self, cupy: CupyDouble, host: Any, memory: Memory, device: int) -> None:
         self.cupy = cupy
         self.host: Any = host
-        self.data = SimpleNamespace(mem=memory)
+        self.data = SimpleNamespace(mem=memory, ptr=cupy.told_of(host, device))
         self.device = Device(cupy, device)
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +59,7 @@ class Array:
             return getattr(self.host, name)
         if name in ("real", "imag"):
             return self.cupy.adopt(getattr(self.host, name), self)
-        if name in ("astype", "copy", "conj", "swapaxes", "reshape"):
+        if name in ("astype", "copy", "conj", "swapaxes", "reshape", "view"):
             method = getattr(self.host, name)
             return lambda *args, **kwargs: self.cupy.run(lambda: method(*args, **kwargs), [self])
         raise AttributeError(name)
@@ -86,11 +88,11 @@ class Array:
     def set(self, host: Any, stream: Stream) -> None:
         assert isinstance(host, np.ndarray)
         assert host.shape == self.shape
-        stream.queue.append(lambda: np.copyto(self.host, host))
+        stream.give(lambda: np.copyto(self.host, host))
 
     def get(self, stream: Stream, out: Any) -> Any:
         assert self.host.flags.c_contiguous
-        stream.queue.append(lambda: np.copyto(out, self.host))
+        stream.give(lambda: np.copyto(out, self.host))
         return out
 
 
@@ -134,13 +136,19 @@ class Stream:
     def __init__(self, cupy: CupyDouble, non_blocking: bool = False) -> None:
         self.cupy = cupy
         self.non_blocking = non_blocking
+        self.ptr = 0
         self.queue: list[Callable[[], Any]] = []
         self.waited: list[Event] = []
 
     def record(self, event: Event | None = None) -> Event:
         event = Event() if event is None else event
-        self.queue.append(lambda: self._pass(event))
+        self.give(lambda: self._pass(event))
         return event
+
+    def give(self, step: Callable[[], Any]) -> None:
+        self.queue.append(step)
+        if self.cupy.prompt:
+            self.synchronize()
 
     def _pass(self, event: Event) -> None:
         self.cupy.clock += 1.5
@@ -174,11 +182,19 @@ class CupyDouble:
     ----------
     devices : int
         CUDA devices that it pretends to find.
+    driver : FakeCuda, optional
+        Is told of every array's memory.
+    prompt : bool
+        Streams do at once what they are given.
     """
 
     __version__ = "double"
 
-    def __init__(self, devices: int = 1) -> None:
+    def __init__(
+        self, devices: int = 1, driver: FakeCuda | None = None, *, prompt: bool = False
+    ) -> None:
+        self.driver = driver
+        self.prompt = prompt
         self.current = [0]
         self.clock = 0.0
         self.pinned: list[bytearray] = []
@@ -218,6 +234,13 @@ class CupyDouble:
         if source is not None and np.shares_memory(host, source.host):
             return Array(self, host, source.data.mem, source.device.id)
         return Array(self, host, Memory(), self.current[-1])
+
+    def told_of(self, host: Any, device: int) -> int:
+        """The address of an array, which from here on is a device's."""
+        address = int(host.ctypes.data)
+        if self.driver is not None and host.nbytes and not self.driver.owns(address):
+            self.driver.adopt(address, host.nbytes, host, device=device)
+        return address
 
     def upload(self, host: Any, device: int = 0) -> Array:
         return Array(self, np.array(host), Memory(), device)

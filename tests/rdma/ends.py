@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 
 from gpuremote import _clock
-from gpuremote.transport._rdma_setup import bring_up
 from gpuremote.transport.rdma import Options, RdmaConnection, default_provider
+from gpuremote.transport.rdma.setup import bring_up
 from gpuremote.transport.setup import Setup
 from gpuremote.transport.tcp import TcpConnection, open_tcp
 from gpuremote.transport.verbs.base import VerbsProvider

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 
 from gpuremote import _clock
-from gpuremote.transport._rdma_setup import bring_up
 from gpuremote.transport.base import Incoming
 from gpuremote.transport.rdma import Options, default_provider
+from gpuremote.transport.rdma.setup import bring_up
 from gpuremote.transport.setup import Setup
 from gpuremote.transport.tcp import TcpConnection, open_tcp
 from tests.rdma.ends import SECONDS, host

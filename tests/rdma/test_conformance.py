@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from gpuremote.testing.conformance import Pair, TransportConformance
 from tests.rdma.ends import connected
 
@@ -16,6 +18,7 @@ class TestBlocking(OverVerbs):
         return connected(blocking=True)
 
 
+@pytest.mark.short
 class TestNonBlocking(OverVerbs):
     def connection_pair(self) -> Pair:
         return connected(blocking=False)

@@ -39,7 +39,7 @@ def server() -> Iterator[RunningServer]:
             yield running
 
 
-@pytest.fixture(params=["asyncio", "blocking"])
+@pytest.fixture(params=["asyncio", pytest.param("blocking", marks=pytest.mark.short)])
 def side(
     request: pytest.FixtureRequest, loop_factory: Callable[[], asyncio.AbstractEventLoop]
 ) -> Iterator[Side]:

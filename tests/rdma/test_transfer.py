@@ -21,13 +21,13 @@ import pytest
 from gpuremote import _clock
 from gpuremote.errors import ConnectionLost, GpuRemoteError, ProtocolError
 from gpuremote.testing.driving import Ends
-from gpuremote.transport import _rdma_payload
-from gpuremote.transport._rdma_frames import Piece
-from gpuremote.transport._rdma_memory import Registry, address_of
-from gpuremote.transport._rdma_payload import InPiece, RdmaIncoming
-from gpuremote.transport._rdma_setup import bring_up
 from gpuremote.transport.base import Connection, Incoming
-from gpuremote.transport.rdma import Options, Rdma, RdmaConnection, default_provider
+from gpuremote.transport.rdma import Options, Rdma, RdmaConnection, default_provider, payload
+from gpuremote.transport.rdma.frames import Piece
+from gpuremote.transport.rdma.gpu import Stages
+from gpuremote.transport.rdma.memory import Registry, address_of
+from gpuremote.transport.rdma.payload import InPiece, RdmaIncoming
+from gpuremote.transport.rdma.setup import bring_up
 from gpuremote.transport.setup import Setup
 from gpuremote.transport.tcp import TcpConnection
 from gpuremote.transport.verbs.base import Access, Remote
@@ -83,6 +83,7 @@ def receive(ends: Ends, incoming: Incoming, target: memoryview) -> None:
     ends.until(lambda: done)
 
 
+@pytest.mark.short
 @pytest.mark.timeout(400)
 def test_a_gibibyte_by_one_sided_writes(pair: Pair) -> None:
     here, there = pair
@@ -148,12 +149,15 @@ def test_a_peer_that_lies_about_its_memory(pair: Pair, monkeypatch: pytest.Monke
     here, there = pair
     plan = RdmaIncoming.plan
 
-    def lie(incoming: RdmaIncoming, piece: InPiece, largest: int, registry: Registry) -> Piece:
-        wanted = plan(incoming, piece, largest, registry)
+    def lie(
+        incoming: RdmaIncoming, piece: InPiece, largest: int, registry: Registry, stages: Stages
+    ) -> Piece:
+        wanted = plan(incoming, piece, largest, registry, stages)
+        assert wanted is not None
         wrong = tuple(s._replace(rkey=s.rkey ^ 0xFF00) for s in wanted.segments)
         return wanted._replace(segments=wrong)
 
-    monkeypatch.setattr(_rdma_payload.RdmaIncoming, "plan", lie)
+    monkeypatch.setattr(payload.RdmaIncoming, "plan", lie)
     ends = Ends(here, there, limit=60)
     here.send(b"", [here.register(bytes(MIB))])
     ends.receive(there).into([memoryview(bytearray(MIB))])
@@ -165,6 +169,7 @@ def test_a_peer_that_lies_about_its_memory(pair: Pair, monkeypatch: pytest.Monke
 SECOND = Options(devices=("rxe1",), piece=MIB)
 
 
+@pytest.mark.short
 @machine_only
 def test_a_link_that_goes_down() -> None:
     here, there = connected(blocking=False, options=SECOND, over=LOOPBACK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpuremote.client.core import STAGED
+from gpuremote.errors import OutOfDeviceMemory
 from gpuremote.testing.servers import RunningServer
-from tests.faults.sides import Side
+from tests.faults.sides import BlockingSide, Side
 
 SIZE = 300_000
 
@@ -62,6 +65,78 @@ def test_many_uploads_without_a_wait(side: Side, shared: Any) -> None:
     for _ in range(1100):
         last = side.do(device.put(host))
     assert side.do(last.sum().item()) == 20_000
+
+
+def test_the_server_is_told_of_several_uploads_at_a_time(side: Side, shared: Any) -> None:
+    device = shared.devices[0]
+    side.do(shared.synchronize())
+    host = np.arange(20_000, dtype=np.int64)
+    before = shared.stats()
+    remotes = [side.do(device.put(host * k)) for k in range(STAGED)]
+    told = shared.stats().messages_sent - before.messages_sent
+    side.do(shared.synchronize())
+    after = shared.stats()
+    assert told <= (0 if isinstance(side, BlockingSide) else 2 * STAGED)
+    assert after.payload_sent - before.payload_sent == STAGED * host.nbytes
+    assert [int(side.do(remote[1].item())) for remote in remotes] == list(range(STAGED))
+    if isinstance(side, BlockingSide):
+        # The records, what says where the bytes are, and an acknowledgement of what has come.
+        assert after.messages_sent - before.messages_sent <= 3
+        kept = [side.do(device.put(host)) for _ in range(4 * STAGED)]
+        assert shared.stats().messages_sent - after.messages_sent >= 2 * 3
+        del kept
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_one_that_does_not_fit_leaves_the_others(
+    side: Side, server: RunningServer, transport: str
+) -> None:
+    """Uploads of which the server is told at a time have nothing to do with one another; also
+    where that comes over another transport, as the first one broke meanwhile."""
+    query = f"transport={transport}&memory={4 << 20}"
+    with side.session(f"{server.url}?{query}") as session:
+        device, core = session.devices[0], session._core
+        hosts = [np.full(size, k, np.uint8) for k, size in enumerate((SIZE, 5 << 20, SIZE), 1)]
+        metas = [core.metas.get(host.shape, host.dtype, 0) for host in hosts]
+        numbers = [
+            core.put_staged(meta, host.data) for meta, host in zip(metas, hosts, strict=True)
+        ]
+        arrays = [device._array_type(core, *of) for of in zip(numbers, metas, strict=True)]
+        assert side.do(arrays[0].sum().item()) == SIZE
+        assert side.do(arrays[2].sum().item()) == 3 * SIZE
+        with pytest.raises(OutOfDeviceMemory):
+            side.do(arrays[1].get())
+        del arrays
+        with contextlib.suppress(OutOfDeviceMemory):
+            side.do(session.synchronize())
+
+
+def test_an_upload_that_nothing_follows_is_told_of_at_the_end(
+    side: Side, server: RunningServer
+) -> None:
+    with side.session(f"{server.url}?transport=shm") as session:
+        kept = side.do(session.devices[0].put(np.ones(SIZE)))
+        core = session._core
+    assert core.snapshot().payload_sent == 8 * SIZE
+    del kept
+
+
+def test_what_was_put_comes_back_as_it_was(side: Side, shared: Any) -> None:
+    """It is taken from where it lies, and no op writes there before all of it has been."""
+    device = shared.devices[0]
+    for size in (SIZE, 90 << 20):
+        host = np.arange(size, dtype=np.uint8)
+        remote = side.do(device.put(host))
+        part = remote[7:-7]
+        for _ in range(3):
+            kept = side.do(remote.get())
+            some = side.do(part.get())
+            remote += 1
+            assert np.array_equal(kept, host)
+            assert np.array_equal(some, host[7:-7])
+            host += 1
+        assert np.array_equal(side.do(remote.get(copy=False)), host)
+        del remote, part
 
 
 def test_a_child_gives_nothing_back(side: Side, shared: Any) -> None:

@@ -62,6 +62,7 @@ def test_large_input_is_not_copied(side: Side, session: Any) -> None:
     host = pattern(4 << 20)
     _, extra = copied(session, side, host)
     assert extra == 0
+    side.do(session.synchronize())  # over shared memory the server is told of it by now
     before = session.stats()
     remote = side.do(session.devices[0].put(host))
     out = np.empty_like(host)

@@ -12,11 +12,10 @@ import pytest
 from gpuremote.errors import ConnectionLost, GpuRemoteError, InternalError, ProtocolError
 from gpuremote.testing.driving import Ends, place, random_parts
 from gpuremote.testing.fake_verbs import FakeVerbs
-from gpuremote.transport import _rdma_frames as frames
-from gpuremote.transport._rdma_control import RECEIVES, SLOT
-from gpuremote.transport._rdma_lanes import SENDS
 from gpuremote.transport.base import Connection, Incoming
-from gpuremote.transport.rdma import Options, RdmaConnection
+from gpuremote.transport.rdma import Options, RdmaConnection, frames
+from gpuremote.transport.rdma.control import RECEIVES, SLOT
+from gpuremote.transport.rdma.lanes import SENDS
 from gpuremote.transport.verbs.base import Access, Status
 from tests.rdma.ends import LOOPBACK, connected
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gpuremote.testing.fake_verbs import FakeVerbs
-from gpuremote.transport._rdma_memory import Registry, Slabs, address_of, exporter_of
+from gpuremote.transport.rdma.memory import Registry, Slabs, address_of, exporter_of
 from gpuremote.transport.verbs.base import Access, VerbsError
 
 READ, WRITE = Access.READ_HERE, Access.WRITE_HERE | Access.WRITE_THERE

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 
 from gpuremote.transport.verbs import pyverbs_provider
-from gpuremote.transport.verbs.base import Status, VerbsError
+from gpuremote.transport.verbs.base import Access, Status, VerbsError
 from gpuremote.transport.verbs.explain import explain_errno, explain_status
 from gpuremote.transport.verbs.pyverbs_provider import (
     PyverbsCompletionQueue,
+    PyverbsDevice,
     PyverbsProvider,
     import_pyverbs,
 )
@@ -327,3 +328,46 @@ def test_errors_say_what_to_do() -> None:
         if status:
             assert explain_status(status).startswith(status.name)
             assert len(explain_status(status)) > len(status.name) + 10
+
+
+# -- a GPU's memory --------------------------------------------------------------------------------
+
+
+class Failure(Exception):
+    error_code = errno.EOPNOTSUPP
+
+
+def device_with(mr: Any) -> PyverbsDevice:
+    """A device of a pyverbs with that module ``mr``."""
+    modules = {
+        "pyverbs_error": SimpleNamespace(PyverbsError=Failure),
+        "device": SimpleNamespace(Context=lambda name: SimpleNamespace(name=name)),
+        "pd": SimpleNamespace(PD=lambda context: ("domain of", context.name)),
+        "mr": mr,
+    }
+    return PyverbsDevice(modules, "card0")
+
+
+def test_a_dmabuf_counts_from_its_offset() -> None:
+    made: list[tuple[Any, ...]] = []
+
+    def region(domain: Any, length: int, access: int, dmabuf: int, offset: int) -> Any:
+        made.append((domain, length, access, dmabuf, offset))
+        return SimpleNamespace(lkey=3, rkey=4, close=lambda: made.append(("closed",)))
+
+    device = device_with(SimpleNamespace(DmaBufMR=region))
+    memory, first = device.register_dmabuf(9, 512, 8192, 0x7F00_0000_0200, Access.WRITE_HERE)
+    # Whatever the program calls the first byte: the card calls it by the offset.
+    assert (memory.lkey, memory.rkey, first) == (3, 4, 512)
+    memory.close()
+    assert made == [(("domain of", "card0"), 8192, 1, 9, 512), ("closed",)]
+
+
+def test_a_card_or_a_pyverbs_without_dmabufs() -> None:
+    def refused(*_: Any) -> Any:
+        raise Failure
+
+    for mr in SimpleNamespace(DmaBufMR=refused), SimpleNamespace():
+        with pytest.raises(VerbsError) as raised:
+            device_with(mr).register_dmabuf(9, 0, 4096, 4096, Access.READ_HERE)
+        assert raised.value.errno == errno.EOPNOTSUPP

@@ -15,9 +15,9 @@ from gpuremote.errors import ConnectionLost, ProtocolError, TransportUnavailable
 from gpuremote.testing.driving import Ends, place
 from gpuremote.testing.fake_verbs import FakeVerbs
 from gpuremote.transport import rdma
-from gpuremote.transport._rdma_setup import Options, RdmaPath, bring_up
 from gpuremote.transport.base import Connection
 from gpuremote.transport.rdma import Rdma, RdmaConnection
+from gpuremote.transport.rdma.setup import Options, RdmaPath, bring_up
 from gpuremote.transport.setup import Setup, upgrade
 from gpuremote.transport.tcp import TcpConnection
 from gpuremote.transport.verbs.base import Gid, GidKind, VerbsError, VerbsProvider

@@ -18,8 +18,9 @@ from gpuremote import _clock
 from gpuremote.errors import ConnectionLost, GpuRemoteError, ProtocolError, TransportUnavailable
 from gpuremote.memory import shared
 from gpuremote.memory.shared import Arena, Loans, Place, SegmentInfo
-from gpuremote.testing.driving import Ends
+from gpuremote.testing.driving import Ends, place
 from gpuremote.transport import shm
+from gpuremote.transport.base import Region
 from gpuremote.transport.setup import Setup, upgrade
 from gpuremote.transport.shm import ShmConnection
 from gpuremote.transport.shm_setup import Shm
@@ -91,9 +92,11 @@ def test_a_block_stays_with_whoever_has_a_slice_of_it() -> None:
     side = Side()
     place = side.lend(block(side, MIB))
     part = np.frombuffer(side.loans.view(place), np.float32).reshape(512, 512)[3:5, ::2]
-    assert side.arena.find(block(side, MIB)) != place
+    other = block(side, MIB)
+    assert side.arena.find(other) != place
     del part
     assert side.arena.find(block(side, MIB)) == place
+    del other
 
 
 def test_each_loan_has_to_come_back() -> None:
@@ -103,9 +106,24 @@ def test_each_loan_has_to_come_back() -> None:
     views = [side.loans.view(place), side.loans.view(side.lend(here))]
     del here
     views.pop()
-    assert side.arena.find(block(side, MIB)) != place
+    other = block(side, MIB)
+    assert side.arena.find(other) != place
     views.pop()
     assert side.arena.find(block(side, MIB)) == place
+    del other
+
+
+def test_the_block_that_was_left_last_is_taken_first() -> None:
+    side = Side()
+    blocks: list[memoryview | None] = [block(side, MIB) for _ in range(6)]
+    places = [side.arena.find(view) for view in blocks if view is not None]
+    for k in (2, 5, 0):
+        blocks[k] = None
+    assert [side.arena.find(view) for view in [block(side, MIB), block(side, MIB)]] == [
+        places[0],
+        places[5],
+    ]
+    del blocks
 
 
 def test_loans_come_back_from_many_threads() -> None:
@@ -152,7 +170,7 @@ def test_a_block_that_nobody_uses_is_given_back(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    "place",
+    "where",
     [
         Place(7, 0, 0, 1),
         Place(0, 4, 0, 1),
@@ -161,12 +179,12 @@ def test_a_block_that_nobody_uses_is_given_back(monkeypatch: pytest.MonkeyPatch)
         Place(0, 0, 0, 0),
     ],
 )
-def test_places_that_do_not_exist(place: Place) -> None:
+def test_places_that_do_not_exist(where: Place) -> None:
     side = Side()
     kept = block(side, MIB)
     assert side.passed == [SegmentInfo(0, MIB, 4)]
     with pytest.raises(ProtocolError):
-        side.loans.view(place)
+        side.loans.view(where)
     del kept
 
 
@@ -241,6 +259,69 @@ def test_what_is_given_away_is_not_copied(pair: tuple[ShmConnection, ShmConnecti
         assert side.stats.payload_copied == 0
     assert here.stats.payload_sent == there.stats.payload_received == 5 * MIB
     assert here.stats.sends == 1
+
+
+def adopted_there(pair: tuple[ShmConnection, ShmConnection], ends: Ends) -> memoryview:
+    """Memory of the first end that the second one has been given."""
+    here, there = pair
+    given = allocated(here, 5 * MIB)
+    given[:3] = b"abc"
+    here.send(b"", [here.register(given)])
+    incoming = ends.receive(there)
+    (adopted,) = incoming.adopt() or [memoryview(b"")]
+    incoming.into([adopted])
+    return adopted
+
+
+def test_what_was_given_comes_back_by_one_copy(pair: tuple[ShmConnection, ShmConnection]) -> None:
+    here, there = pair
+    ends = Ends(here, there)
+    adopted = adopted_there(pair, ends)
+    there.send(b"", [Region(adopted[1:], steady=True), Region(b"", steady=True)])
+    incoming = ends.receive(here)
+    assert incoming.adopt() is None  # only lent
+    assert bytes(place(ends, incoming)[0][:2]) == b"bc"
+    assert there.stats.extra["copied_in"] == here.stats.extra["copied_in"] == 0
+    assert here.stats.extra["copied_out"] == 5 * MIB - 1
+    assert here.stats.payload_received == there.stats.payload_sent == 5 * MIB - 1
+    # The block is used again when the other end has dropped it: nothing more is counted for it.
+    assert here._arena.nbytes < 10 * MIB
+    del adopted, incoming
+    for _ in range(5):
+        adopted_there(pair, ends)
+    assert here._arena.nbytes < 17 * MIB
+
+
+def test_what_may_change_meanwhile_is_copied(pair: tuple[ShmConnection, ShmConnection]) -> None:
+    here, there = pair
+    ends = Ends(here, there)
+    adopted = adopted_there(pair, ends)
+    there.send(b"", [there.register(adopted)])
+    adopted[:3] = b"xyz"
+    assert bytes(place(ends, ends.receive(here))[0][:3]) == b"abc"
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        (shm.YOURS, 1, 0),  # was never sent
+        (shm.YOURS, 9, 0),
+        (shm.YOURS | 7, 0, 0),
+        (shm.YOURS, 0, MIB - 99),
+    ],
+)
+def test_memory_that_the_other_end_does_not_have(where: tuple[int, int, int]) -> None:
+    raw, ours = socket.socketpair()
+    side, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection = ShmConnection(ours, side, blocking=False)
+    with raw, theirs:
+        connection.send(b"", [Region(allocated(connection, MIB))])
+        kept = allocated(connection, MIB)
+        raw.sendall(frame(shm.SHARED, shared_body(100, where, 100)))
+        with pytest.raises(ProtocolError, match="does not have"):
+            Ends(connection).receive(connection)
+        connection.abort()
+        del kept
 
 
 def test_other_memory_is_copied_once_where_it_is_adopted(

@@ -15,6 +15,7 @@ from gpuremote.errors import (
     OpFailed,
     OutOfDeviceMemory,
 )
+from gpuremote.memory.device import DeviceMemory, DeviceTarget
 from gpuremote.ops.operands import DType
 from gpuremote.ops.plan import Plan
 
@@ -129,11 +130,17 @@ class Backend(abc.ABC):
         The array's own memory where the host can write it, staging otherwise.
         """
 
-    @abc.abstractmethod
-    def received(self, array: Any, view: memoryview) -> None:
-        """The bytes of :meth:`receive_view` are there: bring them to the array.
+    def receive_target(self, array: Any) -> memoryview | DeviceTarget:
+        """The same for who can write to a device's memory: that of the array itself, if it has
+        any the driver knows of."""
+        return self.receive_view(array)
 
-        Ordered before what the calling thread's stream runs next. The caller may drop the view
+    @abc.abstractmethod
+    def received(self, array: Any, target: memoryview | DeviceTarget) -> None:
+        """The bytes of :meth:`receive_view` or :meth:`receive_target` are there: bring them to
+        the array.
+
+        Ordered before what the calling thread's stream runs next. The caller may drop the target
         at once, and must not write to it again.
         """
 
@@ -152,6 +159,11 @@ class Backend(abc.ABC):
         Waits for what the calling thread's stream has queued. Without a private copy the array
         must not change until the bytes are sent.
         """
+
+    def send_source(self, array: Any) -> tuple[memoryview | DeviceMemory, bool]:
+        """The same for who can read a device's memory: that of the array itself, or of a private
+        copy in C order beside it."""
+        return self.send_view(array)
 
     def small_bytes(self, array: Any) -> bytes:
         """A copy of the bytes of a small array, in C order."""

@@ -16,6 +16,8 @@ from gpuremote._types import Shape
 from gpuremote.backend.array_namespace import ArrayNamespaceBackend
 from gpuremote.backend.base import Compiled, DeviceInfo
 from gpuremote.errors import InvalidBuffer
+from gpuremote.memory.cuda import CudaDriver, CudaError, cuda_driver
+from gpuremote.memory.device import DeviceMemory, DeviceTarget
 from gpuremote.ops.operands import DType
 from gpuremote.ops.plan import Plan
 
@@ -31,6 +33,8 @@ class CupyBackend(ArrayNamespaceBackend):
         How many of the visible devices to offer; 0 means all.
     cupy : module, optional
         Stands in for CuPy (tests).
+    driver : CudaDriver, optional
+        Stands in for the CUDA driver, beside such a CuPy.
 
     Notes
     -----
@@ -40,7 +44,9 @@ class CupyBackend(ArrayNamespaceBackend):
 
     name = "cupy"
 
-    def __init__(self, devices: int = 0, *, cupy: Any = None) -> None:
+    def __init__(
+        self, devices: int = 0, *, cupy: Any = None, driver: CudaDriver | None = None
+    ) -> None:
         super().__init__(importlib.import_module("cupy") if cupy is None else cupy, devices)
         cuda = self._cuda = self.xp.cuda
         visible = int(cuda.runtime.getDeviceCount())
@@ -49,6 +55,7 @@ class CupyBackend(ArrayNamespaceBackend):
         # Staging that the device may still be reading, each with the event behind the copy.
         self._in_flight: deque[tuple[Any, memoryview]] = deque()
         self._lock = threading.Lock()
+        self._driver = _driver_beside_cupy() if cupy is None else driver
 
     @classmethod
     def probe(cls) -> tuple[bool, str]:
@@ -116,12 +123,44 @@ class CupyBackend(ArrayNamespaceBackend):
             raise InvalidBuffer("bytes can be received into C-contiguous arrays only")
         return self._staging(array.nbytes)
 
-    def received(self, array: Any, view: memoryview) -> None:
-        if not view.nbytes:
-            return
+    def receive_target(self, array: Any) -> memoryview | DeviceTarget:
+        if self._driver is None or not array.nbytes:
+            return self.receive_view(array)
+        if not array.flags.c_contiguous:
+            raise InvalidBuffer("bytes can be received into C-contiguous arrays only")
         with array.device:
             stream = self._cuda.get_current_stream()
-            array.set(np.frombuffer(view, array.dtype).reshape(array.shape), stream=stream)
+            # The pool gives memory out again while kernels that were queued before still use it.
+            before = stream.record()
+        return DeviceTarget(self._memory(array, stream), self._staging, lambda: bool(before.done))
+
+    def _memory(self, array: Any, stream: Any) -> DeviceMemory:
+        assert self._driver is not None
+        return DeviceMemory(
+            self._driver,
+            int(array.data.ptr),
+            array.nbytes,
+            array.device.id,
+            array,
+            int(stream.ptr),
+        )
+
+    def received(self, array: Any, target: memoryview | DeviceTarget) -> None:
+        if isinstance(target, DeviceTarget):
+            # The rest has been written to the array, or in the order of its stream.
+            for offset, view in target.staged:
+                self._upload(array, offset, view)
+        elif target.nbytes:
+            self._upload(array, 0, target)
+
+    def _upload(self, array: Any, offset: int, view: memoryview) -> None:
+        with array.device:
+            stream = self._cuda.get_current_stream()
+            if view.nbytes == array.nbytes:
+                array.set(np.frombuffer(view, array.dtype).reshape(array.shape), stream=stream)
+            else:
+                part = array.reshape(-1).view(np.uint8)[offset : offset + view.nbytes]
+                part.set(np.frombuffer(view, np.uint8), stream=stream)
             event = stream.record()
         with self._lock:
             self._in_flight.append((event, view))
@@ -135,6 +174,17 @@ class CupyBackend(ArrayNamespaceBackend):
                 self.xp.ascontiguousarray(array).get(stream=stream, out=out)
                 stream.synchronize()
         return view, True
+
+    def send_source(self, array: Any) -> tuple[memoryview | DeviceMemory, bool]:
+        if self._driver is None or not array.nbytes:
+            return self.send_view(array)
+        with array.device:
+            stream = self._cuda.get_current_stream()
+            private = not array.flags.c_contiguous
+            flat = self.xp.ascontiguousarray(array) if private else array
+            # A card does not wait for streams.
+            stream.synchronize()
+        return self._memory(flat, stream), private
 
     def storage_of(self, array: Any) -> Any:
         return array.data.mem
@@ -191,3 +241,12 @@ class CupyBackend(ArrayNamespaceBackend):
         for device, native in self._streams(stream):
             with self._cuda.Device(device):
                 native.synchronize()
+
+
+def _driver_beside_cupy() -> CudaDriver | None:
+    """The driver that CuPy works on; None where that is not CUDA's (ROCm), and arrays are staged
+    by CuPy alone."""
+    try:
+        return cuda_driver()
+    except CudaError:
+        return None

@@ -16,6 +16,7 @@ from gpuremote.backend.array_namespace import ArrayNamespaceBackend
 from gpuremote.backend.base import Compiled, DeviceInfo
 from gpuremote.backend.blocks import BlockPool
 from gpuremote.errors import InvalidBuffer
+from gpuremote.memory.device import DeviceTarget
 from gpuremote.memory.host import host_memory
 from gpuremote.ops.operands import DType
 from gpuremote.ops.plan import Plan
@@ -90,7 +91,7 @@ class NumpyBackend(ArrayNamespaceBackend):
         view: memoryview = array.reshape(-1).view(np.uint8).data
         return view
 
-    def received(self, array: Any, view: memoryview) -> None:
+    def received(self, array: Any, target: memoryview | DeviceTarget) -> None:
         """The bytes are in the array already."""
 
     def adopt(self, view: memoryview, shape: Shape, dtype: DType) -> npt.NDArray[Any] | None:

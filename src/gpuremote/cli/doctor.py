@@ -25,6 +25,7 @@ from gpuremote.client.blocking import Session
 from gpuremote.client.connect import connect_sync
 from gpuremote.config import parse_url
 from gpuremote.errors import GpuRemoteError, TransportUnavailable
+from gpuremote.memory.cuda import CudaError, cuda_driver
 from gpuremote.transport import congestion
 from gpuremote.transport.select import probe
 
@@ -93,9 +94,41 @@ def _machine() -> dict[str, Any]:
             "present": devices.is_dir(),
             "devices": sorted(p.name for p in devices.iterdir()) if devices.is_dir() else [],
         },
+        "gpu_memory": _gpu_memory(),
         "memlock_bytes": _limits(resource.RLIMIT_MEMLOCK),
         "file_descriptors": _limits(resource.RLIMIT_NOFILE),
     }
+
+
+def _gpu_memory() -> dict[str, Any]:
+    """What a card could do with the memory of each GPU; which way is taken is found out with the
+    memory at hand."""
+    peermem = Path("/sys/module/nvidia_peermem").is_dir()
+    try:
+        driver = cuda_driver()
+        devices = [
+            {
+                "dma_buf": driver.exports_dmabuf(number),
+                "ordered": driver.orders_writes(number),
+                "flush": driver.flushes_writes(number),
+            }
+            for number in range(driver.devices())
+        ]
+    except CudaError as error:
+        return {"devices": [], "nvidia_peermem": peermem, "reason": str(error)}
+    return {"devices": devices, "nvidia_peermem": peermem, "reason": "a CUDA driver is there"}
+
+
+def _ways(found: dict[str, Any]) -> str:
+    if not found["devices"]:
+        return str(found["reason"])
+    peermem = "nvidia-peermem" if found["nvidia_peermem"] else "nvidia-peermem is not loaded"
+    texts = []
+    for number, gpu in enumerate(found["devices"]):
+        ways = "dma-buf" if gpu["dma_buf"] else "no dma-buf"
+        writes = "ordered" if gpu["ordered"] else "flushed" if gpu["flush"] else "staged"
+        texts.append(f"GPU {number}: {ways}, {peermem}, a card's writes are {writes}")
+    return "; ".join(texts)
 
 
 def _limits(what: int) -> dict[str, int | None]:
@@ -170,6 +203,7 @@ def _print(report: dict[str, Any]) -> None:
             ("  available", " ".join(algorithms["available"]) or "unknown"),
             ("  permitted", " ".join(algorithms["permitted"]) or "none"),
             ("/dev/infiniband", " ".join(machine["infiniband"]["devices"]) or "not there"),
+            ("GPU memory", _ways(machine["gpu_memory"])),
             ("locked memory, bytes", _limit(machine["memlock_bytes"])),
             ("open files", _limit(machine["file_descriptors"])),
         ],

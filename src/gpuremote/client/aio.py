@@ -157,10 +157,11 @@ class AsyncDevice(Device[AsyncArray]):
 
         Returns when the server has the bytes. Nothing is waited for where they are up to 16 KiB,
         which travel with the next batch, nor where both ends see the memory they are copied to
-        (transport ``shm``); what goes wrong there arrives at the next wait. An array from
-        ``session.empty`` that is put whole is given away: no byte is moved, it is read-only from
-        then on, and shows what the device does to it. The memory is lent until return; cancellation
-        and timeout take the upload back before that.
+        (transport ``shm``): the server is told of it with the next op or wait, or after some more
+        uploads, and what goes wrong there arrives at the next wait. An array from ``session.empty``
+        that is put whole is given away: no byte is moved, it is read-only from then on, and shows
+        what the device does to it. The memory is lent until return; cancellation and timeout take
+        the upload back before that.
 
         Raises
         ------
@@ -175,10 +176,7 @@ class AsyncDevice(Device[AsyncArray]):
         if staged is not None:
             if staged is not host.view:
                 await _copy(staged, host.view)
-            array = self._put_staged(host, staged)
-            if staged is host.view:
-                value.flags.writeable = False
-            return array
+            return self._put_staged(value, host, staged)
         array, wait = self._put(host)
         del host  # an error that is kept holds this frame, and it the memory
         if wait is not None:

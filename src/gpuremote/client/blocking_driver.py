@@ -23,6 +23,9 @@ SLICE: Final = 1.0
 """Seconds of one blocking receive; deadlines are looked at in between."""
 PUSH: Final = 0.005
 """Seconds that a thread waits to send on before it looks for its answer."""
+RECEIPTS: Final = 1
+"""Uploads that nothing was heard of, before a further one looks whether something was: memory is
+used again as soon as the server is through with it, while it is in the caches."""
 SHORT: Final = 0.01
 """Seconds for going back to a server on behalf of another session, apart from one attempt."""
 
@@ -269,6 +272,8 @@ class BlockingDriver:
         """Wait until one more upload may be on its way (with many threads uploading)."""
         if self.core.full:
             self._until(_Room(self.core), None)
+        elif self.core.peer.bulk_in_flight > RECEIPTS:
+            self._poll()
 
     def _stalled(self) -> None:
         """Issuing has to wait until the server has caught up."""

@@ -28,10 +28,11 @@ from gpuremote.errors import (
     SessionLost,
     error_from_wire,
 )
+from gpuremote.ops.meta import Meta
 from gpuremote.rpc.peer import Connection, Entry, Region
 from gpuremote.transport.base import Incoming
 from gpuremote.wire import caps
-from gpuremote.wire.batch import ALL_STREAMS, Op
+from gpuremote.wire.batch import ALL_STREAMS, Op, blob_record
 from gpuremote.wire.frames import NUMBER, Kind, ResultForm, pack_info, unpack_info
 from gpuremote.wire.state import SessionState, State, Stimulus
 
@@ -48,6 +49,12 @@ MAX_FAILURES: Final = 256
 """Failures kept for a ``synchronize``; of more only the number is kept."""
 GROUP: Final = 4096
 """Arrays of one message."""
+STAGED: Final = 8
+STAGED_BYTES: Final = 64 << 20
+"""Arrays in shared memory, and bytes of them, of which the server is told at the latest with the
+next one. To be told wakes it, on this core as a rule: that takes longer than to copy a MiB."""
+MAX_RECORDS: Final = 1024
+"""Encoded PUT records that are kept; programs upload the same shapes again and again."""
 VIEW: Final = "view"
 """The kind of a wait for memory, in place of bytes to be put somewhere."""
 MAX_LINKS: Final = 4096
@@ -106,6 +113,7 @@ class Core(Issuer):
         self._failures: dict[int, GpuRemoteError] = {}
         self._more_failures = 0
         self._farewell = Wait(0, "close")
+        self._put_records: dict[Meta, bytes] = {}
         _cores.add(self)
 
     def _check(self) -> None:
@@ -198,32 +206,48 @@ class Core(Issuer):
             return connection.allocate(nbytes)
 
     def gives(self, view: memoryview) -> bool:
-        """Whether ``view`` is such memory, all of it, and not sent yet."""
+        """Whether ``view`` is such memory, all of it, and not put yet (then it is read-only)."""
+        if view.readonly:
+            return False
         with self.lock:
             connection = self.peer.connection
             return connection is not None and connection.gives(view)
 
-    def put_staged(self, shape: tuple[int, ...], dtype: str, device: int, view: memoryview) -> int:
+    def put_staged(self, meta: Meta, view: memoryview) -> int:
         """Upload what lies in memory from :meth:`allocate`: nothing has to be waited for, as the
-        bytes are where the server finds them."""
+        bytes are where the server finds them. It is told with the next record that goes out."""
         number = 0
         with self.lock:
+            staged = self._staged
+            if staged and (
+                len(staged) >= STAGED or sum(v.nbytes for _, v in staged) >= STAGED_BYTES
+            ):
+                self.flush()
+            due, self.flush_after = self.flush_after, NEVER
             try:
-                with self.peer.together():
-                    while self.dropped:
-                        self._free_dropped()
-                    number = self._record(Op.PUT, (), "put", [list(shape), dtype, device])
-                    self.flush()
-                    self.peer.post_payload(Kind.PAYLOAD, NUMBER.pack(number), [Region(view)])
+                while self.dropped:  # the server makes room for a PUT when it comes
+                    self._free_dropped()
+                number = self._append(self._put_record(meta), "put")
+                self._staged.append((number, view))
             except BaseException:
                 if number and self.dead is None:
                     self._record(Op.CANCEL, (number,))
                     self.dropped.append(number)
                 raise
-            self._posted()
+            finally:
+                self.flush_after = due
         if self._stalled:
             self._relieve()
         return number
+
+    def _put_record(self, meta: Meta) -> bytes:
+        known = self._put_records.get(meta)
+        if known is None:
+            if len(self._put_records) >= MAX_RECORDS:
+                self._put_records.clear()
+            blob = [list(meta.shape), meta.wire_dtype, meta.device]
+            known = self._put_records[meta] = blob_record(Op.PUT, blob=pack_info(blob))
+        return known
 
     def put_many(
         self, items: Sequence[tuple[tuple[int, ...], str, int, memoryview]]

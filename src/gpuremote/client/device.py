@@ -132,10 +132,7 @@ class Device(Generic[A]):
             return self._put(host)
         if staged is not host.view:
             copy_bytes(staged, host.view)
-        array = self._put_staged(host, staged)
-        if staged is host.view:
-            value.flags.writeable = False  # it is the device's from now on
-        return array, None
+        return self._put_staged(value, host, staged), None
 
     def _host_array(self, value: Any, dtype: npt.DTypeLike | None) -> HostArray:
         host = host_array(value, dtype)
@@ -152,13 +149,19 @@ class Device(Generic[A]):
         core = self._core
         if host.view.nbytes <= INLINE_PAYLOAD:
             return None
-        if not core.gives(host.view) or not _alone(value):
-            return core.allocate(host.view.nbytes, shared=True)
-        return host.view
+        owns = type(value) is not np.ndarray or value.base is None  # as most do
+        if not owns and core.gives(host.view) and _alone(value):
+            return host.view
+        return core.allocate(host.view.nbytes, shared=True)
 
-    def _put_staged(self, host: HostArray, staged: memoryview) -> A:
-        number = self._core.put_staged(host.shape, _wire(host.dtype), self.index, staged)
-        return self._array(number, host)
+    def _put_staged(self, value: Any, host: HostArray, staged: memoryview) -> A:
+        """Upload what ``_staged`` said, which is filled by now."""
+        core = self._core
+        meta = core.metas.get(host.shape, host.dtype, self.index)
+        number = core.put_staged(meta, staged)
+        if staged is host.view:
+            value.flags.writeable = False  # it is the device's from now on
+        return self._array_type(core, number, meta)
 
     def _upload_many(
         self, values: Any, dtype: npt.DTypeLike | None = None
@@ -220,10 +223,10 @@ class Device(Generic[A]):
         return number
 
 
-def _alone(value: Any) -> bool:
+def _alone(value: npt.NDArray[Any]) -> bool:
     """Whether no other array could still write to the memory of ``value``: beside it the upload's
     own view refers to what both are made from, and so does this call."""
-    return type(value) is np.ndarray and sys.getrefcount(value.base) <= 3
+    return sys.getrefcount(value.base) <= 3
 
 
 def _shape(shape: int | Shape) -> Shape:

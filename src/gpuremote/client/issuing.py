@@ -19,11 +19,11 @@ from gpuremote.errors import GpuRemoteError, LimitExceeded
 from gpuremote.ops.meta import Meta, MetaTable
 from gpuremote.ops.plan import Plan, define, encode_definition
 from gpuremote.ops.spec import OpSpec
-from gpuremote.rpc.peer import Peer, Sink
+from gpuremote.rpc.peer import Peer, Region, Sink
 from gpuremote.wire import caps
 from gpuremote.wire.batch import FIRST_PLAN, Op, blob_record, fixed_record, free_record
 from gpuremote.wire.batch import PREFIX as BATCH_PREFIX
-from gpuremote.wire.frames import Kind, pack_info
+from gpuremote.wire.frames import NUMBER, SEPARATE, Kind, pack_info
 
 __all__ = ["Issuer"]
 
@@ -105,6 +105,9 @@ class Issuer:
         self._pause = FLUSH_NS
         self._told = False
         self._named = 0
+        self._staged: list[tuple[int, memoryview]] = []
+        """Arrays whose records are out or in the buffer, and where their bytes lie: memory that
+        the server sees too, of which it has not been told."""
         self._origins: list[Origin] = []
         self._kept: deque[tuple[int, list[Origin]]] = deque()
 
@@ -154,6 +157,9 @@ class Issuer:
             if blob is None
             else blob_record(op, *values, blob=pack_info(blob))
         )
+        return self._append(encoded, name)
+
+    def _append(self, encoded: bytes, name: str = "") -> int:
         with self.lock:
             if self._special:
                 self._prepare()
@@ -240,6 +246,7 @@ class Issuer:
             self.dead = error
         self._special = True
         self._origins = []
+        self._staged = []
         self._kept.clear()
 
     # -- sending --------------------------------------------------------------------------------
@@ -254,32 +261,55 @@ class Issuer:
         with self.lock:
             if self.dropped_streams or self.dropped_events:
                 self._drop_streams()
-            while True:
-                if self.dropped:
-                    self._free_dropped()
-                buffer = self._buffer
-                if not buffer:
-                    return
-                body = _pack_number(self._first) + buffer
-                fresh = bytearray()
-                # No call stands between these lines (nor where a record gets its number): Ctrl-C
-                # comes before all of them or after.
-                self._first = self._next
-                self._buffer = fresh
-                try:
-                    out = self._post(_BATCH, body)
-                except BaseException:
-                    self.peer.interrupted(body)
-                    raise
-                if self._origins:
-                    self._kept.append((self._next - 1, self._origins))
-                    self.stats.ops += len(self._origins) - self._named
-                    self._origins = []
-                    self._named = 0
-                self._told = False
-                self.flush_after = now_ns() + pause
-                if not out:
-                    self._posted()
+            if not self._staged:
+                self._send_records(pause)
+                return
+            with self.peer.together():
+                self._send_records(pause)
+                self._send_staged()
+            self._posted()
+
+    def _send_records(self, pause: int) -> None:
+        while True:
+            if self.dropped:
+                self._free_dropped()
+            buffer = self._buffer
+            if not buffer:
+                return
+            body = _pack_number(self._first) + buffer
+            fresh = bytearray()
+            # No call stands between these lines (nor where a record gets its number): Ctrl-C
+            # comes before all of them or after.
+            self._first = self._next
+            self._buffer = fresh
+            try:
+                out = self._post(_BATCH, body)
+            except BaseException:
+                self.peer.interrupted(body)
+                raise
+            if self._origins:
+                self._kept.append((self._next - 1, self._origins))
+                self.stats.ops += len(self._origins) - self._named
+                self._origins = []
+                self._named = 0
+            self._told = False
+            self.flush_after = now_ns() + pause
+            if not out:
+                self._posted()
+
+    def _send_staged(self) -> None:
+        """Tell the server where the bytes lie of the arrays that the records before made."""
+        staged = self._staged
+        body = b"".join([NUMBER.pack(number) for number, _ in staged])
+        regions = [Region(view) for _, view in staged]
+        try:
+            self.peer.post_payload(Kind.PAYLOAD, body, regions, arg=SEPARATE)
+        except BaseException:
+            if self.peer.holds(body):
+                self._staged = []
+            raise
+        # No call stands between: Ctrl-C comes above or below.
+        self._staged = []
 
     def _free_dropped(self) -> None:
         dropped = self.dropped

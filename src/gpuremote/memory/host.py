@@ -12,6 +12,8 @@ from gpuremote._dtypes import check_dtype
 from gpuremote._speed import native
 from gpuremote._types import Shape
 from gpuremote.errors import DTypeError, GpuRemoteError, InvalidBuffer
+from gpuremote.memory.cuda import CudaError
+from gpuremote.memory.device import device_array, on_cuda_device
 
 __all__ = ["HostArray", "copy_bytes", "host_array", "host_memory", "output_view"]
 
@@ -47,25 +49,44 @@ class HostArray(NamedTuple):
     copied: int
 
 
-def copy_bytes(target: memoryview, source: memoryview) -> None:
-    """Copy flat bytes without the interpreter's lock, which a slice assignment would keep."""
+def _python_copy(target: memoryview, source: memoryview, /) -> None:
+    if target.nbytes != source.nbytes:  # NumPy would repeat a single byte
+        raise ValueError(f"{source.nbytes} bytes do not fit into {target.nbytes} exactly")
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+_copy = _python_copy
+if not TYPE_CHECKING and native is not None:
+    _copy = native.copy
+
+
+def copy_bytes(target: memoryview, source: memoryview) -> None:
+    """Copy flat bytes without the interpreter's lock, which a slice assignment would keep.
+
+    They must not overlap, and be of equal size. In C a large copy goes past the caches.
+    """
+    _copy(target, source)
 
 
 def host_array(value: Any, dtype: npt.DTypeLike | None = None) -> HostArray:
     """View ``value`` as a contiguous array in host memory.
 
     Takes NumPy arrays, anything with the buffer protocol, DLPack on the CPU (torch tensors),
-    objects with ``get()`` and ``__cuda_array_interface__`` (CuPy: staged through the host),
-    Python scalars and nested lists.
+    arrays on a CUDA device (CuPy, torch and others: copied to the host), Python scalars and nested
+    lists.
 
     Raises
     ------
     DTypeError
         Object, string or other dtypes that can't live on a device.
     InvalidBuffer
-        A DLPack exporter refused.
+        A DLPack exporter refused, or an array on a CUDA device is not C-contiguous or can't be
+        copied.
     """
+    if type(value) is np.ndarray and dtype is None and value.flags.c_contiguous:
+        kind = check_dtype(value.dtype)
+        if kind == value.dtype:  # nearly every one
+            return HostArray(value.shape, kind, _bytes_of(value), 0)
     array = _as_numpy(value)
     wanted = check_dtype(array.dtype if dtype is None else dtype)
     ready = array if array.dtype == wanted and array.flags.c_contiguous else None
@@ -83,11 +104,13 @@ def _as_numpy(value: Any) -> npt.NDArray[Any]:
         raise DTypeError("a mask can't live on a device: give value.filled(...) or value.data")
     if isinstance(value, np.ndarray):
         return np.asarray(value)  # of a subclass its memory only: a matrix reshapes differently
-    if hasattr(value, "__cuda_array_interface__") and hasattr(value, "get"):
-        staged: npt.NDArray[Any] = value.get()
-        return staged
     if isinstance(value, (bytes, bytearray)):
         return np.frombuffer(value, np.uint8)
+    if not isinstance(value, np.generic) and on_cuda_device(value):
+        if hasattr(value, "get"):
+            staged: npt.NDArray[Any] = value.get()  # CuPy's, in whatever order of elements
+            return staged
+        return _from_device(value)
     if hasattr(value, "__dlpack__") and not isinstance(value, np.generic):
         exporter = value.detach() if hasattr(value, "detach") else value
         try:
@@ -108,6 +131,19 @@ def _as_numpy(value: Any) -> npt.NDArray[Any]:
         raise DTypeError(
             f"a {type(value).__name__} of objects can't live on a device; give numbers of one dtype"
         )
+    return array
+
+
+def _from_device(value: Any) -> npt.NDArray[Any]:
+    try:
+        found = device_array(value)
+        array = np.empty(found.shape, found.dtype)
+        if array.nbytes:
+            found.memory.copy_to(_bytes_of(array))
+    except CudaError as error:
+        raise InvalidBuffer(
+            f"the {type(value).__name__} can't be copied from its device: {error}"
+        ) from error
     return array
 
 

@@ -144,9 +144,14 @@ class _Mapping:
         if populate and nbytes <= AT_ONCE:
             _libc.madvise(address, nbytes, _POPULATE)
 
-    def counters(self, count: int) -> npt.NDArray[np.uint32]:
-        """The first page; only as long as somebody refers to this mapping."""
-        return self._content[: 4 * count].view(np.uint32)
+    def counters(self, count: int) -> memoryview:
+        """The first page, as u32; only as long as somebody refers to this mapping."""
+        return self._content[: 4 * count].data.cast("I")
+
+    def look(self, offset: int, nbytes: int) -> memoryview:
+        """Bytes that keep the mapping."""
+        view: memoryview = self._content[offset : offset + nbytes].data
+        return view
 
     def memory(self, offset: int, nbytes: int, on_gone: Callable[[], object]) -> memoryview:
         """Bytes that keep the mapping, and tell when the last reference to them goes."""
@@ -190,7 +195,14 @@ class _Segment:
         self.left_at = _clock.now()
 
     def free(self, index: int) -> bool:
-        return not self.used[index] and (self.sent[index] & 0xFFFFFFFF) == self.returned[index]
+        return not self.used[index] and not self.lent(index)
+
+    def lent(self, index: int) -> bool:
+        """Whether the other process has the block."""
+        return (
+            0 <= index < self.info.blocks
+            and (self.sent[index] & 0xFFFFFFFF) != self.returned[index]
+        )
 
 
 class Arena:
@@ -227,7 +239,9 @@ class Arena:
         self._next = 0
         self._segments: dict[int, _Segment] = {}
         self._bases: list[tuple[int, int]] = []  # address and number, in order of the addresses
-        self._by_size: dict[int, list[_Segment]] = {}
+        # Blocks of each size to which nobody here refers, the latest last: of those that the other
+        # process has given back too, they are the likeliest to be in the caches.
+        self._idle: dict[int, list[tuple[_Segment, int]]] = {}
         # Blocks whose last reference here is gone; finalisers only append.
         self._gone: deque[tuple[_Segment, int]] = deque()
         self._closed = False
@@ -238,10 +252,11 @@ class Arena:
             return None
         self.collect()
         size = _size_class(nbytes)
-        for segment in self._by_size.get(size, ()):
-            for index in range(segment.info.blocks):
-                if segment.free(index):
-                    return self._take(segment, index, nbytes)
+        idle = self._idle.get(size, ())
+        for at in range(len(idle) - 1, -1, -1):
+            segment, index = idle[at]
+            if segment.free(index):
+                return self._take(*self._idle[size].pop(at), nbytes)
         grown = self._grow(size)
         return None if grown is None else self._take(grown, 0, nbytes)
 
@@ -272,7 +287,7 @@ class Arena:
             os.close(fd)
         self._next += 1
         self._segments[info.ident] = segment
-        self._by_size.setdefault(size, []).append(segment)
+        self._idle.setdefault(size, [])[:0] = [(segment, k) for k in range(count - 1, 0, -1)]
         self._bases.append((segment.base, info.ident))
         self._bases.sort()
         self.nbytes += info.nbytes
@@ -282,17 +297,29 @@ class Arena:
         """Where a flat view lies, if it lies in a block of this arena that is out."""
         if not view.nbytes or not self._bases:
             return None
-        address = address_of(view)
-        at = bisect_right(self._bases, (address, MAX_SEGMENTS << 32)) - 1
-        if at < 0:
+        segments = self._segments
+        place = _place_at(
+            address_of(view), view.nbytes, self._bases, lambda ident: segments[ident].info
+        )
+        if place is None or place.offset + view.nbytes > segments[place.segment].used[place.block]:
             return None
-        segment = self._segments[self._bases[at][1]]
-        index, offset = divmod(address - segment.base - PAGE, segment.info.block)
-        if not 0 <= index < segment.info.blocks or not segment.used[index]:
-            return None
-        if offset + view.nbytes > segment.used[index]:
-            return None
-        return Place(segment.info.ident, index, offset, view.nbytes)
+        return place
+
+    def look(self, place: Place) -> memoryview:
+        """The memory of a place that the other process names, in a block that it has.
+
+        From the thread that receives.
+
+        Raises
+        ------
+        ProtocolError
+            It has no such block.
+        """
+        segment = self._segments.get(place.segment)
+        if segment is None or not segment.lent(place.block) or not _fits(place, segment.info):
+            raise ProtocolError(f"the other end does not have {place}")
+        offset = PAGE + place.block * segment.info.block + place.offset
+        return segment.mapping.look(offset, place.nbytes)
 
     def whole(self, place: Place) -> bool:
         """Whether it is all of a block that was not given away yet."""
@@ -316,6 +343,7 @@ class Arena:
             segment, index = self._gone.popleft()
             segment.used[index] = 0
             segment.left_at = _clock.now()
+            self._idle[segment.info.block].append((segment, index))
 
     def trim(self, kept: float = KEPT) -> None:
         """Give back the segments that nobody has used for ``kept`` seconds."""
@@ -327,7 +355,8 @@ class Arena:
 
     def _forget(self, ident: int, segment: _Segment) -> None:
         del self._segments[ident]
-        self._by_size[segment.info.block].remove(segment)
+        idle = self._idle[segment.info.block]
+        idle[:] = [block for block in idle if block[0] is not segment]
         self._bases.remove((segment.base, ident))
         self.nbytes -= segment.info.nbytes
 
@@ -335,7 +364,7 @@ class Arena:
         """Nothing more is given out; what is out stays valid as long as it lives."""
         self._closed = True
         self._segments.clear()
-        self._by_size.clear()
+        self._idle.clear()
         self._bases.clear()
         self._gone.clear()
 
@@ -348,6 +377,30 @@ def _size_class(nbytes: int) -> int:
     return -(-nbytes // step) * step
 
 
+def _fits(place: Place, info: SegmentInfo) -> bool:
+    """Whether a place that the other process names lies within a block of the segment."""
+    return (
+        0 <= place.block < info.blocks
+        and place.nbytes > 0
+        and place.offset >= 0
+        and place.offset + place.nbytes <= info.block
+    )
+
+
+def _place_at(
+    address: int, nbytes: int, bases: list[tuple[int, int]], infos: Callable[[int], SegmentInfo]
+) -> Place | None:
+    """The place of some bytes, if they lie within a block of a segment."""
+    at = bisect_right(bases, (address, MAX_SEGMENTS << 32)) - 1
+    if at < 0:
+        return None
+    base, ident = bases[at]
+    info = infos(ident)
+    index, offset = divmod(address - base - PAGE, info.block)
+    place = Place(ident, index, offset, nbytes)
+    return place if _fits(place, info) else None
+
+
 class _Borrowed:
     """A segment of the other process."""
 
@@ -355,6 +408,8 @@ class _Borrowed:
         self.info = info
         # What the owner has not touched costs nothing here either.
         self.mapping = _Mapping(fd, info.nbytes, os.fstat(fd).st_blocks * 512 >= info.nbytes)
+        assert self.mapping.address is not None
+        self.base = self.mapping.address
         self._pid = os.getpid()
         self._counters = self.mapping.counters(info.blocks)
         self._counts = [0] * info.blocks
@@ -388,6 +443,7 @@ class Loans:
 
     def __init__(self) -> None:
         self._segments: dict[int, _Borrowed] = {}
+        self._bases: list[tuple[int, int]] = []  # address and number, in order of the addresses
 
     def __contains__(self, ident: int) -> bool:
         return ident in self._segments
@@ -412,7 +468,8 @@ class Loans:
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
             if seals & _SEALS != _SEALS or os.fstat(fd).st_size != info.nbytes:
                 raise ProtocolError(f"segment {info.ident} is not sealed, or has another size")
-            self._segments[info.ident] = _Borrowed(info, fd)
+            segment = self._segments[info.ident] = _Borrowed(info, fd)
+            self._bases = sorted([*self._bases, (segment.base, info.ident)])
         except (OSError, ValueError) as error:
             raise ProtocolError(f"segment {info.ident} can't be used: {error}") from error
 
@@ -425,19 +482,30 @@ class Loans:
             There is no such place.
         """
         segment = self._segments.get(place.segment)
-        if (
-            segment is None
-            or not 0 <= place.block < segment.info.blocks
-            or place.nbytes <= 0
-            or place.offset < 0
-            or place.offset + place.nbytes > segment.info.block
-        ):
+        if segment is None or not _fits(place, segment.info):
             raise ProtocolError(f"no memory was passed for {place}")
         return segment.view(place)
 
     def drop(self, ident: int) -> None:
         """The owner no longer uses a segment."""
-        self._segments.pop(ident, None)
+        if self._segments.pop(ident, None) is not None:
+            self._bases = [base for base in self._bases if base[1] != ident]
+
+    def find(self, view: memoryview) -> Place | None:
+        """Where a flat view lies, if that is within a block of a segment of the other process.
+
+        From the thread that sends.
+        """
+        bases, segments = self._bases, self._segments
+        if not view.nbytes or not bases:
+            return None
+        try:
+            return _place_at(
+                address_of(view), view.nbytes, bases, lambda ident: segments[ident].info
+            )
+        except KeyError:
+            return None  # dropped meanwhile
 
     def close(self) -> None:
         self._segments.clear()
+        self._bases = []

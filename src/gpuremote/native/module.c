@@ -51,6 +51,7 @@ static PyObject *fits(PyObject *module, PyObject *const *args, Py_ssize_t count)
 }
 
 static PyMethodDef module_methods[] = {
+    {"copy", (PyCFunction)(void (*)(void))copy_bytes, METH_FASTCALL, NULL},
     {"fits", (PyCFunction)(void (*)(void))fits, METH_FASTCALL, NULL},
     {NULL},
 };

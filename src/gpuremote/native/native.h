@@ -11,9 +11,10 @@
        Wait    gpuremote.client.waits
        Slot    gpuremote.server.storage
        fits    gpuremote.memory.host
+       copy    gpuremote.memory.host
 
-   No code here runs without the interpreter lock, apart from a receive that waits, so that a
-   step is one step for other threads and for signals. */
+   No code here runs without the interpreter lock, apart from a receive that waits and a copy, so
+   that a step is one step for other threads and for signals. */
 
 #ifndef GPUREMOTE_NATIVE_H
 #define GPUREMOTE_NATIVE_H
@@ -133,6 +134,9 @@ int wait_finish(PyObject *wait);
 
 /* What is in a Slot (borrowed); NULL or None if nothing is. */
 PyObject *slot_value(PyObject *slot);
+
+/* copy, see copy.c. */
+PyObject *copy_bytes(PyObject *module, PyObject *const *args, Py_ssize_t count);
 
 /* Call a method with the given arguments (NULL at their end), whose result does not matter. */
 int tell(PyObject *object, PyObject *name, ...);

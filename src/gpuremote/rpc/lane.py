@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from gpuremote._speed import native
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost
-from gpuremote.transport.base import Connection, Incoming
+from gpuremote.transport.base import Connection, Incoming, Target
 from gpuremote.wire.frames import HEADER, Kind
 
 __all__ = ["Lane", "Plain", "Sink"]
@@ -28,7 +28,7 @@ class Sink(Protocol):
 
     def on_payload(
         self, kind: int, arg: int, body: memoryview, incoming: Incoming
-    ) -> tuple[Sequence[memoryview], object] | None:
+    ) -> tuple[Sequence[Target], object] | None:
         """A message with payload begins: where it goes (what ``incoming.adopt`` gave, or other
         memory) and a token, or None to drop it."""
 

@@ -21,7 +21,7 @@ from typing import Final
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost, LimitExceeded, ProtocolError
 from gpuremote.rpc.lane import Lane, Plain, Sink
-from gpuremote.transport.base import Connection, Incoming, Region
+from gpuremote.transport.base import Connection, Incoming, Region, Target
 from gpuremote.wire.caps import (
     ACK_BYTES,
     ACK_MESSAGES,
@@ -90,7 +90,7 @@ class _Arriving:
     __slots__ = ("base", "buffers", "incoming", "seq", "token", "total")
 
     def __init__(
-        self, seq: int, token: object, buffers: Sequence[memoryview] | None, total: int
+        self, seq: int, token: object, buffers: Sequence[Target] | None, total: int
     ) -> None:
         self.seq = seq
         self.token = token
@@ -216,6 +216,10 @@ class Peer(Lane):
             self.lost(_aborted("interrupted while a message was being sent"))
             raise
         return entry
+
+    def holds(self, body: BytesLike) -> bool:
+        """Whether a payload with exactly this object as its body is on its way."""
+        return any(entry.body is body and not entry.cancelled for entry in self._bulk.values())
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -393,7 +397,7 @@ class Peer(Lane):
         self._place(arriving, incoming, buffers)
 
     def _place(
-        self, arriving: _Arriving, incoming: Incoming, buffers: Sequence[memoryview] | None
+        self, arriving: _Arriving, incoming: Incoming, buffers: Sequence[Target] | None
     ) -> None:
         arriving.incoming = incoming
         if buffers is None:
@@ -557,9 +561,13 @@ class Peer(Lane):
         total = sum(region.nbytes for region in entry.regions)
         if offset > total:
             raise ProtocolError(f"the peer claims {offset} bytes of a payload of {total}")
-        rest = [Region(view) for view in _skip([r.view for r in entry.regions], offset)]
+        body = NUMBER.pack(offset)
+        rest = []
+        for region in entry.regions:
+            rest.append(region.rest(min(offset, region.nbytes)))
+            offset -= min(offset, region.nbytes)
         entry.started = True
-        self._put_out(entry.kind, CONTINUED, 0, entry.seq, NUMBER.pack(offset), rest)
+        self._put_out(entry.kind, CONTINUED, 0, entry.seq, body, rest)
 
 
 def _ignore(connection: Connection) -> None:
@@ -572,9 +580,9 @@ def _aborted(why: str) -> ConnectionLost:
     return error
 
 
-def _skip(views: Sequence[memoryview], offset: int) -> list[memoryview]:
+def _skip(views: Sequence[Target], offset: int) -> list[Target]:
     """The views without their first ``offset`` bytes; as many views as before."""
-    rest = []
+    rest: list[Target] = []
     for view in views:
         rest.append(view[min(offset, view.nbytes) :])
         offset = max(0, offset - view.nbytes)

@@ -94,16 +94,16 @@ class Answers:
                 with session.lock:
                     peer.post(Kind.RESULT, body, ResultForm.BYTES)
                 return None
-            view, private = session.backend.send_view(slot.value)
+            region, private = self._region(slot.value)
             if private:
                 # Counted late, as only the backend knows whether it had to copy.
-                session.quota.reserve(view.nbytes)
+                session.quota.reserve(region.nbytes)
         except Exception as error:
             session.failed(number, "get", error)  # has the number of the GET, so it answers it
             return None
         storage = slot.storage
         assert storage is not None
-        nbytes = view.nbytes
+        nbytes = region.nbytes
 
         def release() -> None:
             if private:
@@ -116,5 +116,15 @@ class Answers:
             if not private:
                 # Ops that would write to this memory wait until the client has it all.
                 storage.outgoing += 1
-            peer.post_payload(Kind.RESULT, head, [Region(view)], release, ResultForm.PAYLOAD)
+            peer.post_payload(Kind.RESULT, head, [region], release, ResultForm.PAYLOAD)
         return None
+
+    def _region(self, value: Any) -> tuple[Region, bool]:
+        """Where to send an array from, and whether that is a private copy."""
+        backend = self._session.backend
+        connection = self._session.peer.connection
+        if connection is not None and connection.takes_device:
+            source, private = backend.send_source(value)
+            return Region(source, steady=True), private
+        view, private = backend.send_view(value)
+        return Region(view, steady=True), private

@@ -7,6 +7,7 @@ from typing import Any
 from gpuremote.backend.base import Backend
 from gpuremote.ops.meta import Meta
 from gpuremote.server.storage import Slot, Storage
+from gpuremote.transport.base import Target
 
 __all__ = ["Arrival"]
 
@@ -19,13 +20,13 @@ class Arrival:
 
     Attributes
     ----------
-    view : memoryview
-        Flat bytes to be filled; after ``place``.
+    target : memoryview or DeviceTarget
+        What is to be filled; after ``place``.
     """
 
-    __slots__ = ("_array", "meta", "slot", "storage", "view")
+    __slots__ = ("_array", "meta", "slot", "storage", "target")
 
-    view: memoryview
+    target: Target
 
     def __init__(self, slot: Slot, meta: Meta, storage: Storage) -> None:
         self.slot = slot
@@ -33,9 +34,17 @@ class Arrival:
         self.storage = storage
         self._array: Any = None
 
-    def place(self, backend: Backend, adopted: memoryview | None = None) -> None:
+    @property
+    def view(self) -> memoryview:
+        """Flat bytes to be filled, where ``place`` was not told that what comes is direct."""
+        assert isinstance(self.target, memoryview)
+        return self.target
+
+    def place(
+        self, backend: Backend, adopted: memoryview | None = None, *, direct: bool = False
+    ) -> None:
         """See to memory for the bytes: ``adopted``, where they lie already, if the backend can
-        keep that.
+        keep that. With ``direct`` whoever brings them takes the memory of a device as well.
 
         Raises
         ------
@@ -48,12 +57,15 @@ class Arrival:
         if adopted is not None:
             array = backend.adopt(adopted, meta.shape, meta.dtype)
             if array is not None:
-                self._array, self.view = array, adopted
+                self._array, self.target = array, adopted
                 return
         self._array = backend.empty(meta.shape, meta.dtype, meta.device)
-        self.view = backend.receive_view(self._array)
+        if direct:
+            self.target = backend.receive_target(self._array)
+        else:
+            self.target = backend.receive_view(self._array)
 
     def fill(self, backend: Backend) -> None:
         """Every byte is there: give the slot its value."""
-        backend.received(self._array, self.view)
+        backend.received(self._array, self.target)
         self.slot.fill(self._array, self.meta, self.storage)

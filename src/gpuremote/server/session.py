@@ -31,10 +31,10 @@ from gpuremote.server.arrivals import Arrival
 from gpuremote.server.execute import Executable, run_plan
 from gpuremote.server.ordering import Ordering
 from gpuremote.server.storage import STALLED, Failure, Quota, Slot, Storage
-from gpuremote.transport.base import Incoming
+from gpuremote.transport.base import Incoming, Target
 from gpuremote.wire import caps
 from gpuremote.wire.batch import FIRST_PLAN, Op, decode
-from gpuremote.wire.frames import NUMBER, Kind
+from gpuremote.wire.frames import NUMBER, SEPARATE, Kind
 
 __all__ = ["WorkerSession"]
 
@@ -120,13 +120,13 @@ class WorkerSession:
 
     def on_payload(
         self, kind: int, arg: int, body: memoryview, incoming: Incoming
-    ) -> tuple[Sequence[memoryview], object] | None:
+    ) -> tuple[Sequence[Target], object] | None:
         sizes = incoming.sizes
         if kind != Kind.PAYLOAD or len(body) != 8 * len(sizes):
             raise ProtocolError("a payload that belongs to no PUT")
         numbers = [_HANDLES.unpack_from(body, 8 * k)[0] for k in range(len(sizes))]
         places = incoming.adopt() if self.backend.exports_memory else None
-        arrivals = []
+        targets: list[Target | None] = []
         for k, (number, size) in enumerate(zip(numbers, sizes, strict=True)):
             arrival = self._arriving.get(number)
             if arrival is not None and size != arrival.meta.nbytes:
@@ -135,15 +135,24 @@ class WorkerSession:
                 )
             # Without one its PUT was refused (the client has been told why) or cancelled.
             place = None if places is None else places[k]
-            if arrival is not None and self._placed(number, arrival, "put", place):
-                arrivals.append(arrival)
-        if len(arrivals) < len(sizes):
-            if len(sizes) > 1:
-                self._fail_arriving(
-                    numbers, OutOfDeviceMemory("another array of the same upload did not fit")
-                )
+            direct = incoming.takes_device
+            if arrival is not None and self._placed(number, arrival, "put", place, direct):
+                targets.append(arrival.target)
+            else:
+                targets.append(None)
+        refused = [size for size, target in zip(sizes, targets, strict=True) if target is None]
+        if len(refused) == len(sizes) or (refused and arg != SEPARATE):
+            self._fail_arriving(
+                numbers, OutOfDeviceMemory("another array of the same upload did not fit")
+            )
             return None
-        return [arrival.view for arrival in arrivals], numbers
+        if refused:
+            # The bytes between others have to go somewhere; nobody looks at them.
+            rest = memoryview(bytearray(max(refused)))
+            for k, target in enumerate(targets):
+                if target is None:
+                    targets[k] = rest[: sizes[k]] if places is None else places[k]
+        return [target for target in targets if target is not None], numbers
 
     def on_payload_done(self, token: object) -> None:
         assert isinstance(token, list)
@@ -272,11 +281,16 @@ class WorkerSession:
         return arrival
 
     def _placed(
-        self, number: int, arrival: Arrival, op: str, place: memoryview | None = None
+        self,
+        number: int,
+        arrival: Arrival,
+        op: str,
+        place: memoryview | None = None,
+        direct: bool = False,
     ) -> bool:
         """Whether there is memory for it; otherwise it is no longer waited for."""
         try:
-            arrival.place(self.backend, place)
+            arrival.place(self.backend, place, direct=direct)
         except Exception as error:
             del self._arriving[number]
             arrival.slot.poison(self.failed(number, op, error))

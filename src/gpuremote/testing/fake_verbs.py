@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Final
 
+from gpuremote.testing.fake_cuda import FakeCuda
 from gpuremote.transport.verbs.base import (
     Access,
     Completion,
@@ -57,9 +58,17 @@ class FakeVerbs:
     gids : sequence of Gid
     lockable : int
         Bytes that may be registered at a time.
+    cuda : FakeCuda, optional
+        Whose memory it can reach as well.
 
     Attributes
     ----------
+    dmabuf : int
+        The error of registering a dma-buf; 0: it works.
+    offsets : bool
+        It counts a dma-buf's addresses from where the registered part begins in it, as pyverbs.
+    peermem : bool
+        Device memory can be registered by its address.
     link : bool
         False: nothing gets through any more; what is posted ends as RETRY_EXC_ERR.
     corrupt : bool
@@ -82,7 +91,12 @@ class FakeVerbs:
         port: Port = _PORT,
         gids: tuple[Gid, ...] = _GIDS,
         lockable: int = 1 << 40,
+        cuda: FakeCuda | None = None,
     ) -> None:
+        self.cuda = cuda
+        self.dmabuf = 0 if cuda is not None else errno.EOPNOTSUPP
+        self.offsets = False
+        self.peermem = False
         self._names = names
         self.port = port
         self.gids = gids
@@ -180,7 +194,22 @@ class _Device:
         with self._verbs.lock:
             if self._verbs.registered + size > self._verbs.lockable:
                 raise VerbsError(f"{size} bytes can't be registered with {self.name}", errno.ENOMEM)
+            cuda = self._verbs.cuda
+            if cuda is not None and cuda.owns(address) and not self._verbs.peermem:
+                raise VerbsError(f"{size} bytes can't be registered with {self.name}", errno.EFAULT)
             return _Memory(self._verbs, address, size, access)
+
+    def register_dmabuf(
+        self, descriptor: int, offset: int, size: int, address: int, access: Access
+    ) -> tuple[_Memory, int]:
+        verbs = self._verbs
+        with verbs.lock:
+            if verbs.dmabuf or verbs.cuda is None:
+                raise VerbsError(f"no dma-buf can be registered with {self.name}", verbs.dmabuf)
+            os.fstat(descriptor)
+            here = verbs.cuda.exported[descriptor] + offset
+            first = offset if verbs.offsets else address
+            return _Memory(verbs, first, size, access, here), first
 
     def completion_queue(self, depth: int) -> _Queue:
         return _Queue(depth)
@@ -196,8 +225,12 @@ class _Device:
 
 
 class _Memory:
-    def __init__(self, verbs: FakeVerbs, address: int, size: int, access: Access) -> None:
+    def __init__(
+        self, verbs: FakeVerbs, address: int, size: int, access: Access, here: int = 0
+    ) -> None:
         self._verbs = verbs
+        self.shift = (here or address) - address
+        """From what a card calls an address to where that is."""
         self.begin = address
         self.end = address + size
         self.access = access
@@ -349,22 +382,23 @@ class _Pair:
         memory = self._verbs.memory.get(send.lkey)
         if memory is None or not memory.covers(send.address, send.size):
             return Status.LOC_PROT_ERR
+        source = send.address + memory.shift
         if send.remote is None:
-            return peer._take(send)
-        return peer._written(send, *send.remote, corrupt=self._verbs.corrupt)
+            return peer._take(send, source)
+        return peer._written(send, source, *send.remote, corrupt=self._verbs.corrupt)
 
-    def _take(self, send: _Send) -> int:
+    def _take(self, send: _Send, source: int) -> int:
         if not self._receives:
             return Status.RNR_RETRY_EXC_ERR
         work, address, size, _ = self._receives.popleft()
         if send.size > size:
             self._push(work, Status.LOC_LEN_ERR)
             return Status.REM_INV_REQ_ERR
-        ctypes.memmove(address, send.address, send.size)
+        ctypes.memmove(address, source, send.size)
         self._push(work, Status.SUCCESS, send.size)
         return Status.SUCCESS
 
-    def _written(self, send: _Send, address: int, rkey: int, *, corrupt: bool) -> int:
+    def _written(self, send: _Send, source: int, address: int, rkey: int, *, corrupt: bool) -> int:
         memory = self._verbs.memory.get(rkey)
         allowed = memory is not None and memory.access & Access.WRITE_THERE
         if memory is None or not allowed or not memory.covers(address, send.size):
@@ -372,9 +406,10 @@ class _Pair:
             return Status.REM_ACCESS_ERR
         if send.immediate is not None and not self._receives:
             return Status.RNR_RETRY_EXC_ERR
-        ctypes.memmove(address, send.address, send.size)
+        target = address + memory.shift
+        ctypes.memmove(target, source, send.size)
         if corrupt:
-            ctypes.memset(address, 0, send.size)
+            ctypes.memset(target, 0, send.size)
         self._verbs.written.append(send.size)
         if send.immediate is not None:
             work = self._receives.popleft()[0]

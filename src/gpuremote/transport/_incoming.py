@@ -7,16 +7,31 @@ from threading import Lock
 from typing import Final
 
 from gpuremote.errors import InternalError, InvalidBuffer
-from gpuremote.transport.base import Incoming, flat_view
+from gpuremote.memory.device import DeviceTarget
+from gpuremote.transport.base import Incoming, Target, flat_view
 
-__all__ = ["Message", "Payload", "fitting"]
+__all__ = ["Message", "Payload", "fitting", "fitting_targets"]
 
 _IOV: Final = 256
 """Buffers of one receive call; fewer than the system's limit of 1024."""
 
 
-def fitting(sizes: Sequence[int], buffers: Sequence[memoryview]) -> list[memoryview]:
-    """Flat views of the buffers that get any bytes, after a look at each of them.
+def fitting(sizes: Sequence[int], buffers: Sequence[Target]) -> list[memoryview]:
+    """Flat host views of the buffers that get any bytes, after a look at each of them.
+
+    Raises
+    ------
+    InvalidBuffer
+        As in :func:`fitting_targets`.
+    """
+    return [
+        target if isinstance(target, memoryview) else target.host()
+        for target in fitting_targets(sizes, buffers)
+    ]
+
+
+def fitting_targets(sizes: Sequence[int], buffers: Sequence[Target]) -> list[Target]:
+    """The same for who writes to the memory of a GPU as well.
 
     Raises
     ------
@@ -25,15 +40,15 @@ def fitting(sizes: Sequence[int], buffers: Sequence[memoryview]) -> list[memoryv
     """
     if len(buffers) != len(sizes):
         raise InvalidBuffer(f"{len(buffers)} buffers for a payload of {len(sizes)}")
-    views = []
+    views: list[Target] = []
     for number, (buffer, size) in enumerate(zip(buffers, sizes, strict=True)):
-        view = flat_view(buffer)
+        view = buffer if isinstance(buffer, DeviceTarget) else flat_view(buffer)
         if view.nbytes != size:
             raise InvalidBuffer(
                 f"buffer {number} has {view.nbytes} bytes and the payload brings {size}"
             )
         if size:
-            if view.readonly:
+            if isinstance(view, memoryview) and view.readonly:
                 raise InvalidBuffer(f"buffer {number} is read-only")
             views.append(view)
     return views
@@ -51,7 +66,7 @@ class Message(Incoming):
         self.header = header
 
     def into(
-        self, buffers: Sequence[memoryview], done: Callable[[Incoming], None] | None = None
+        self, buffers: Sequence[Target], done: Callable[[Incoming], None] | None = None
     ) -> None:
         if len(buffers):
             raise InvalidBuffer(f"{len(buffers)} buffers for a message without payload")
@@ -123,7 +138,7 @@ class Payload(Incoming):
         self._reported = False
 
     def into(
-        self, buffers: Sequence[memoryview], done: Callable[[Incoming], None] | None = None
+        self, buffers: Sequence[Target], done: Callable[[Incoming], None] | None = None
     ) -> None:
         if self._placed:
             raise InternalError("where this payload goes was already said")

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 
 from gpuremote.errors import InternalError, InvalidBuffer
+from gpuremote.memory.device import DeviceTarget
 from gpuremote.memory.host import copy_bytes
-from gpuremote.transport.base import Incoming, flat_view
+from gpuremote.transport.base import Incoming, Target, flat_view
 
 __all__ = ["SharedPayload"]
 
@@ -28,6 +29,10 @@ class SharedPayload(Incoming):
         Called with this when there is something to be copied that ``into`` left.
     untouched : callable
         Returns when no other thread is writing to the buffers.
+    counts : dict of str to int
+        Where bytes that are copied are added to ``copied_out``.
+    lent : bool
+        It may be copied and not kept.
 
     Attributes
     ----------
@@ -40,7 +45,9 @@ class SharedPayload(Incoming):
     __slots__ = (
         "_adopted",
         "_behind",
+        "_counts",
         "_done",
+        "_lent",
         "_lock",
         "_pairs",
         "_untouched",
@@ -60,6 +67,8 @@ class SharedPayload(Incoming):
         views: list[memoryview],
         behind: Callable[[SharedPayload], None],
         untouched: Callable[[], None],
+        counts: dict[str, int],
+        lent: bool = False,
     ) -> None:
         self.header = header
         self.sizes = sizes
@@ -68,6 +77,8 @@ class SharedPayload(Incoming):
         self.received = 0
         self.undecided = True
         self._views: list[memoryview] | None = views
+        self._counts = counts
+        self._lent = lent
         self._adopted = False
         # What is to be copied yet: to where, from where; last first.
         self._pairs: list[tuple[memoryview, memoryview]] | None = None
@@ -78,11 +89,13 @@ class SharedPayload(Incoming):
         self._done: Callable[[Incoming], None] | None = None
 
     def adopt(self) -> list[memoryview] | None:
+        if self._lent:
+            return None
         self._adopted = self._views is not None
         return self._views
 
     def into(
-        self, buffers: Sequence[memoryview], done: Callable[[Incoming], None] | None = None
+        self, buffers: Sequence[Target], done: Callable[[Incoming], None] | None = None
     ) -> None:
         if not self.undecided:
             raise InternalError("where this payload goes was already said")
@@ -96,7 +109,7 @@ class SharedPayload(Incoming):
             return
         pairs = []
         for number, (buffer, size) in enumerate(zip(buffers, self.sizes, strict=True)):
-            view = flat_view(buffer)
+            view = buffer.host() if isinstance(buffer, DeviceTarget) else flat_view(buffer)
             if view.nbytes != size:
                 raise InvalidBuffer(
                     f"buffer {number} has {view.nbytes} bytes and the payload brings {size}"
@@ -157,8 +170,8 @@ class SharedPayload(Incoming):
                 self.received = there
         return self.behind
 
-    def copy(self, limit: int) -> int:
-        """Copy about ``limit`` bytes of those that are there; the number of those copied."""
+    def copy(self, limit: int) -> None:
+        """Copy about ``limit`` bytes of those that are there."""
         copied = 0
         while self.behind and copied < limit:
             with self._lock:
@@ -169,6 +182,7 @@ class SharedPayload(Incoming):
             size = min(target.nbytes, self.there - self.received, limit - copied)
             copy_bytes(target[:size], source[:size])
             copied += size
+            self._counts["copied_out"] += size
             with self._lock:
                 if self._pairs is not pairs:
                     break  # discarded meanwhile
@@ -177,7 +191,6 @@ class SharedPayload(Incoming):
                     pairs[-1] = target[size:], source[size:]
                 else:
                     pairs.pop()
-        return copied
 
     def release(self) -> None:
         """Let go of the buffers and the callback."""

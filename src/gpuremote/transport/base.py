@@ -16,28 +16,37 @@ import abc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from gpuremote._types import BytesLike
 from gpuremote.errors import InvalidBuffer
+from gpuremote.memory.device import DeviceMemory, DeviceTarget
 
-__all__ = ["Connection", "Incoming", "Region", "TransportStats"]
+__all__ = ["Connection", "Incoming", "Region", "Target", "TransportStats"]
+
+Target: TypeAlias = memoryview | DeviceTarget
+"""Where a region's bytes go."""
 
 
 class Region:
-    """Host memory that a connection may read from or write into.
+    """Memory that a connection may read from or write into.
 
     Holds the exporter alive (a memoryview does) until :meth:`release`.
 
     Parameters
     ----------
-    buffer : object with the buffer protocol
-        C-contiguous memory of any format.
+    buffer : object with the buffer protocol, or DeviceMemory
+        C-contiguous memory of any format; or memory of a GPU to read from, with everything done
+        that was queued to write there.
+    steady : bool
+        Nobody writes to it before the other end has said (by other means than the connection's)
+        that it has the bytes: it may take them from where they lie.
 
     Attributes
     ----------
-    view : memoryview
-        The memory as flat bytes.
+    source : memoryview or DeviceMemory
+        Where the bytes are; of the host's memory a flat view. For a connection that reads a GPU's
+        memory (``Connection.takes_device``).
     nbytes : int
         Its size in bytes.
 
@@ -47,19 +56,49 @@ class Region:
         The memory is not C-contiguous, or the object exports none.
     """
 
-    __slots__ = ("nbytes", "view")
+    __slots__ = ("_view", "nbytes", "source", "steady")
 
-    def __init__(self, buffer: Any) -> None:
-        self.view = flat_view(buffer)
-        self.nbytes = self.view.nbytes
+    source: memoryview | DeviceMemory
+
+    def __init__(self, buffer: Any, steady: bool = False) -> None:
+        self.steady = steady
+        if isinstance(buffer, DeviceMemory):
+            self._view: memoryview | None = None
+            self.source = buffer
+        else:
+            self.source = self._view = flat_view(buffer)
+        self.nbytes = self.source.nbytes
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes as a flat view of the host's memory. Those of a GPU are copied when this is
+        first asked for.
+
+        Raises
+        ------
+        CudaError
+        """
+        if self._view is None:
+            assert isinstance(self.source, DeviceMemory)
+            copy = memoryview(bytearray(self.nbytes))
+            self.source.copy_to(copy)
+            self._view = copy
+        return self._view
 
     @property
     def readonly(self) -> bool:
-        return self.view.readonly
+        return self._view is None or self._view.readonly
+
+    def rest(self, offset: int) -> Region:
+        """Its bytes from ``offset`` on."""
+        if isinstance(self.source, DeviceMemory):
+            return Region(self.source.part(offset, self.nbytes - offset), self.steady)
+        return Region(self.source[offset:], self.steady)
 
     def release(self) -> None:
         """Let go of the exporter."""
-        self.view.release()
+        if self._view is not None:
+            self._view.release()
 
 
 def flat_view(buffer: Any) -> memoryview:
@@ -123,10 +162,13 @@ class Incoming(abc.ABC):
     header: memoryview
     sizes: tuple[int, ...]
     received: int
+    takes_device = False
+    """Whether the payload goes into the memory of a GPU without a detour through host memory of
+    its size; a ``DeviceTarget`` may be given to :meth:`into` in any case."""
 
     @abc.abstractmethod
     def into(
-        self, buffers: Sequence[memoryview], done: Callable[[Incoming], None] | None = None
+        self, buffers: Sequence[Target], done: Callable[[Incoming], None] | None = None
     ) -> None:
         """Say where the payload goes: one writable flat view per size, of exactly that size.
 
@@ -157,7 +199,7 @@ class Incoming(abc.ABC):
             One writable flat view per size, complete, that stays valid for as long as it or
             anything made from it lives (also after the connection). The other end may still
             read and write that memory. None where the payload is not in memory that both ends
-            see: call ``into`` or ``discard``.
+            see, or is only lent: call ``into`` or ``discard``.
         """
         return None
 
@@ -185,6 +227,9 @@ class Connection(abc.ABC):
     peer_address: str
     reason: str
     stats: TransportStats
+    takes_device = False
+    """Whether it reads a GPU's memory (``Region.source``) without a copy of its size in the
+    host's memory."""
     shared = False
     """Whether ``allocate`` gives memory that the other end sees too."""
 

@@ -7,6 +7,9 @@
     kind FILLED   body = bytes that are there by now u64; on the channel of the SHARED
     kind DROPPED  body = segment u32, which the sender no longer uses
 
+The top bit of a place's segment (``YOURS``) says that the memory is the receiver's own, which it
+gave away before. That payload is only lent, and there is nothing to give back.
+
 These frames come among those of ``transport.tcp`` (a payload for which there is no room in
 shared memory goes through the socket as there). A place of an empty region is all zeros. New
 segments come with their descriptors over a second socket, before the frame that names them.
@@ -24,7 +27,7 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Final
 
@@ -55,6 +58,7 @@ CHUNK: Final = 4 << 20
 MAX_STAGED: Final = 64 << 20
 """Bytes of a payload that are copied into shared memory. Of a larger one a second copy would have
 to be there as a whole, so it goes through the socket."""
+YOURS: Final = 1 << 31
 ALIGNMENT: Final = 64
 SHARE: Final = 0.5
 """Part of this machine's memory that the segments of one connection may take."""
@@ -147,30 +151,35 @@ class ShmConnection(TcpConnection):
 
     def allocate(self, nbytes: int) -> memoryview | None:
         waiting = self._pending
-        with self._using_memory():
+        outer = self._hold()
+        try:
             if self._closed:
                 return None
             found = self._arena.allocate(nbytes)
+        finally:
+            self._let_go(outer)
         if self._pending and not waiting and not self._calling:
             with contextlib.suppress(ConnectionLost):  # a segment that is no longer used
                 self._pump()
         return found
 
-    @contextlib.contextmanager
-    def _using_memory(self) -> Iterator[None]:
-        """Another thread that aborts leaves the arena to this one meanwhile."""
-        outer, self._tx_busy = self._tx_busy, True
-        try:
-            yield
-        finally:
-            self._tx_busy = outer
-            if self._closed and not outer:
-                self._release()
-
     def gives(self, view: memoryview) -> bool:
-        with self._using_memory():
+        outer = self._hold()
+        try:
             place = self._arena.find(view)
             return place is not None and self._arena.whole(place)
+        finally:
+            self._let_go(outer)
+
+    def _hold(self) -> bool:
+        """Until ``_let_go`` another thread that aborts leaves the arena to this one."""
+        outer, self._tx_busy = self._tx_busy, True
+        return outer
+
+    def _let_go(self, outer: bool) -> None:
+        self._tx_busy = outer
+        if self._closed and not outer:
+            self._release()
 
     def _release(self) -> None:
         super()._release()
@@ -233,10 +242,13 @@ class ShmConnection(TcpConnection):
             super()._send(header, regions, done)
             return
         waiting = self._pending  # before room is made, which may queue DROPPED frames
-        with self._using_memory():
+        outer = self._hold()
+        try:
             if self._closed:
                 raise self._gone()
             placed = self._place(regions)
+        finally:
+            self._let_go(outer)
         if self._closed:
             raise self._gone()
         if placed is None:
@@ -271,6 +283,9 @@ class ShmConnection(TcpConnection):
             place = arena.find(region.view) if region.nbytes else None
             if place is not None and (region.readonly or not arena.whole(place)):
                 place = None
+            if place is None and region.steady:
+                theirs = self._loans.find(region.view)
+                place = theirs and theirs._replace(segment=theirs.segment | YOURS)
             found.append(place)
             if place is None:
                 room += -(-region.nbytes // ALIGNMENT) * ALIGNMENT
@@ -298,7 +313,8 @@ class ShmConnection(TcpConnection):
                 place = Place(origin.segment, origin.block, used, region.nbytes)
                 there = block[used : used + region.nbytes]
                 used += -(-region.nbytes // ALIGNMENT) * ALIGNMENT
-            arena.lend(place, given=given)
+            if place.segment < YOURS:
+                arena.lend(place, given=given)
             places.append(_PLACE.pack(place.segment, place.block, place.offset))
             pairs.append((there, region.view))
         return places, pairs
@@ -373,10 +389,9 @@ class ShmConnection(TcpConnection):
         payload = self._copying.popleft()
         self._rx_touching = get_ident()
         try:
-            copied = payload.copy(BURST)
+            payload.copy(BURST)
         finally:
             self._rx_touching = 0
-        self.stats.extra["copied_out"] += copied
         if payload.behind:
             self._copying.append(payload)  # several take turns
         else:
@@ -423,13 +438,22 @@ class ShmConnection(TcpConnection):
         if filled > total:
             raise ProtocolError(f"{filled} bytes are there of a payload of {total}")
         views = []
+        lent = False
         for number, size in enumerate(sizes):
             segment, block, offset = _PLACE.unpack_from(body, at + number * _PLACE.size)
-            place = Place(segment, block, offset, size)
-            if size and segment not in self._loans:
-                self._take_segments()
-            views.append(self._loans.view(place) if size else memoryview(bytearray(0)))
-        payload = SharedPayload(body[begin:], sizes, views, self._behind, self._wait_untouched)
+            place = Place(segment & ~YOURS, block, offset, size)
+            if not size:
+                views.append(memoryview(bytearray(0)))
+            elif segment & YOURS:
+                views.append(self._arena.look(place))
+                lent = True
+            else:
+                if segment not in self._loans:
+                    self._take_segments()
+                views.append(self._loans.view(place))
+        payload = SharedPayload(
+            body[begin:], sizes, views, self._behind, self._wait_untouched, self.stats.extra, lent
+        )
         if filled < total:
             self._filling[channel] = payload
         payload.filled(filled)

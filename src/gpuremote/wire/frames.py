@@ -28,6 +28,8 @@ __all__ = [
     "CONTINUED",
     "HEADER",
     "IGNORABLE",
+    "NUMBER",
+    "SEPARATE",
     "Ack",
     "Kind",
     "decode_ack",
@@ -79,6 +81,9 @@ class ResultForm(enum.IntEnum):
     """msgpack after the record number."""
 
 
+SEPARATE: Final = 1
+"""The ``arg`` of a PAYLOAD whose arrays have nothing to do with one another: where one does not
+fit, the others are there all the same. 0: there are all of them, or none."""
 NUMBER: Final = struct.Struct("<Q")
 _ACK_FIXED: Final = struct.Struct("<QQ")
 

@@ -224,6 +224,24 @@ class Device(Protocol):
 
     def register(self, address: int, size: int, access: Access) -> Memory: ...
 
+    def register_dmabuf(
+        self, descriptor: int, offset: int, size: int, address: int, access: Access
+    ) -> tuple[Memory, int]:
+        """Register ``size`` bytes from byte ``offset`` of a dma-buf on, which is at ``address``
+        for the program; the descriptor may be closed afterwards.
+
+        Returns
+        -------
+        (Memory, int)
+            And the address by which the card calls the first byte: ``address`` where the library
+            can say so, else ``offset``.
+
+        Raises
+        ------
+        VerbsError
+            EOPNOTSUPP where the library or the card knows no dma-bufs.
+        """
+
     def completion_queue(self, depth: int) -> CompletionQueue: ...
 
     def queue_pair(self, queue: CompletionQueue, sends: int, receives: int) -> QueuePair: ...

@@ -185,6 +185,21 @@ class PyverbsDevice:
             ) from error
         return PyverbsMemory(region, self._error)
 
+    def register_dmabuf(
+        self, descriptor: int, offset: int, size: int, address: int, access: Access
+    ) -> tuple[PyverbsMemory, int]:
+        made = getattr(self._modules["mr"], "DmaBufMR", None)
+        if made is None:
+            raise VerbsError("this pyverbs knows no dma-bufs", errno.EOPNOTSUPP)
+        try:
+            # It gives the card the offset as the address of the first byte, in every version.
+            region = made(self._domain, size, int(access), descriptor, offset)
+        except self._error as error:
+            raise VerbsError(
+                f"a dma-buf of {size} bytes can't be registered with {self.name}", _number(error)
+            ) from error
+        return PyverbsMemory(region, self._error), offset
+
     def completion_queue(self, depth: int) -> PyverbsCompletionQueue:
         try:
             return PyverbsCompletionQueue(self._modules, self._context, depth)

@@ -10,10 +10,10 @@ from typing import Final
 
 from gpuremote._types import BytesLike
 from gpuremote.errors import ProtocolError
-from gpuremote.transport._rdma_frames import CREDIT, FRAME, check_frame
-from gpuremote.transport._rdma_memory import Registered, anonymous
-from gpuremote.transport._rdma_rail import Rail
 from gpuremote.transport.base import TransportStats
+from gpuremote.transport.rdma.frames import CREDIT, FRAME, check_frame
+from gpuremote.transport.rdma.memory import Registered, anonymous
+from gpuremote.transport.rdma.rail import Rail
 from gpuremote.transport.verbs.base import Access, Completion, QueuePair
 
 __all__ = ["RECEIVES", "SLOT", "Control", "Frame", "Ring"]

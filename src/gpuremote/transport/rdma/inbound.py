@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Final
 
 from gpuremote.errors import ProtocolError
-from gpuremote.transport import _rdma_frames as frames
-from gpuremote.transport._rdma_control import Control
-from gpuremote.transport._rdma_lanes import PIECES, InLane, lane_of
-from gpuremote.transport._rdma_payload import InPiece, RdmaIncoming, Receiver
+from gpuremote.memory.device import DeviceMemory
 from gpuremote.transport.base import TransportStats
+from gpuremote.transport.rdma import frames
+from gpuremote.transport.rdma.control import Control
+from gpuremote.transport.rdma.gpu import Stages
+from gpuremote.transport.rdma.lanes import PIECES, InLane, lane_of
+from gpuremote.transport.rdma.payload import InPiece, RdmaIncoming, Receiver
 
 __all__ = ["STRIPED", "Inbound"]
 
@@ -40,7 +42,9 @@ class Inbound:
         *,
         piece: int,
         receiver: Receiver,
+        stages: Stages,
     ) -> None:
+        self._stages = stages
         self.arrived: deque[RdmaIncoming] = deque()
         self._control = control
         self._lanes = lanes
@@ -74,14 +78,21 @@ class Inbound:
         VerbsError
             Memory can't be registered.
         """
-        while self._asking:
+        without = 0  # payloads in a row that wait for a slab
+        while without < len(self._asking):
             lane = min(self._lanes, key=lambda lane: (lane.bytes, len(lane.pieces)))
             if len(lane.pieces) >= PIECES or lane.bytes > self._piece:
                 return
             incoming = self._asking.popleft()
             piece = InPiece(incoming, self._number, lane.number)
+            size = self._size_of_piece(incoming)
+            wanted = incoming.plan(piece, size, lane.rail.registry, self._stages)
+            if wanted is None:
+                self._asking.append(incoming)
+                without += 1
+                continue
+            without = 0
             self._number = (self._number + 1) % _MODULUS
-            wanted = incoming.plan(piece, self._size_of_piece(incoming), lane.rail.registry)
             lane.add(piece)
             self._control.add(frames.PIECE, frames.encode_piece(wanted))
             if incoming.planned < incoming.total:
@@ -94,10 +105,11 @@ class Inbound:
         return min(self._piece, max(SMALLEST, -(-share // _PAGE) * _PAGE))
 
     def _in_place(self, piece: InPiece) -> None:
-        registry = self._lanes[piece.lane].rail.registry
         for held in piece.held:
-            registry.release(held)
+            held.release()
         incoming = piece.incoming
+        if piece.device is not None:
+            self._bring(piece, piece.device)
         self._stats.bytes_received += piece.size
         self._stats.payload_received += piece.size
         if incoming.arrived(piece):
@@ -105,12 +117,21 @@ class Inbound:
             del self._open[incoming.channel]
             self.arrived.append(incoming)
 
+    def _bring(self, piece: InPiece, memory: DeviceMemory) -> None:
+        """See to it that the GPU sees what has arrived."""
+        if piece.slab is not None:
+            self._stages.of(memory).store(piece.slab, memory)
+        elif not memory.driver.orders_writes(memory.device):
+            memory.driver.flush_writes(memory.device)
+
     def take_back(self, incoming: RdmaIncoming) -> None:
         """Drop a payload: on return no byte of it gets into its memory."""
         for piece in list(incoming.pieces.values()):
             lane = self._lanes[piece.lane]
             for held in piece.held:
                 lane.rail.registry.revoke(held)
+            if piece.slab is not None and piece.device is not None:
+                self._stages.of(piece.device).give(piece.slab)
             lane.remove(piece)
             lane.revoked.add(incoming.channel)
         incoming.pieces.clear()

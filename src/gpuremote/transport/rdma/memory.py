@@ -1,8 +1,7 @@
 """Memory that a card may read and write: registered when it is needed, and kept registered where
 that is safe. Private.
 
-This is the one place that registers what a program lends; other kinds of memory than the host's are
-to be told apart here.
+This is the one place that registers what a program lends.
 """
 
 from __future__ import annotations
@@ -17,6 +16,9 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
+from gpuremote.memory.cuda import Allocation, CudaDriver, CudaError
+from gpuremote.memory.device import DeviceMemory
+from gpuremote.transport.rdma.gpu import Direct
 from gpuremote.transport.verbs.base import Access, Device, Memory, VerbsError
 
 __all__ = ["Block", "Registered", "Registry", "Slabs", "address_of", "anonymous"]
@@ -78,11 +80,7 @@ def exporter_of(view: memoryview) -> Any:
     owner: Any = view.obj
     while (base := getattr(owner, "base", None)) is not None:
         owner = base.obj if isinstance(base, memoryview) else base
-    try:
-        weakref.ref(owner)
-    except TypeError:
-        return None
-    return owner
+    return _watched(owner)
 
 
 _Key: TypeAlias = tuple[int, int, int, int]
@@ -99,10 +97,32 @@ class Registered:
         Transfers that need it.
     """
 
-    __slots__ = ("_memory", "address", "kept", "key", "lkey", "owner", "rkey", "size", "users")
+    __slots__ = (
+        "_memory",
+        "_shift",
+        "address",
+        "device",
+        "kept",
+        "key",
+        "lkey",
+        "owner",
+        "registry",
+        "rkey",
+        "size",
+        "users",
+    )
 
-    def __init__(self, memory: Memory, address: int, size: int) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        address: int,
+        size: int,
+        registry: Registry | None = None,
+        first: int | None = None,
+    ) -> None:
         self._memory: Memory | None = memory
+        self.registry = registry
+        self._shift = 0 if first is None else first - address
         self.address = address
         self.size = size
         self.lkey = memory.lkey
@@ -111,12 +131,31 @@ class Registered:
         self.key: _Key = (0, 0, 0, 0)
         self.owner: weakref.ref[Any] | None = None
         self.kept = False  # in the cache
+        self.device: tuple[CudaDriver, Allocation] | None = None  # it is a GPU's allocation
+
+    def at(self, address: int) -> int:
+        """What a card calls this address: memory of a GPU may be counted from its beginning."""
+        return address + self._shift
+
+    def release(self) -> None:
+        """See :meth:`Registry.release`."""
+        assert self.registry is not None
+        self.registry.release(self)
 
     def close(self) -> None:
         self.owner = None  # which holds this one
         memory, self._memory = self._memory, None
         if memory is not None:
             memory.close()
+
+
+def _watched(owner: Any) -> Any:
+    """The owner, if it can be watched; else None."""
+    try:
+        weakref.ref(owner)
+    except TypeError:
+        return None
+    return owner
 
 
 def _owner_gone(entry: Registered, dead: deque[_Key], _: object) -> None:
@@ -155,6 +194,7 @@ class Registry:
         # Filled by finalisers, which may run anywhere.
         self._dead: deque[_Key] = deque()
         self._slabs: list[tuple[int, int, Registered]] = []
+        self.direct = Direct(device)
         self.made = 0
         self.reused = 0
 
@@ -171,7 +211,7 @@ class Registry:
         VerbsError
         """
         memory = self._device.register(address, size, Access.READ_HERE)
-        self._slabs.append((address, address + size, Registered(memory, address, size)))
+        self._slabs.append((address, address + size, Registered(memory, address, size, self)))
 
     def acquire(self, view: memoryview, offset: int, size: int, access: Access) -> Registered:
         """Registered memory for ``size`` bytes of ``view``; to be given to :meth:`release`.
@@ -199,16 +239,86 @@ class Registry:
             owner = None  # in use: another one, for this transfer only
         elif found is not None:
             self._forget(found)
-        entry = Registered(self._register(address, size, access), address, size)
+        entry = Registered(self._register(address, size, access), address, size, self)
         self._live.add(entry)
         if owner is not None:
-            entry.key = key
-            entry.owner = weakref.ref(owner, functools.partial(_owner_gone, entry, self._dead))
-            entry.kept = True
-            self._entries[key] = entry
-            self._bytes += size
-            self._shrink(self._limit)
+            self._keep(entry, key, owner)
         return entry
+
+    def acquire_device(
+        self, memory: DeviceMemory, offset: int, size: int, access: Access
+    ) -> Registered | None:
+        """The same for a GPU's memory; None where the card can't get at it: it has to be staged.
+
+        What is only read is registered with its whole allocation, which libraries cut many arrays
+        from, and kept for as long as the driver knows that allocation by the same number. What is
+        written to is registered as exactly that, and kept while its owner lives, if that can be
+        watched: no key that the peer has ever opens anything else.
+
+        Raises
+        ------
+        VerbsError
+        """
+        self.tidy()
+        begin = memory.pointer + offset
+        try:
+            allocation = memory.driver.allocation(begin)
+            self._drop_freed()
+        except CudaError as error:
+            self.direct.refuse(str(error))
+            return None
+        owner: Any = None
+        if access is Access.READ_HERE:
+            start, length, whose = allocation.base, allocation.size, -allocation.ident
+            if begin + size > start + length:
+                start, length = begin, size  # in several allocations; refused below
+        else:
+            start, length, owner = begin, size, _watched(memory.owner)
+            whose = id(owner)
+        key = (start, length, int(access), whose)
+        found = self._entries.get(key)
+        if found is not None and (found.owner is None or found.owner() is owner):
+            if not found.users or access is Access.READ_HERE:
+                self._entries.move_to_end(key)
+                found.users += 1
+                self.reused += 1
+                return found
+            owner = None  # in use: another one, for this transfer only
+        elif found is not None:
+            self._forget(found)
+        made = self.direct.register(memory, allocation, start, length, access)
+        if made is None:
+            return None
+        self.made += 1
+        entry = Registered(made[0], start, length, self, made[1])
+        self._live.add(entry)
+        if access is Access.READ_HERE:
+            entry.device = memory.driver, allocation
+            self._keep(entry, key, None)
+        elif owner is not None:
+            self._keep(entry, key, owner)
+        return entry
+
+    def _drop_freed(self) -> None:
+        """Forget allocations that are gone: what is registered would keep a GPU's memory."""
+        for entry in [e for e in self._entries.values() if e.device is not None and not e.users]:
+            assert entry.device is not None
+            driver, known = entry.device
+            try:
+                gone = driver.allocation(known.base).ident != known.ident
+            except CudaError:
+                gone = True
+            if gone:
+                self._forget(entry)
+
+    def _keep(self, entry: Registered, key: _Key, owner: Any) -> None:
+        entry.key = key
+        if owner is not None:
+            entry.owner = weakref.ref(owner, functools.partial(_owner_gone, entry, self._dead))
+        entry.kept = True
+        self._entries[key] = entry
+        self._bytes += entry.size
+        self._shrink(self._limit)
 
     def _register(self, address: int, size: int, access: Access) -> Memory:
         self.made += 1

@@ -6,7 +6,7 @@ import contextlib
 import secrets
 from typing import Any, Final, Protocol
 
-from gpuremote.transport._rdma_memory import Registry, anonymous
+from gpuremote.transport.rdma.memory import Registry, anonymous
 from gpuremote.transport.verbs.base import (
     Access,
     Completion,

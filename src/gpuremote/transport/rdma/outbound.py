@@ -8,11 +8,12 @@ from typing import Final
 
 from gpuremote._types import BytesLike
 from gpuremote.errors import ProtocolError
-from gpuremote.transport import _rdma_frames as frames
-from gpuremote.transport._rdma_control import Control
-from gpuremote.transport._rdma_lanes import OutLane, lane_of
-from gpuremote.transport._rdma_payload import Outgoing, OutPiece, eager
 from gpuremote.transport.base import Region, TransportStats
+from gpuremote.transport.rdma import frames
+from gpuremote.transport.rdma.control import Control
+from gpuremote.transport.rdma.gpu import Stages
+from gpuremote.transport.rdma.lanes import OutLane, lane_of
+from gpuremote.transport.rdma.payload import Outgoing, OutPiece, eager
 
 __all__ = ["Outbound"]
 
@@ -28,7 +29,14 @@ class Outbound:
         To be called: the memory of what they belong to is free.
     """
 
-    def __init__(self, control: Control, lanes: Sequence[OutLane], stats: TransportStats) -> None:
+    def __init__(
+        self,
+        control: Control,
+        lanes: Sequence[OutLane],
+        stats: TransportStats,
+        stages: Stages,
+    ) -> None:
+        self._stages = stages
         self.ended: deque[Callable[[], None]] = deque()
         self._control = control
         self._lanes = lanes
@@ -53,15 +61,16 @@ class Outbound:
     ) -> None:
         """Queue a message with regions."""
         sizes = [region.nbytes for region in regions]
-        views = [region.view for region in regions if region.nbytes]
         if eager(len(header), sizes):
+            views = [region.view for region in regions if region.nbytes]
             begin = frames.encode_eager(len(header), sizes)
             self._control.add(frames.EAGER, begin, header, *views, done=done)
             self._stats.payload_sent += sum(sizes)
             return
         channel = self._channel
         self._channel = (channel + 1) % _MODULUS
-        self._open[channel] = Outgoing(channel, views, done)
+        sources = [region.source for region in regions if region.nbytes]
+        self._open[channel] = Outgoing(channel, sources, done)
         self._control.add(frames.OPEN, frames.encode_open(channel, sizes), header)
 
     def pump(self) -> None:
@@ -74,14 +83,15 @@ class Outbound:
         if outgoing is None or outgoing.dropped:
             raise ProtocolError(f"a piece of channel {wanted.channel}, which is not open")
         lane = lane_of(self._lanes, wanted.lane)
-        piece = outgoing.cut(wanted, lane.rail.registry, lane.rail.max_message)
+        rail = lane.rail
+        piece = outgoing.cut(wanted, rail.registry, rail.max_message, self._stages)
         outgoing.pieces += 1
         lane.add(piece)
 
     def _written(self, piece: OutPiece) -> None:
         outgoing = piece.outgoing
         for held in piece.held:
-            piece.registry.release(held)
+            held.release()
         outgoing.pieces -= 1
         outgoing.left -= piece.size
         if outgoing.dropped:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 from gpuremote.errors import InternalError, ProtocolError
-from gpuremote.transport._incoming import fitting
-from gpuremote.transport._rdma_frames import MAX_SEGMENTS, Piece, Segment
-from gpuremote.transport._rdma_memory import Registered, Registry, address_of
-from gpuremote.transport.base import Incoming, TransportStats
+from gpuremote.memory.device import DeviceMemory, DeviceTarget
+from gpuremote.memory.staging import Slab, Staging
+from gpuremote.transport._incoming import fitting, fitting_targets
+from gpuremote.transport.base import Incoming, Target, TransportStats
+from gpuremote.transport.rdma.frames import MAX_SEGMENTS, Piece, Segment
+from gpuremote.transport.rdma.gpu import Stages
+from gpuremote.transport.rdma.memory import Registered, Registry, address_of
 from gpuremote.transport.verbs.base import Access
 
 __all__ = [
@@ -31,24 +34,30 @@ EAGER_MANY: Final = 2 << 20
 """The same for many small regions, as copying one costs less than registering it."""
 
 
+_WRITE: Final = Access.WRITE_HERE | Access.WRITE_THERE
+
+
 def eager(header: int, sizes: Sequence[int]) -> bool:
     """Whether a payload travels with its header."""
     total = sum(sizes)
     return header + total <= EAGER_MANY and total <= EAGER * len(sizes)
 
 
-class _Run:
+_View = TypeVar("_View", bound=memoryview | DeviceMemory | DeviceTarget)
+
+
+class _Run(Generic[_View]):
     """Several views as if they were one."""
 
     __slots__ = ("_starts", "total", "views")
 
-    def __init__(self, views: list[memoryview]) -> None:
+    def __init__(self, views: list[_View]) -> None:
         self.views = views
         ends = list(accumulate(view.nbytes for view in views))
         self._starts = [0, *ends[:-1]]
         self.total = ends[-1]
 
-    def parts(self, offset: int, size: int) -> Iterator[tuple[memoryview, int, int]]:
+    def parts(self, offset: int, size: int) -> Iterator[tuple[_View, int, int]]:
         """The views that these bytes are in: view, offset and size within it."""
         index = bisect_right(self._starts, offset) - 1
         offset -= self._starts[index]
@@ -66,8 +75,59 @@ class _Run:
         return self._starts[index] if index < len(self._starts) else self.total
 
 
+class Load:
+    """A part of a GPU's memory on its way to the card, through a slab."""
+
+    __slots__ = ("_held", "_memory", "_slab", "_staging")
+
+    def __init__(self, staging: Staging, memory: DeviceMemory) -> None:
+        self._staging = staging
+        self._memory = memory
+        self._slab: Slab | None = None
+        self._held: Registered | None = None
+
+    def begin(self) -> bool:
+        """Begin to copy, if there is a slab for it; whether it has begun.
+
+        Raises
+        ------
+        CudaError
+        """
+        if self._slab is None:
+            slab = self._staging.take()
+            if slab is None:
+                return False
+            self._slab = slab
+            self._staging.load(slab, self._memory)
+        return True
+
+    def source(self, registry: Registry) -> Registered | None:
+        """The slab, when it has the bytes; else None.
+
+        Raises
+        ------
+        CudaError
+        VerbsError
+        """
+        slab = self._slab
+        if slab is None or not self._staging.loaded(slab):
+            return None
+        if self._held is None:
+            self._held = registry.acquire(slab.view, 0, self._memory.nbytes, Access.READ_HERE)
+        return self._held
+
+    def end(self) -> None:
+        """The slab is not needed any more. It can begin once more."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.release()
+        slab, self._slab = self._slab, None
+        if slab is not None:
+            self._staging.give(slab)
+
+
 class Write(NamedTuple):
-    """One work request."""
+    """One work request. What it reads lies at ``address``, or comes by ``load``."""
 
     piece: OutPiece
     address: int
@@ -76,6 +136,7 @@ class Write(NamedTuple):
     remote: int
     rkey: int
     last: bool
+    load: Load | None = None
 
 
 class OutPiece:
@@ -91,6 +152,12 @@ class OutPiece:
         self.writes: list[Write] = []
         self.held: list[Registered] = []
         self.posted = 0  # bytes that the card knows of
+
+    def end_loads(self) -> None:
+        """Nothing of it is being written; what is staged for it begins anew, if at all."""
+        for write in self.writes:
+            if write.load is not None:
+                write.load.end()
 
 
 class Outgoing:
@@ -109,7 +176,10 @@ class Outgoing:
     """
 
     def __init__(
-        self, channel: int, views: list[memoryview], done: Callable[[], None] | None
+        self,
+        channel: int,
+        views: list[memoryview | DeviceMemory],
+        done: Callable[[], None] | None,
     ) -> None:
         self._run = _Run(views)
         self.channel = channel
@@ -118,7 +188,7 @@ class Outgoing:
         self.dropped = False
         self.done = done
 
-    def cut(self, wanted: Piece, registry: Registry, largest: int) -> OutPiece:
+    def cut(self, wanted: Piece, registry: Registry, largest: int, stages: Stages) -> OutPiece:
         """The work requests for a piece.
 
         Parameters
@@ -128,6 +198,8 @@ class Outgoing:
             Of the rail it goes out on.
         largest : int
             Bytes of one work request.
+        stages : Stages
+            For memory that the card can't get at.
 
         Raises
         ------
@@ -146,41 +218,58 @@ class Outgoing:
         target = Segment(0, 0, 0)
         try:
             for view, offset, size in self._run.parts(wanted.offset, wanted.size):
-                source = registry.acquire(view, offset, size, Access.READ_HERE)
-                piece.held.append(source)
-                address = address_of(view) + offset  # a slab's begins before it
+                source = _acquire(registry, view, offset, size)
+                if source is not None:
+                    piece.held.append(source)
                 while size:
                     if not target.size:
                         target = next(targets)
                     count = min(size, target.size, largest)
+                    load, address, lkey = None, 0, 0
+                    if source is not None:
+                        address, lkey = source.at(_address(view) + offset), source.lkey
+                    elif isinstance(view, DeviceMemory):
+                        staging = stages.of(view)
+                        count = min(count, staging.size)
+                        load = Load(staging, view.part(offset, count))
                     piece.writes.append(
-                        Write(
-                            piece,
-                            address,
-                            count,
-                            source.lkey,
-                            target.address,
-                            target.rkey,
-                            False,
-                        )
+                        Write(piece, address, count, lkey, target.address, target.rkey, False, load)
                     )
-                    address += count
+                    offset += count
                     size -= count
                     target = Segment(target.address + count, target.size - count, target.rkey)
         except BaseException:
             for held in piece.held:
-                registry.release(held)
+                held.release()
             raise
         piece.writes[-1] = piece.writes[-1]._replace(last=True)
         return piece
 
 
+def _acquire(
+    registry: Registry, view: memoryview | DeviceMemory, offset: int, size: int
+) -> Registered | None:
+    """Registered memory to read from; None where it has to be staged."""
+    if isinstance(view, DeviceMemory):
+        return registry.acquire_device(view, offset, size, Access.READ_HERE)
+    return registry.acquire(view, offset, size, Access.READ_HERE)
+
+
+def _address(view: memoryview | DeviceMemory) -> int:
+    # A slab's registration begins before what is sent from it.
+    return view.pointer if isinstance(view, DeviceMemory) else address_of(view)
+
+
 class InPiece:
     """A part of a payload that was asked for."""
 
-    __slots__ = ("held", "incoming", "lane", "number", "offset", "size")
+    __slots__ = ("device", "held", "incoming", "lane", "number", "offset", "size", "slab")
 
     def __init__(self, incoming: RdmaIncoming, number: int, lane: int) -> None:
+        self.device: DeviceMemory | None = None
+        """Where it ends up, if that is in a GPU's memory."""
+        self.slab: Slab | None = None
+        """Where it arrives, if that is not where it ends up."""
         self.incoming = incoming
         self.number = number
         self.lane = lane
@@ -229,6 +318,8 @@ class RdmaIncoming(Incoming):
         "undecided",
     )
 
+    takes_device = True
+
     def __init__(
         self, header: memoryview, sizes: tuple[int, ...], channel: int, receiver: Receiver
     ) -> None:
@@ -244,15 +335,15 @@ class RdmaIncoming(Incoming):
         self.done: Callable[[Incoming], None] | None = None
         self.pieces: dict[int, InPiece] = {}
         self._finished: dict[int, int] = {}  # offset to size, of what came before its turn
-        self._run: _Run | None = None
+        self._run: _Run[memoryview | DeviceTarget] | None = None
         self._receiver = receiver
 
     def into(
-        self, buffers: Sequence[memoryview], done: Callable[[Incoming], None] | None = None
+        self, buffers: Sequence[Target], done: Callable[[Incoming], None] | None = None
     ) -> None:
         if not self.undecided:
             raise InternalError("where this payload goes was already said")
-        self._run = _Run(fitting(self.sizes, buffers))
+        self._run = _Run(fitting_targets(self.sizes, buffers))
         self.undecided = False
         self.done = done
         self._receiver.place(self)
@@ -262,8 +353,10 @@ class RdmaIncoming(Incoming):
 
     # -- for the connection --------------------------------------------------------------------
 
-    def plan(self, piece: InPiece, largest: int, registry: Registry) -> Piece:
-        """What to ask for next.
+    def plan(
+        self, piece: InPiece, largest: int, registry: Registry, stages: Stages
+    ) -> Piece | None:
+        """What to ask for next; None while there is no slab for it.
 
         Raises
         ------
@@ -274,20 +367,28 @@ class RdmaIncoming(Incoming):
         assert run is not None
         begin = self.planned
         end = min(begin + largest, run.end_of_parts(begin, MAX_SEGMENTS))
-        segments = []
+        segments: list[Segment] = []
         try:
             for view, offset, size in run.parts(begin, end - begin):
-                held = registry.acquire(view, offset, size, Access.WRITE_HERE | Access.WRITE_THERE)
+                if isinstance(view, DeviceTarget):
+                    if not segments:  # a piece of its own
+                        segment = _place(piece, view, offset, size, registry, stages)
+                        if segment is None:
+                            return None
+                        segments.append(segment)
+                    break
+                held = registry.acquire(view, offset, size, _WRITE)
                 piece.held.append(held)
                 segments.append(Segment(held.address, size, held.rkey))
         except BaseException:
             for held in piece.held:
-                registry.release(held)
+                held.release()
             raise
-        piece.offset, piece.size = begin, end - begin
-        self.planned = end
+        size = sum(segment.size for segment in segments)
+        piece.offset, piece.size = begin, size
+        self.planned = begin + size
         self.pieces[piece.number] = piece
-        return Piece(self.channel, piece.number, piece.lane, begin, end - begin, tuple(segments))
+        return Piece(self.channel, piece.number, piece.lane, begin, size, tuple(segments))
 
     def arrived(self, piece: InPiece) -> bool:
         """A piece is in place; whether it was the last one."""
@@ -300,6 +401,40 @@ class RdmaIncoming(Incoming):
     def let_go(self) -> None:
         """Of the buffers."""
         self._run = None
+
+
+def _place(
+    piece: InPiece,
+    target: DeviceTarget,
+    offset: int,
+    size: int,
+    registry: Registry,
+    stages: Stages,
+) -> Segment | None:
+    """Where the peer writes what ends up in a GPU's memory: there, or in a slab; None while there
+    is none."""
+    memory = target.memory
+    # Memory that is used again may still be read by kernels that ran before: a card does not wait
+    # for them, a copy in their stream does.
+    held = registry.acquire_device(memory, offset, size, _WRITE) if target.idle() else None
+    if held is None:
+        staging = stages.of(memory)
+        slab = staging.take()
+        if slab is None:
+            return None
+        size = min(size, staging.size)
+        try:
+            held = registry.acquire(slab.view, 0, size, _WRITE)
+        except BaseException:
+            staging.give(slab)
+            raise
+        piece.slab = slab
+        address = held.address
+    else:
+        address = held.at(memory.pointer + offset)
+    piece.device = memory.part(offset, size)
+    piece.held.append(held)
+    return Segment(address, size, held.rkey)
 
 
 class EagerIncoming(Incoming):
@@ -326,7 +461,7 @@ class EagerIncoming(Incoming):
         return not self._settled and self._payload.nbytes > 0
 
     def into(
-        self, buffers: Sequence[memoryview], done: Callable[[Incoming], None] | None = None
+        self, buffers: Sequence[Target], done: Callable[[Incoming], None] | None = None
     ) -> None:
         if self._settled:
             raise InternalError("where this payload goes was already said")

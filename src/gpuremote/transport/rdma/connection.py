@@ -19,17 +19,19 @@ from gpuremote.errors import (
     LimitExceeded,
     ProtocolError,
 )
-from gpuremote.transport import _rdma_frames as frames
+from gpuremote.memory.cuda import CudaError
 from gpuremote.transport._framing import MAX_HEADER, MAX_REGIONS
 from gpuremote.transport._incoming import Message
-from gpuremote.transport._rdma_control import Control, Frame
-from gpuremote.transport._rdma_inbound import Inbound
-from gpuremote.transport._rdma_lanes import InLane, OutLane
-from gpuremote.transport._rdma_memory import Slabs
-from gpuremote.transport._rdma_outbound import Outbound
-from gpuremote.transport._rdma_payload import EagerIncoming, RdmaIncoming
-from gpuremote.transport._rdma_rail import Owner, Rail
 from gpuremote.transport.base import Connection, Incoming, Region, TransportStats, flat_view
+from gpuremote.transport.rdma import frames
+from gpuremote.transport.rdma.control import Control, Frame
+from gpuremote.transport.rdma.gpu import Stages
+from gpuremote.transport.rdma.inbound import Inbound
+from gpuremote.transport.rdma.lanes import InLane, OutLane
+from gpuremote.transport.rdma.memory import Slabs
+from gpuremote.transport.rdma.outbound import Outbound
+from gpuremote.transport.rdma.payload import EagerIncoming, RdmaIncoming
+from gpuremote.transport.rdma.rail import Owner, Rail
 from gpuremote.transport.verbs.base import Completion, VerbsError
 from gpuremote.transport.verbs.explain import explain_errno, explain_status
 
@@ -37,6 +39,8 @@ __all__ = ["WATCH", "RdmaConnection"]
 
 WATCH: Final = 1.0
 """Seconds after which the completion queues are looked at although no event came."""
+COPYING: Final = 0.001
+"""The same while a GPU copies to or from the host's memory: no descriptor tells when it is done."""
 READY: Final = 64
 """Messages taken out of the ring ahead of ``receive``, so that what comes behind them (where a
 payload goes) is seen by a side that only sends."""
@@ -78,6 +82,7 @@ class RdmaConnection(Connection):
     """
 
     name = "rdma"
+    takes_device = True
 
     def __init__(
         self,
@@ -100,8 +105,11 @@ class RdmaConnection(Connection):
         self._rails = rails
         self._control = control
         self._lanes = len(out_lanes)
-        self._out = Outbound(control, out_lanes, stats)
-        self._in = Inbound(control, in_lanes, stats, piece=piece, receiver=self)
+        self._stages = Stages(), Stages()  # of what goes out, and of what comes in
+        self._out = Outbound(control, out_lanes, stats, self._stages[0])
+        self._in = Inbound(
+            control, in_lanes, stats, piece=piece, receiver=self, stages=self._stages[1]
+        )
         self._blocking = blocking
         self._slabs = Slabs([rail.registry for rail in rails])
         self._lock = threading.RLock()
@@ -146,10 +154,17 @@ class RdmaConnection(Connection):
 
     def due(self) -> float | None:
         due = self._base.due()
-        if self._blocking:
+        if self._copying:
+            left = COPYING
+        elif self._blocking:
             return due  # its thread comes by itself, at least once in WATCH
-        left = max(0.0, self._looked + WATCH - _clock.now())
+        else:
+            left = max(0.0, self._looked + WATCH - _clock.now())
         return left if due is None else min(left, due)
+
+    @property
+    def _copying(self) -> bool:
+        return any(stages.copying for stages in self._stages)
 
     def allocate(self, nbytes: int) -> memoryview | None:
         with self._lock:
@@ -160,6 +175,7 @@ class RdmaConnection(Connection):
             **super().describe(),
             "devices": [rail.device.name for rail in self._rails],
             "lanes": self._lanes,
+            "gpu_memory": [rail.registry.direct.describe() for rail in self._rails],
         }
 
     def _gone(self) -> ConnectionLost:
@@ -250,7 +266,7 @@ class RdmaConnection(Connection):
         found = self._next(called)
         if found is not None or called or wait <= 0 or self.stats.bytes_received != before:
             return found
-        self._wait(min(wait, WATCH))
+        self._wait(min(wait, COPYING if self._copying else WATCH))
         with self._lock:
             if self._closed:
                 raise self._gone()
@@ -336,6 +352,8 @@ class RdmaConnection(Connection):
             self._lose(error)
         except VerbsError as error:
             self._lose(ConnectionLost(explain_errno(error), peer=self.peer_address))
+        except CudaError as error:
+            self._lose(ConnectionLost(f"a GPU's memory: {error}", peer=self.peer_address))
         except BaseException:
             # Nobody knows how far it came.
             self.abort()
@@ -517,6 +535,8 @@ class RdmaConnection(Connection):
         self._control.close()
         self._out.clear()
         self._in.clear()
+        for stages in self._stages:
+            stages.close()
 
     def _close_descriptors(self) -> None:
         if self._waiting or self._wake < 0:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from gpuremote.errors import GpuRemoteError, TransportUnavailable
-from gpuremote.transport._rdma_connection import RdmaConnection
-from gpuremote.transport._rdma_control import Control
-from gpuremote.transport._rdma_setup import Options, RdmaPath, bring_up, look
 from gpuremote.transport.base import TransportStats
+from gpuremote.transport.rdma.connection import RdmaConnection
+from gpuremote.transport.rdma.control import Control
+from gpuremote.transport.rdma.setup import Options, RdmaPath, bring_up, look
 from gpuremote.transport.setup import Setup
 from gpuremote.transport.verbs.base import VerbsError, VerbsProvider
 from gpuremote.transport.verbs.explain import explain_errno

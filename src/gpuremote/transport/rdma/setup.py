@@ -21,12 +21,12 @@ from typing import Any, Final
 
 from gpuremote import _clock
 from gpuremote.errors import ProtocolError, TransportUnavailable
-from gpuremote.transport._rdma_connection import RdmaConnection
-from gpuremote.transport._rdma_control import RECEIVES, RESERVE, SLOT, Control, Ring
-from gpuremote.transport._rdma_lanes import InLane, OutLane
-from gpuremote.transport._rdma_memory import anonymous
-from gpuremote.transport._rdma_rail import Far, Rail, random_psn
 from gpuremote.transport.base import TransportStats
+from gpuremote.transport.rdma.connection import RdmaConnection
+from gpuremote.transport.rdma.control import RECEIVES, RESERVE, SLOT, Control, Ring
+from gpuremote.transport.rdma.lanes import InLane, OutLane
+from gpuremote.transport.rdma.memory import anonymous
+from gpuremote.transport.rdma.rail import Far, Rail, random_psn
 from gpuremote.transport.setup import Setup
 from gpuremote.transport.verbs.base import (
     Access,
@@ -461,7 +461,7 @@ class _Trial:
 
 
 class _TrialWrite:
-    """Who posted the write of a trial; see ``_rdma_rail.Owner``."""
+    """Who posted the write of a trial; see ``rail.Owner``."""
 
     def completed(self, work: int, tag: int, completion: Completion) -> None: ...
 

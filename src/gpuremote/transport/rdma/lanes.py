@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 from gpuremote.errors import ProtocolError
-from gpuremote.transport._rdma_payload import InPiece, OutPiece, Write
-from gpuremote.transport._rdma_rail import Rail, random_psn
 from gpuremote.transport.base import TransportStats
+from gpuremote.transport.rdma.payload import InPiece, OutPiece, Write
+from gpuremote.transport.rdma.rail import Rail, random_psn
 from gpuremote.transport.verbs.base import Completion, Status
 
 __all__ = ["PIECES", "InLane", "OutLane", "lane_of"]
@@ -83,20 +83,29 @@ class OutLane:
         ------
         VerbsError
         """
+        self._load_ahead()
         while self._queue and len(self._posted) < SENDS and not self.failed:
-            write = self._queue.popleft()
+            write = self._queue[0]
+            address, lkey = write.address, write.lkey
+            if write.load is not None:
+                source = write.load.source(self.rail.registry)
+                if source is None:
+                    return  # nothing overtakes it
+                address, lkey = source.address, source.lkey
+            self._queue.popleft()
             piece = write.piece
             self._quiet += 1
-            signaled = write.last or self._quiet >= SIGNALED
+            # A slab is wanted back as soon as it was sent.
+            signaled = write.last or write.load is not None or self._quiet >= SIGNALED
             if signaled:
                 self._quiet = 0
             work = self.rail.works.add(self, 0)
             self._posted.append((work, write))
             self.pair.post_write(
                 work,
-                write.address,
+                address,
                 write.size,
-                write.lkey,
+                lkey,
                 write.remote,
                 write.rkey,
                 signaled=signaled,
@@ -106,12 +115,20 @@ class OutLane:
             piece.posted += write.size
             piece.outgoing.unposted -= write.size
 
+    def _load_ahead(self) -> None:
+        """Begin to copy what is staged and comes next, as far as there are slabs."""
+        for write in self._queue:
+            if write.load is not None and not write.load.begin():
+                return
+
     def completed(self, work: int, tag: int, completion: Completion) -> None:
         # Writes end in order.
         while self._posted and self._posted[0][0] <= work:
             earlier, write = self._posted.popleft()
             if earlier != work:
                 self.rail.works.pop(earlier)
+            if write.load is not None:
+                write.load.end()
             self._stats.bytes_sent += write.size
             if write.last:
                 del self.pieces[write.piece.number]
@@ -128,6 +145,7 @@ class OutLane:
         for piece in [p for p in self.pieces.values() if p.outgoing.dropped and not p.posted]:
             del self.pieces[piece.number]
             self._queue = deque(write for write in self._queue if write.piece is not piece)
+            piece.end_loads()
             self.finished(piece)
 
     def describe(self, work: int, tag: int) -> str:
@@ -147,6 +165,8 @@ class OutLane:
         self._posted.clear()
         self._queue.clear()
         self._quiet = 0
+        for piece in self.pieces.values():
+            piece.end_loads()
         return True
 
     def renew(self, queue_pair: int, psn: int, wanted: tuple[int, ...]) -> None:
