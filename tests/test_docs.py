@@ -26,17 +26,15 @@ from gpuremote.ops.plan import PlanCaps
 from gpuremote.server import daemon, reception, stock, worker
 from gpuremote.transport import (
     _framing,
-    _lane_frames,
     _outgoing,
-    _striping,
-    compression,
     congestion,
-    lane_rule,
-    lanes,
-    lanes_setup,
     tcp,
     tls,
 )
+from gpuremote.transport.lanes import compression, rule, striping
+from gpuremote.transport.lanes import connection as lanes
+from gpuremote.transport.lanes import frames as lane_frames
+from gpuremote.transport.lanes import setup as lanes_setup
 from gpuremote.transport.rdma import control as rdma_control
 from gpuremote.transport.rdma import inbound as rdma_inbound
 from gpuremote.transport.rdma import memory as rdma_memory
@@ -388,17 +386,17 @@ SENTENCES = [
         f"Timeout {pyverbs_provider.TIMEOUT} (67 ms), {pyverbs_provider.RETRIES} retries",
     ),
     ("transports", f"round trip below {congestion.SHORT_WAY * 1000:.0f} ms"),
-    ("transports", f"Below {lane_rule.LONG_WAY * 1000:.0f} ms nothing else is done"),
-    ("transports", f"ceil({lane_rule.SLACK:.0f} * bandwidth * delay / window)"),
-    ("transports", f"from 1 to {lane_rule.MAX_LANES}"),
-    ("transports", f"tells nothing, {lane_rule.ASSUMED_BANDWIDTH / 1e6:.0f} MB/s are assumed"),
+    ("transports", f"Below {rule.LONG_WAY * 1000:.0f} ms nothing else is done"),
+    ("transports", f"ceil({rule.SLACK:.0f} * bandwidth * delay / window)"),
+    ("transports", f"from 1 to {rule.MAX_LANES}"),
+    ("transports", f"tells nothing, {rule.ASSUMED_BANDWIDTH / 1e6:.0f} MB/s are assumed"),
     ("transports", f"a burst of at most {lanes_setup.BURST // MIB} MiB comes in"),
     ("transports", f"A burst ends after {lanes_setup.BURST_TIME} s"),
     ("transports", f"payloads below {lanes.LARGE // KIB} KiB, stay on"),
     (
         "transports",
-        f"pieces of {_striping.LARGEST // MIB} MiB, towards its end down to "
-        f"{_striping.SMALLEST // KIB} KiB",
+        f"pieces of {striping.LARGEST // MIB} MiB, towards its end down to "
+        f"{striping.SMALLEST // KIB} KiB",
     ),
     ("transports", f"no more than {lanes.UNSENT // KIB} KiB unsent"),
     ("transports", f"waited for, {lanes.LINGER:.0f} s at most"),
@@ -408,10 +406,10 @@ SENTENCES = [
         f"one piece in {compression.Rule.SAMPLE} is a sample, and fewer, down to one in "
         f"{8 * compression.Rule.SAMPLE}",
     ),
-    ("protocol", f"| {_lane_frames.SPREAD} | SPREAD |"),
+    ("protocol", f"| {lane_frames.SPREAD} | SPREAD |"),
     ("protocol", f"payload of {lanes.LARGE // KIB} KiB or more"),
-    ("protocol", f"A piece has at most {_lane_frames.MAX_PIECE // MIB} MiB"),
-    ("protocol", f"at most {_lane_frames.MAX_AHEAD:,} payloads ahead"),
+    ("protocol", f"A piece has at most {lane_frames.MAX_PIECE // MIB} MiB"),
+    ("protocol", f"at most {lane_frames.MAX_AHEAD:,} payloads ahead"),
     ("protocol", f"{lanes_setup.PART // KIB} KiB each, {lanes_setup.BURST // MIB} MiB at most"),
     ("protocol", f"at most {lanes_setup.PINGS} times, each answered"),
     (

@@ -18,8 +18,8 @@ from gpuremote.errors import AuthenticationFailed, SessionLost
 from gpuremote.rpc.dial import read_hello
 from gpuremote.testing.cutting import CuttingProxy, Direction
 from gpuremote.testing.servers import RunningServer, device_server
-from gpuremote.transport.lane_rule import Way, lanes_for
-from gpuremote.transport.lanes import LanesConnection
+from gpuremote.transport.lanes.connection import LanesConnection
+from gpuremote.transport.lanes.rule import Way, lanes_for
 from gpuremote.transport.tls import TlsSocket
 from gpuremote.wire.hello import Attach, Challenge, Hello, Refusal, Welcome
 from tests.certificates import Authority

@@ -11,10 +11,11 @@ import pytest
 from gpuremote._clock import now
 from gpuremote.testing.conformance import Pair, TransportConformance
 from gpuremote.testing.driving import Ends
-from gpuremote.transport import lanes, shm
+from gpuremote.transport import shm
 from gpuremote.transport.certificates import TlsClient, TlsServer
 from gpuremote.transport.emulated import EmulatedConnection
-from gpuremote.transport.lanes import LanesConnection, tune_lane
+from gpuremote.transport.lanes.connection import LanesConnection, tune_lane
+from gpuremote.transport.lanes.connection import pair as laned_pair
 from gpuremote.transport.tcp import StreamConnection, TcpConnection, open_tcp, pair, tune
 from gpuremote.transport.tls import TlsConnection, TlsSocket
 from tests.certificates import Authority
@@ -180,7 +181,7 @@ class LanesConformance(TransportConformance):
 
 class TestLanesUnix(LanesConformance):
     def connection_pair(self) -> Pair:
-        return lanes.pair(3)
+        return laned_pair(3)
 
 
 class TestLanesTcp(LanesConformance):
@@ -208,7 +209,7 @@ class TestLanesCompressed(LanesConformance):
     """Every piece is tried; what does not get smaller goes out as it is."""
 
     def connection_pair(self) -> Pair:
-        return lanes.pair(2, "zstd")
+        return laned_pair(2, "zstd")
 
 
 class TestLanesTls(LanesConformance, TlsConformance):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gpuremote.transport import compression
-from gpuremote.transport.compression import Rule, agree, wanted_codecs
-from gpuremote.transport.lane_rule import (
+from gpuremote.transport.lanes import compression
+from gpuremote.transport.lanes.compression import Rule, agree, wanted_codecs
+from gpuremote.transport.lanes.rule import (
     MAX_LANES,
     Way,
     bandwidth_of,

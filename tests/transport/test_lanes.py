@@ -16,9 +16,12 @@ import pytest
 from gpuremote import _clock
 from gpuremote.errors import ConnectionLost, InvalidBuffer, LimitExceeded, ProtocolError
 from gpuremote.testing.driving import Ends, place, random_parts
-from gpuremote.transport import _lane_payload, lanes
 from gpuremote.transport._framing import FRAME, MESSAGE, encode_sizes
-from gpuremote.transport._lane_frames import (
+from gpuremote.transport.base import Incoming, Region
+from gpuremote.transport.lanes import connection, payload
+from gpuremote.transport.lanes.compression import codec_named
+from gpuremote.transport.lanes.connection import LARGE, LanesConnection
+from gpuremote.transport.lanes.frames import (
     MAX_AHEAD,
     MAX_PIECE,
     NUMBER,
@@ -27,9 +30,6 @@ from gpuremote.transport._lane_frames import (
     Piece,
     encode_piece,
 )
-from gpuremote.transport.base import Incoming, Region
-from gpuremote.transport.compression import codec_named
-from gpuremote.transport.lanes import LARGE, LanesConnection
 from gpuremote.transport.tcp import TcpConnection
 
 MIB = 1 << 20
@@ -39,7 +39,7 @@ Pair = tuple[LanesConnection, LanesConnection]
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    here, there = lanes.pair(4)
+    here, there = connection.pair(4)
     yield here, there
     here.abort()
     there.abort()
@@ -205,7 +205,7 @@ def test_regions_that_can_not_be_sent_leave_no_trace(pair: Pair) -> None:
 
 def test_both_compressed_and_raw(pair: Pair) -> None:
     for codec in ("zstd", "lz4"):
-        here, there = lanes.pair(3, codec)
+        here, there = connection.pair(3, codec)
         ends = Ends(here, there)
         parts = [b"much the same " * 400_000, *random_parts([3 * MIB]), b"x" * 7]
         here.send(b"", [Region(part) for part in parts])
@@ -311,7 +311,7 @@ def lost(end: LanesConnection) -> ConnectionLost:
 def test_the_end_of_a_lane_is_the_end(
     hand: ByHand, reset: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "LINGER", 0.1)
+    monkeypatch.setattr(connection, "LINGER", 0.1)
     incoming, (target,), done = hand.begin(LARGE)
     hand.piece(0, b"x" * 1000)
     if reset:
@@ -437,7 +437,7 @@ def test_frames_that_no_sender_makes(hand: ByHand, frame: tuple[int, int, int, i
 
 
 def test_scattered_bytes_take_bounded_memory(hand: ByHand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_lane_payload, "MAX_RUNS", 100)
+    monkeypatch.setattr(payload, "MAX_RUNS", 100)
     hand.begin(LARGE)
 
     def scatter() -> None:

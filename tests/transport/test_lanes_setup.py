@@ -12,11 +12,13 @@ import pytest
 from gpuremote import _clock
 from gpuremote.errors import ConnectionFailed, ProtocolError
 from gpuremote.testing.driving import Ends, place, random_parts
-from gpuremote.transport import compression, lanes_setup, select
+from gpuremote.transport import select
 from gpuremote.transport.base import Connection, Region
-from gpuremote.transport.lane_offer import LaneGate, LanePolicy, LaneWishes, Line, lane_proof
-from gpuremote.transport.lane_rule import MAX_LANES, Way
-from gpuremote.transport.lanes import LanesConnection
+from gpuremote.transport.lanes import compression
+from gpuremote.transport.lanes import setup as lanes_setup
+from gpuremote.transport.lanes.connection import LanesConnection
+from gpuremote.transport.lanes.offer import LaneGate, LanePolicy, LaneWishes, Line, lane_proof
+from gpuremote.transport.lanes.rule import MAX_LANES, Way
 from gpuremote.transport.setup import Setup
 from gpuremote.transport.tcp import TcpConnection, pair
 from tests.transport.ends import both

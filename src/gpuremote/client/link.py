@@ -27,7 +27,7 @@ from gpuremote.rpc.dial import Dialled, dial, host_identity
 from gpuremote.rpc.peer import Connection
 from gpuremote.rpc.transports import TCP, Explanation, offers
 from gpuremote.transport.certificates import TlsClient
-from gpuremote.transport.lane_offer import LanePolicy
+from gpuremote.transport.lanes.offer import LanePolicy
 from gpuremote.wire.hello import Hello, Welcome
 from gpuremote.wire.state import State, Stimulus
 

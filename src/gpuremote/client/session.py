@@ -24,7 +24,7 @@ from gpuremote.config import Settings, Target
 from gpuremote.memory.host import output_view
 from gpuremote.rpc.transports import Explanation
 from gpuremote.transport.certificates import TlsClient
-from gpuremote.transport.lane_offer import LanePolicy
+from gpuremote.transport.lanes.offer import LanePolicy
 from gpuremote.wire.caps import INLINE_PAYLOAD
 
 __all__ = ["SessionBase", "TransportView", "make_core", "make_link"]

@@ -29,7 +29,7 @@ from gpuremote.errors import (
 )
 from gpuremote.transport.base import Connection
 from gpuremote.transport.certificates import TlsClient, handshake_failure
-from gpuremote.transport.lane_offer import LanePolicy, LaneWishes
+from gpuremote.transport.lanes.offer import LanePolicy, LaneWishes
 from gpuremote.transport.select import TCP, climb
 from gpuremote.transport.setup import Setup
 from gpuremote.transport.tcp import join_address, open_tcp

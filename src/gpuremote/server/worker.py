@@ -34,7 +34,7 @@ from gpuremote.server.reception import Reception
 from gpuremote.server.session import WorkerSession
 from gpuremote.transport.base import Connection
 from gpuremote.transport.certificates import TlsClient, TlsServer
-from gpuremote.transport.lane_offer import LaneGate
+from gpuremote.transport.lanes.offer import LaneGate
 from gpuremote.transport.select import choose, climb, probe
 from gpuremote.transport.setup import Setup
 from gpuremote.transport.tls import TlsSocket, stream_connection

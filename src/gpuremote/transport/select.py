@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from gpuremote.errors import ProtocolError, TransportUnavailable
 from gpuremote.transport.base import Connection
-from gpuremote.transport.lanes_setup import Lanes
+from gpuremote.transport.lanes.setup import Lanes
 from gpuremote.transport.setup import Setup, Upgrade, upgrade
 
 __all__ = ["GROUP", "PREFERENCE", "Candidate", "choose", "climb", "probe"]

@@ -23,7 +23,7 @@ from gpuremote.errors import (
     TransportUnavailable,
 )
 from gpuremote.transport.base import Connection
-from gpuremote.transport.lane_offer import LaneGate, LaneWishes
+from gpuremote.transport.lanes.offer import LaneGate, LaneWishes
 
 __all__ = ["Path", "Setup", "Unneeded", "Upgrade", "upgrade"]
 

@@ -370,7 +370,7 @@ class Attach:
     lane : int
         Its number.
     proof : bytes
-        Over the nonce that the worker told for this set-up; see ``transport.lane_offer``. So it is
+        Over the nonce that the worker told for this set-up; see ``transport.lanes.offer``. So it is
         good for one lane of one set-up.
     """
 

@@ -21,14 +21,14 @@ from typing import Final
 from gpuremote import _clock
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost, LimitExceeded, ProtocolError
-from gpuremote.transport._lane import Lane
-from gpuremote.transport._lane_control import control_over
-from gpuremote.transport._lane_frames import MAX_AHEAD
-from gpuremote.transport._lane_payload import SpreadPayload
 from gpuremote.transport._sockets import broken, drain, reset
-from gpuremote.transport._striping import Source, Striping
 from gpuremote.transport.base import Connection, Incoming, Region
-from gpuremote.transport.compression import Codec, Rule, codec_named
+from gpuremote.transport.lanes.compression import Codec, Rule, codec_named
+from gpuremote.transport.lanes.control import control_over
+from gpuremote.transport.lanes.frames import MAX_AHEAD
+from gpuremote.transport.lanes.lane import Lane
+from gpuremote.transport.lanes.payload import SpreadPayload
+from gpuremote.transport.lanes.striping import Source, Striping
 from gpuremote.transport.tcp import BURST, StreamConnection, TcpConnection
 from gpuremote.transport.tls import TlsSocket
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from gpuremote.errors import InternalError, ProtocolError
 from gpuremote.transport._incoming import Payload, fitting
-from gpuremote.transport.base import Incoming
+from gpuremote.transport.base import Incoming, Target
 
 __all__ = ["Run", "SpreadPayload"]
 
@@ -61,7 +61,7 @@ class SpreadPayload(Payload):
         self._ends: list[int] = []
 
     def into(
-        self, buffers: Sequence[memoryview], done: Callable[[Incoming], None] | None = None
+        self, buffers: Sequence[Target], done: Callable[[Incoming], None] | None = None
     ) -> None:
         if self._placed:
             raise InternalError("where this payload goes was already said")

@@ -11,10 +11,10 @@ from typing import Final, NamedTuple
 
 from gpuremote import _clock
 from gpuremote._types import BytesLike
-from gpuremote.transport._lane import OutLane
-from gpuremote.transport._lane_frames import Piece, encode_piece
 from gpuremote.transport.base import Region, TransportStats
-from gpuremote.transport.compression import GAIN, Codec, Rule
+from gpuremote.transport.lanes.compression import GAIN, Codec, Rule
+from gpuremote.transport.lanes.frames import Piece, encode_piece
+from gpuremote.transport.lanes.lane import OutLane
 
 __all__ = ["Source", "Striping"]
 

@@ -17,9 +17,10 @@ from gpuremote.errors import GpuRemoteError, ProtocolError, TransportUnavailable
 from gpuremote.transport import congestion
 from gpuremote.transport._sockets import tune
 from gpuremote.transport.base import Connection
-from gpuremote.transport.compression import CODECS, Rule, agree, codec_named, wanted_codecs
-from gpuremote.transport.lane_offer import LaneWishes, Line, lane_proof
-from gpuremote.transport.lane_rule import (
+from gpuremote.transport.lanes.compression import CODECS, Rule, agree, codec_named, wanted_codecs
+from gpuremote.transport.lanes.connection import LanesConnection, tune_lane
+from gpuremote.transport.lanes.offer import LaneWishes, Line, lane_proof
+from gpuremote.transport.lanes.rule import (
     LONG_WAY,
     MAX_LANES,
     Way,
@@ -28,7 +29,6 @@ from gpuremote.transport.lane_rule import (
     lanes_for,
     window_between,
 )
-from gpuremote.transport.lanes import LanesConnection, tune_lane
 from gpuremote.transport.setup import Path, Setup, Unneeded
 from gpuremote.transport.tcp import StreamConnection
 from gpuremote.transport.tls import TlsSocket

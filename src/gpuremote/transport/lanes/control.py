@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost, LimitExceeded, ProtocolError
 from gpuremote.transport._framing import MAX_HEADER, MAX_REGIONS, encode_sizes
-from gpuremote.transport._lane_frames import (
+from gpuremote.transport.base import Incoming, Region, flat_view
+from gpuremote.transport.lanes.frames import (
     MAX_AHEAD,
     NUMBER,
     SPREAD,
     check_spread,
     decode_spread,
 )
-from gpuremote.transport._lane_payload import SpreadPayload
-from gpuremote.transport.base import Incoming, Region, flat_view
+from gpuremote.transport.lanes.payload import SpreadPayload
 from gpuremote.transport.tcp import StreamConnection, TcpConnection
 from gpuremote.transport.tls import TlsConnection
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Final
 
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost
-from gpuremote.transport._lane_frames import PIECE, Piece, decode_piece
 from gpuremote.transport._stream import NOW
 from gpuremote.transport.base import TransportStats
-from gpuremote.transport.compression import Codec, codec_numbered
+from gpuremote.transport.lanes.compression import Codec, codec_numbered
+from gpuremote.transport.lanes.frames import PIECE, Piece, decode_piece
 from gpuremote.transport.tls import TlsSocket
 
 if TYPE_CHECKING:
-    from gpuremote.transport._lane_payload import Run, SpreadPayload
+    from gpuremote.transport.lanes.payload import Run, SpreadPayload
 
 __all__ = ["InLane", "Lane", "OutLane"]
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from gpuremote import _clock
-from gpuremote.transport.compression import CODECS
-from gpuremote.transport.lane_rule import MAX_LANES
+from gpuremote.transport.lanes.compression import CODECS
+from gpuremote.transport.lanes.rule import MAX_LANES
 from gpuremote.transport.tls import TlsSocket
 
 __all__ = ["LaneGate", "LanePolicy", "LaneWishes", "Line", "lane_proof"]
