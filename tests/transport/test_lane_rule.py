@@ -82,6 +82,17 @@ def test_a_burst_that_waits_for_acknowledgements() -> None:
     assert math.isclose(found, 50e6)
 
 
+def test_bytes_that_come_in_lumps() -> None:
+    said = [(0.01 * (n // 2) + 1e-5 * (n % 2), 60 << 10) for n in range(16)]
+    found = bandwidth_of(said, 0.03)
+    assert found is not None
+    assert 10e6 < found < 14e6
+    # One lump, that is all.
+    found = bandwidth_of([(1.0, 60_000), (1.00001, 60_000)], 0.03)
+    assert found is not None
+    assert found <= 30e6
+
+
 @pytest.mark.parametrize(
     "said", [[], [(1.0, 100_000)], [(1.0, 60_000)] * 17, [(n * 1.0, 60_000) for n in range(9)]]
 )

@@ -189,6 +189,8 @@ class Rule:
         The program asked for it: each piece is tried.
     rate : float or None
         Bytes per second to begin with.
+    delay : float
+        Seconds of round trip.
     """
 
     WEIGHT: Final = 0.25
@@ -199,9 +201,12 @@ class Rule:
     MARGIN: Final = 0.9
     """Compressing has to take less than this part of the time of sending raw."""
 
-    def __init__(self, *, always: bool = False, rate: float | None = None) -> None:
+    def __init__(
+        self, *, always: bool = False, rate: float | None = None, delay: float = 0.0
+    ) -> None:
         self.always = always
         self.rate = rate
+        self.delay = delay
         self.seconds: float | None = None
         """That compressing a raw byte takes."""
         self.ratio: float | None = None

@@ -35,8 +35,11 @@ SLACK: Final = 2.0
 """Times what the way holds that all windows have together: they are rarely full."""
 TRAIN: Final = 48 << 10
 """Bytes that have to come one after the other for their rate to say anything."""
-PAUSE: Final = 0.25
+PAUSE: Final = 0.5
 """Part of a round trip without bytes that ends a train: the sender waits for an acknowledgement."""
+LUMP: Final = 0.002
+"""Seconds in which bytes may come that something on the way had collected: a train that is no longer
+says how fast it was let go, not how fast the way is."""
 DEFAULT_WINDOW: Final = 4 << 20
 """Bytes, where the system does not say."""
 
@@ -108,7 +111,7 @@ def bandwidth_of(arrivals: Sequence[tuple[float, int]], delay: float) -> float |
             if at > begin and count >= TRAIN and (best is None or count > best[0]):
                 best = count, at - begin
         last = at
-    return None if best is None else best[0] / best[1]
+    return None if best is None else best[0] / max(LUMP, best[1])
 
 
 def kernel_limit(name: str) -> int:

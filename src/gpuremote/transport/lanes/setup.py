@@ -251,7 +251,7 @@ class _Client:
         return dict(sorted(found.items()))
 
     def _rule_wish(self, way: Way) -> dict[str, Any]:
-        return {"always": self._insists, "rate": way.bandwidth or 0.0}
+        return {"always": self._insists, "rate": way.bandwidth or 0.0, "delay": way.delay}
 
     def _agreed(self, lines: dict[int, Line], codec: str, way: Way) -> Path:
         """Those of the lanes that the server has too."""
@@ -272,7 +272,7 @@ class _Client:
             why += f"; {codec}" + ("" if self._insists else " where it pays")
         elif self._no_codec:
             why += f"; {self._no_codec}"
-        rule = Rule(always=self._insists, rate=way.bandwidth)
+        rule = Rule(always=self._insists, rate=way.bandwidth, delay=way.delay)
         return _LanesPath(self._setup, [lines[n] for n in agreed], codec, rule, way, why)
 
 
@@ -308,7 +308,8 @@ def _take_burst(setup: Setup, message: dict[str, Any]) -> list[tuple[float, int]
 
 def _rule(message: dict[str, Any]) -> Rule:
     rate = _number(message.get("rate"))
-    return Rule(always=bool(message.get("always")), rate=rate or None)
+    delay = _number(message.get("delay"))
+    return Rule(always=bool(message.get("always")), rate=rate or None, delay=delay)
 
 
 def _number(value: object) -> float:

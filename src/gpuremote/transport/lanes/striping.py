@@ -26,7 +26,8 @@ SHARES: Final = 4
 smaller, so that no lane is still at work when the others have nothing to do."""
 WINDOW: Final = 0.02
 MEANINGFUL: Final = 512 << 10
-"""Seconds, and bytes, of lanes at their limit that make up one measurement."""
+"""Seconds, and bytes, of lanes at their limit that make up one measurement; a round trip if that
+is longer."""
 COMPRESSING: Final = 4
 """Times the bytes of a piece that count for one step where it is compressed, so that it takes a few
 milliseconds at most."""
@@ -114,8 +115,9 @@ class Striping:
         self._ready: deque[_Ready] = deque()  # cut, and not taken by any lane so far
         self._open = 0
         self._next = 0
-        self._since: float | None = None  # the lanes have been at their limit from then on
-        self._bytes = 0
+        # The lanes have been at their limit, and what they take is counted from then on.
+        self._since: float | None = None
+        self._bytes: int | None = None  # that they had taken before
         stats.extra.update(lanes_raw=0, lanes_wire=0, pieces=0, pieces_compressed=0)
 
     @property
@@ -203,13 +205,18 @@ class Striping:
     def _measure(self, *, limited: bool) -> None:
         """How much the lanes take while they are what is waited for."""
         if not limited:
-            self._since = None
+            self._since = self._bytes = None
             return
-        now = _clock.now()
-        total = sum(lane.sent for lane in self._lanes)
+        now, delay = _clock.now(), self.rule.delay
         if self._since is None:
+            # Until the first acknowledgements the kernels' buffers fill, at any rate.
+            self._since = now + delay
+        if now < self._since:
+            return
+        total = sum(lane.sent for lane in self._lanes)
+        if self._bytes is None:
             self._since, self._bytes = now, total
-        elif now - self._since >= WINDOW and total - self._bytes >= MEANINGFUL:
+        elif now - self._since >= max(WINDOW, delay) and total - self._bytes >= MEANINGFUL:
             self.rule.sent(total - self._bytes, now - self._since)
             self._since, self._bytes = now, total
 
