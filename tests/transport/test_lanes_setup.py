@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gpuremote import _clock
-from gpuremote.errors import ConnectionFailed, ProtocolError
+from gpuremote.errors import ConnectionFailed, ConnectionLost, ProtocolError
 from gpuremote.testing.driving import Ends, place, random_parts
 from gpuremote.transport import select
 from gpuremote.transport.base import Connection, Region
@@ -348,6 +348,7 @@ def test_a_client_that_says_something_else(meeting: Meeting, said: dict[str, Any
         {"nonce": bytes(32), "codecs": [], "sends": 0, "takes": float("nan")},
         {"nonce": bytes(32), "codecs": [], "sends": 0, "takes": 0, "lanes": [7]},
         {"nonce": bytes(32), "codecs": [], "sends": 0, "takes": 0, "lanes": "all"},
+        {"nonce": bytes(32), "codecs": [], "sends": 0, "takes": 0, "lanes": [0, 7]},
     ],
     ids=str,
 )
@@ -367,6 +368,26 @@ def test_a_server_that_says_something_else(meeting: Meeting, said: dict[str, Any
     server.say({"lanes": said.get("lanes")})
     with pytest.raises(ProtocolError):
         select.climb(client, ["tcp"], client=True)
+    assert all(sock.fileno() < 0 for sock in made)
+
+
+def test_a_first_connection_that_ends_meanwhile(
+    meeting: Meeting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the lanes is left at either end."""
+    made: list[socket.socket] = []
+
+    def dial(number: int, proof: bytes, deadline: float) -> Line:
+        here, there = socket.socketpair()
+        made.extend((here, there))
+        meeting.gate.arrive(there, number, proof)
+        if number == 1:
+            meeting.firsts[1].abort()
+        return here
+
+    monkeypatch.setattr(meeting, "dial", dial)
+    assert all(isinstance(end, ConnectionLost) for end in meeting.run(number=2))
+    assert len(made) == 4
     assert all(sock.fileno() < 0 for sock in made)
 
 

@@ -38,8 +38,8 @@ TRAIN: Final = 48 << 10
 PAUSE: Final = 0.5
 """Part of a round trip without bytes that ends a train: the sender waits for an acknowledgement."""
 LUMP: Final = 0.002
-"""Seconds in which bytes may come that something on the way had collected: a train that is no longer
-says how fast it was let go, not how fast the way is."""
+"""Seconds in which bytes may come that something on the way had collected: a train that takes no
+longer says how fast it was let go, not how fast the way is."""
 DEFAULT_WINDOW: Final = 4 << 20
 """Bytes, where the system does not say."""
 

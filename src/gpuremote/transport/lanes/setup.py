@@ -39,7 +39,7 @@ BURST: Final = 1 << 20
 """Bytes sent to measure a rate."""
 BURST_TIME: Final = 0.5
 """Seconds after which no more of them are sent."""
-PART: Final = 60 << 10
+PART: Final = 32 << 10
 """Bytes of one message of a burst."""
 PATIENCE: Final = 5.0
 """Seconds for the lanes to be opened, and to come."""
@@ -71,14 +71,18 @@ class _LanesPath:
             tune(sock)
             tune_lane(sock)
         codecs = (codec_named(self._codec), codec_named(self._codec)) if self._codec else None
-        return LanesConnection(
-            first,
-            self._lines,
-            codecs=codecs or (None, None),
-            rule=self._rule,
-            reason=self._why,
-            facts=_facts(self._way, self._codec),
-        )
+        try:
+            return LanesConnection(
+                first,
+                self._lines,
+                codecs=codecs or (None, None),
+                rule=self._rule,
+                reason=self._why,
+                facts=_facts(self._way, self._codec),
+            )
+        except BaseException:  # the first one is broken already
+            self.abandon()
+            raise
 
     def abandon(self) -> None:
         for line in self._lines:
@@ -138,9 +142,10 @@ class Lanes:
             if codec not in ("", *here):
                 raise ProtocolError(f"the client compresses with {codec!r}, which was not offered")
             dialled = _lane_numbers(message.get("dialled"))
+            rule = _rule(message)
             found = gate.collect(dialled, min(setup.left, PATIENCE))
             lines = list(found.values())
-            path = _LanesPath(setup, lines, codec, _rule(message), None, f"{len(lines)} lanes")
+            path = _LanesPath(setup, lines, codec, rule, None, f"{len(lines)} lanes")
             with contextlib.ExitStack() as undo:
                 undo.callback(path.abandon)
                 setup.say({"lanes": list(found)})
@@ -190,7 +195,6 @@ class _Client:
         if number == 1 and not codec:
             self._decline(f"one connection: {way}")
         lines = self._dial(number, nonce)
-        setup.say({"dialled": list(lines), "codec": codec, **self._rule_wish(way)})
         return self._agreed(lines, codec, way)
 
     def _measured(self, delay: float, heard: dict[str, Any]) -> Way:
@@ -255,16 +259,19 @@ class _Client:
 
     def _agreed(self, lines: dict[int, Line], codec: str, way: Way) -> Path:
         """Those of the lanes that the server has too."""
-        agreed: list[int] = []
         try:
+            self._setup.say({"dialled": list(lines), "codec": codec, **self._rule_wish(way)})
             agreed = _lane_numbers(self._setup.hear().get("lanes"))
             if not set(agreed) <= set(lines):
                 raise ProtocolError("the server has lanes that were not opened")
             if not agreed:
                 raise TransportUnavailable("no lane came about")
-        finally:
-            for lane in set(lines) - set(agreed):
-                lines[lane].close()
+        except BaseException:
+            for line in lines.values():
+                line.close()
+            raise
+        for lane in set(lines) - set(agreed):
+            lines[lane].close()
         number = self._policy.number
         count = f"{len(agreed)} lane{'s' if len(agreed) > 1 else ''}"
         why = f"{count}{' as asked for' if number > 1 else ''}: {way}"
