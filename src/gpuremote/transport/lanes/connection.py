@@ -63,8 +63,8 @@ class LanesConnection(Connection):
     first : TcpConnection or TlsConnection
         Has nothing under way; its socket is this one's from now on.
     lines : sequence of socket.socket or TlsSocket
-        The lanes, set up as ``tune`` and :func:`tune_lane` do, in the same order at both ends;
-        owned from now on.
+        The lanes, set up as ``tune`` and :func:`tune_lane` do; owned from now on. Their order
+        means nothing.
     codecs : tuple of (Codec or None), optional
         For what is sent and for what comes in.
     rule : Rule, optional
