@@ -32,6 +32,10 @@ from gpuremote.transport import (
     tcp,
     tls,
 )
+from gpuremote.transport.lanes import compression, rule, striping
+from gpuremote.transport.lanes import connection as lanes
+from gpuremote.transport.lanes import frames as lane_frames
+from gpuremote.transport.lanes import setup as lanes_setup
 from gpuremote.transport.rdma import control as rdma_control
 from gpuremote.transport.rdma import inbound as rdma_inbound
 from gpuremote.transport.rdma import memory as rdma_memory
@@ -43,6 +47,7 @@ from gpuremote.wire.batch import FIRST_PLAN, Op
 from gpuremote.wire.frames import CANCELLED, CONTINUED, IGNORABLE, Kind
 from gpuremote.wire.hello import (
     MAX_VERSION,
+    Attach,
     Challenge,
     Hello,
     Opened,
@@ -293,7 +298,7 @@ def test_every_kind_of_message_is_listed(kind: Kind) -> None:
 
 @pytest.mark.parametrize(
     "message",
-    [Hello, Welcome, Refusal, Challenge, Proof, Opened, Route],
+    [Hello, Welcome, Refusal, Challenge, Proof, Opened, Route, Attach],
     ids=lambda cls: cls.__name__,
 )
 def test_every_key_of_the_handshake_is_listed(message: type) -> None:
@@ -383,6 +388,36 @@ SENTENCES = [
         f"Timeout {pyverbs_provider.TIMEOUT} (67 ms), {pyverbs_provider.RETRIES} retries",
     ),
     ("transports", f"round trip below {congestion.SHORT_WAY * 1000:.0f} ms"),
+    ("transports", f"Below {rule.LONG_WAY * 1000:.0f} ms nothing else is done"),
+    ("transports", f"ceil({rule.SLACK:.0f} * bandwidth * delay / window)"),
+    ("transports", f"from 1 to {rule.MAX_LANES}"),
+    ("transports", f"tells nothing, {rule.ASSUMED_BANDWIDTH / 1e6:.0f} MB/s are assumed"),
+    ("transports", f"a burst of at most {lanes_setup.BURST // MIB} MiB comes in"),
+    ("transports", f"A burst ends after {lanes_setup.BURST_TIME} s"),
+    ("transports", f"payloads below {lanes.LARGE // KIB} KiB, stay on"),
+    (
+        "transports",
+        f"pieces of {striping.LARGEST // MIB} MiB, towards its end down to "
+        f"{striping.SMALLEST // KIB} KiB",
+    ),
+    ("transports", f"no more than {lanes.UNSENT // KIB} KiB unsent"),
+    ("transports", f"waited for, {lanes.LINGER:.0f} s at most"),
+    ("transports", f"compressed < {compression.Rule.MARGIN} * raw"),
+    (
+        "transports",
+        f"one piece in {compression.Rule.SAMPLE} is a sample, and fewer, down to one in "
+        f"{8 * compression.Rule.SAMPLE}",
+    ),
+    ("protocol", f"| {lane_frames.SPREAD} | SPREAD |"),
+    ("protocol", f"payload of {lanes.LARGE // KIB} KiB or more"),
+    ("protocol", f"A piece has at most {lane_frames.MAX_PIECE // MIB} MiB"),
+    ("protocol", f"at most {lane_frames.MAX_AHEAD:,} payloads ahead"),
+    ("protocol", f"{lanes_setup.PART // KIB} KiB each, {lanes_setup.BURST // MIB} MiB at most"),
+    ("protocol", f"at most {lanes_setup.PINGS} times, each answered"),
+    (
+        "protocol",
+        f"({compression.NUMBERS['zstd']} zstd, {compression.NUMBERS['lz4']} lz4) to fewer",
+    ),
 ]
 
 

@@ -11,8 +11,6 @@ from typing import Final, Literal, TypeAlias
 from benchmarks.contenders.base import Contender, Setup
 from benchmarks.machine import allowed_congestion
 from benchmarks.workloads import FamilyName
-from gpuremote.config import parse_url
-from gpuremote.errors import GpuRemoteError
 from gpuremote.transport.select import probe
 
 __all__ = ["CONTENDERS", "Entry", "Path", "Traits"]
@@ -71,14 +69,6 @@ def _no_shm() -> str:
 
 def _no_bbr() -> str:
     return "" if "bbr" in allowed_congestion() else "bbr may not be set on this system"
-
-
-def _no_lanes() -> str:
-    try:
-        parse_url("gpu://127.0.0.1:1?lanes=auto")
-    except GpuRemoteError as error:
-        return str(error)
-    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +311,6 @@ CONTENDERS: Final = {
             "FarLanes",
             families=_DISTANCE,
             traits=_OURS,
-            lacks=_no_lanes,
         ),
         Entry(
             "far-sockets",

@@ -15,7 +15,7 @@ class FarDevices(Contender):
     """A session per distance, each with one connection."""
 
     kinds = frozenset({"put", "get", "intact", "round_trip"})
-    query = ""
+    query = "&lanes=1"
 
     def open(self) -> None:
         server, _, options = self.setup.url.partition("?")

@@ -53,6 +53,7 @@ DEFAULT_GRACE: Final = 30.0
 """Seconds that a session waits for its client to come back after a lost connection."""
 
 MAX_DEVICES: Final = 1024
+MAX_LANES: Final = 16
 MAX_SECONDS: Final = 86400.0
 MAX_SIZE: Final = (1 << 63) - 1
 
@@ -69,6 +70,7 @@ _UNITS: Final = {
     "gib": 2**30,
     "tib": 2**40,
 }
+_COMPRESSION: Final = ("auto", "off", "lz4", "zstd")
 _SIZE: Final = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,8})", re.ASCII)
 _HOST: Final = re.compile(r"[\w.-]{1,253}")
 _NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
@@ -100,6 +102,10 @@ class Target:
         ``local`` only: the backend of the server that is started.
     devices : int or None
         ``local`` only: how many devices that server offers.
+    lanes : int
+        Connections for large payloads over tcp, 1 to 16; 0: as many as the way needs.
+    compression : {"auto", "off", "lz4", "zstd"}
+        Of large payloads over tcp; ``auto``: on a slow way, where it pays.
     memory : int or None
         Bytes of device memory: the session's limit, or with ``pool`` what each device must have.
     count : int
@@ -123,6 +129,8 @@ class Target:
     grace: float = DEFAULT_GRACE
     backend: str | None = None
     devices: int | None = None
+    lanes: int = 0
+    compression: str = "auto"
     memory: int | None = None
     count: int = 1
     tls: bool | None = None
@@ -370,6 +378,20 @@ def _device_count(text: str) -> int:
     return int(text)
 
 
+def _lanes(text: str) -> int:
+    if text == "auto":
+        return 0
+    if not _COUNT.fullmatch(text) or not 1 <= int(text) <= MAX_LANES:
+        raise ConfigError(f"expected auto or a whole number from 1 to {MAX_LANES}")
+    return int(text)
+
+
+def _compression(text: str) -> str:
+    if text not in _COMPRESSION:
+        raise ConfigError(f"expected one of {', '.join(_COMPRESSION)}")
+    return text
+
+
 def _positive_size(text: str) -> int:
     if not (size := parse_size(text)):
         raise ConfigError("expected more than 0 bytes")
@@ -395,6 +417,8 @@ _COMMON: Final[dict[str, _Reader]] = {
     "connect_timeout": _positive_seconds,
     "grace": _seconds,
     "memory": _positive_size,
+    "lanes": _lanes,
+    "compression": _compression,
 }
 _REMOTE: Final[dict[str, _Reader]] = {
     **_COMMON,

@@ -14,9 +14,13 @@ from gpuremote.testing.driving import Ends
 from gpuremote.transport import shm
 from gpuremote.transport.certificates import TlsClient, TlsServer
 from gpuremote.transport.emulated import EmulatedConnection
-from gpuremote.transport.tcp import TcpConnection, open_tcp, pair, tune
+from gpuremote.transport.lanes.connection import LanesConnection, tune_lane
+from gpuremote.transport.lanes.connection import pair as laned_pair
+from gpuremote.transport.tcp import StreamConnection, TcpConnection, open_tcp, pair, tune
 from gpuremote.transport.tls import TlsConnection, TlsSocket
 from tests.certificates import Authority
+
+Line = tuple[socket.socket, socket.socket] | tuple[TlsSocket, TlsSocket]
 
 
 def connected(host: str, *, blocking: bool) -> Pair:
@@ -107,6 +111,10 @@ class TlsConformance(TransportConformance):
         cls.client = authority.client()
 
     def encrypted(self, *, blocking: bool) -> tuple[TlsConnection, TlsConnection]:
+        here, there = self.shaken()
+        return TlsConnection(here, blocking=blocking), TlsConnection(there, blocking=blocking)
+
+    def shaken(self) -> tuple[TlsSocket, TlsSocket]:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             raw = open_tcp("127.0.0.1", listener.getsockname()[1], timeout=5)
             there = TlsSocket(listener.accept()[0], self.server)
@@ -116,7 +124,7 @@ class TlsConformance(TransportConformance):
         here.handshake(now() + 10)
         thread.join()
         tune(here.raw)
-        return TlsConnection(here, blocking=blocking), TlsConnection(there, blocking=blocking)
+        return here, there
 
 
 class TestTlsBlocking(TlsConformance):
@@ -139,6 +147,77 @@ class TestTlsEmulated(TlsConformance):
             EmulatedConnection(here, bandwidth=400e6, delay=0.001),
             EmulatedConnection(there, bandwidth=400e6),
         )
+
+
+def laned(first: Pair, lines: list[Line]) -> tuple[LanesConnection, LanesConnection]:
+    """The two ends of a connection with lanes."""
+    found = []
+    for side in (0, 1):
+        end = first[side]
+        assert isinstance(end, StreamConnection)
+        found.append(LanesConnection(end, [line[side] for line in lines]))
+    return found[0], found[1]
+
+
+def lines(count: int) -> list[Line]:
+    found: list[Line] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for _ in range(count):
+            here = open_tcp("127.0.0.1", listener.getsockname()[1], timeout=5)
+            there, _ = listener.accept()
+            for sock in (here, there):
+                tune(sock)
+                tune_lane(sock)
+            found.append((here, there))
+    return found
+
+
+class LanesConformance(TransportConformance):
+    """Several connections are a wide path, and a message overtakes what is read in one step."""
+
+    bulk = 64 << 20
+    overtaking = 8 << 20
+
+
+class TestLanesUnix(LanesConformance):
+    def connection_pair(self) -> Pair:
+        return laned_pair(3)
+
+
+class TestLanesTcp(LanesConformance):
+    def connection_pair(self) -> Pair:
+        return laned(connected("127.0.0.1", blocking=True), lines(4))
+
+
+class TestOneLane(LanesConformance):
+    def connection_pair(self) -> Pair:
+        return laned(connected("127.0.0.1", blocking=False), lines(1))
+
+
+class TestLanesEmulated(LanesConformance):
+    limit = 40.0
+
+    def connection_pair(self) -> Pair:
+        here, there = laned(connected("127.0.0.1", blocking=False), lines(2))
+        return (
+            EmulatedConnection(here, bandwidth=800e6, delay=0.001),
+            EmulatedConnection(there, bandwidth=800e6),
+        )
+
+
+class TestLanesCompressed(LanesConformance):
+    """Every piece is tried; what does not get smaller goes out as it is."""
+
+    def connection_pair(self) -> Pair:
+        return laned_pair(2, "zstd")
+
+
+class TestLanesTls(LanesConformance, TlsConformance):
+    limit = 40.0
+
+    def connection_pair(self) -> Pair:
+        more = [self.shaken() for _ in range(2)]
+        return laned(self.encrypted(blocking=False), [*more])
 
 
 class TestEmulatedNothing(TransportConformance):

@@ -25,7 +25,7 @@ from gpuremote.wire.batch import (
 )
 from gpuremote.wire.caps import MAX_BATCH, MAX_HELLO
 from gpuremote.wire.frames import decode_ack, encode_ack, pack_info, unpack_info
-from gpuremote.wire.hello import Hello, HelloReader, Receipt, Refusal, Welcome
+from gpuremote.wire.hello import Attach, Hello, HelloReader, Receipt, Refusal, Welcome
 
 MUTATIONS = 25_000
 """Per decoder; with the four here 100,000, and as many again at the transport."""
@@ -100,6 +100,7 @@ HELLOS = [
     Hello("x", "h", b"s" * 16, b"t" * 32, b"k", Receipt(9, [(3, 4)]), {"tcp": "yes"}, 5).encode(),
     Welcome(devices=[{"kind": "cpu", "memory": 1}], choice={"chosen": "tcp"}).encode(),
     Refusal(1, "no", {"tcp": "x"}).encode(),
+    Attach(b"s" * 16, 3, b"p" * 32).encode(),
 ]
 ACKS = [bytes(encode_ack(1, 2, [3, 4])[24:]), bytes(encode_ack(0, 0, [])[24:])]
 INFOS = [pack_info([1, 2, 130, "text", "add"]), pack_info({"a": [1.5, None, True, b"x", {"b": 1}]})]

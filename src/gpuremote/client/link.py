@@ -27,6 +27,7 @@ from gpuremote.rpc.dial import Dialled, dial, host_identity
 from gpuremote.rpc.peer import Connection
 from gpuremote.rpc.transports import TCP, Explanation, offers
 from gpuremote.transport.certificates import TlsClient
+from gpuremote.transport.lanes.offer import LanePolicy
 from gpuremote.wire.hello import Hello, Welcome
 from gpuremote.wire.state import State, Stimulus
 
@@ -54,6 +55,8 @@ class Link:
         What both ends have to know; empty: nothing.
     tls : TlsClient or None
         Whom to trust; None: nothing is encrypted.
+    lanes : LanePolicy
+        Further connections for large payloads, over tcp.
     on_transport : list of callable
         Called with the explanation whenever the transport changes, in whichever thread opens
         connections.
@@ -70,6 +73,7 @@ class Link:
     grace: float = 60.0
     token: bytes = field(default=b"", repr=False)
     tls: TlsClient | None = None
+    lanes: LanePolicy = field(default_factory=LanePolicy)
     server_ended: Callable[[], str | None] = lambda: None
     welcome: Welcome = field(default_factory=Welcome)
     explanation: Explanation = field(default_factory=Explanation)
@@ -214,6 +218,7 @@ class Link:
             blocking=blocking,
             token=self.token,
             tls=self.tls,
+            lanes=self.lanes,
         )
         if wanted in (None, found.connection.name):
             return found

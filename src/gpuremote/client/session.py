@@ -25,6 +25,7 @@ from gpuremote.config import Settings, Target
 from gpuremote.memory.host import output_view
 from gpuremote.rpc.transports import Explanation
 from gpuremote.transport.certificates import TlsClient
+from gpuremote.transport.lanes.offer import LanePolicy
 from gpuremote.wire.caps import INLINE_PAYLOAD
 
 __all__ = ["SessionBase", "TransportView", "make_core", "make_link"]
@@ -214,4 +215,5 @@ def make_link(target: Target, host: str, port: int) -> Link:
         grace=target.grace,
         token=settings.token if target.scheme != "local" else b"",
         tls=tls,
+        lanes=LanePolicy(target.lanes, target.compression),
     )

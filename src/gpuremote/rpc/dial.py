@@ -29,11 +29,13 @@ from gpuremote.errors import (
 )
 from gpuremote.transport.base import Connection
 from gpuremote.transport.certificates import TlsClient, handshake_failure
-from gpuremote.transport.select import climb
+from gpuremote.transport.lanes.offer import LanePolicy, LaneWishes
+from gpuremote.transport.select import TCP, climb
 from gpuremote.transport.setup import Setup
-from gpuremote.transport.tcp import open_tcp
+from gpuremote.transport.tcp import join_address, open_tcp
 from gpuremote.transport.tls import TlsSocket, stream_connection
 from gpuremote.wire.hello import (
+    Attach,
     Challenge,
     Hello,
     HelloReader,
@@ -89,6 +91,7 @@ def dial(
     blocking: bool,
     token: bytes = b"",
     tls: TlsClient | None = None,
+    lanes: LanePolicy | None = None,
 ) -> Dialled:
     """Connect to ``host:port``, complete the handshake, and go on over the best transport that
     both ends have and that works between them.
@@ -106,6 +109,9 @@ def dial(
     tls : TlsClient, optional
         Encrypt, and connect to a server whose certificate is for ``host`` only. Without it nothing
         is encrypted.
+    lanes : LanePolicy, optional
+        Where tcp is what is used: open further connections for large payloads; takes note of how
+        far the server is.
 
     Raises
     ------
@@ -127,13 +133,30 @@ def dial(
         Whatever the server refuses with.
     """
     deadline = _clock.now() + timeout
-    peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    peer = join_address(host, port)
     sock: Reached | None = None
     connection: Connection | None = None
     try:
-        sock, answer = _reach(host, port, hello, deadline, token, tls)
+        offers = lanes is not None and TCP in hello.transports and lanes.worth_offering
+        hello = replace(hello, lanes=int(offers))
+        sock, answer, seconds = _reach(host, port, hello, deadline, token, tls)
+
+        def dial_lane(number: int, proof: bytes, until: float) -> Reached:
+            lane = Attach(answer.session, number, proof)
+            return _attach(host, port, lane, min(until, deadline), token, tls)
+
         connection = stream_connection(sock, blocking=blocking)
-        setup = Setup(connection, blocking=blocking, deadline=deadline, secret=answer.secret)
+        wishes = None
+        if offers and lanes is not None:
+            lanes.heard(seconds, connection.local_address.rpartition(":")[0])
+            wishes = LaneWishes(lanes, dial_lane)
+        setup = Setup(
+            connection,
+            blocking=blocking,
+            deadline=deadline,
+            secret=answer.secret,
+            wishes=wishes,
+        )
         connection, failures = climb(setup, _order(answer, hello), client=True)
         return Dialled(connection, answer, failures)
     except BaseException as error:
@@ -147,43 +170,47 @@ def dial(
 
 
 def _order(answer: Welcome, hello: Hello) -> list[str]:
-    """The transports to try above tcp."""
+    """The transports to try."""
     order = answer.choice.get("order", [])
-    if not isinstance(order, list) or not all(name in hello.transports for name in order):
+    if (
+        not isinstance(order, list)
+        or not all(name in hello.transports for name in order)
+        or (TCP in order and not hello.lanes)
+    ):
         raise ProtocolError("the server wants a transport that was not offered to it")
     return order
 
 
 def _reach(
     host: str, port: int, hello: Hello, deadline: float, token: bytes, tls: TlsClient | None
-) -> tuple[Reached, Welcome]:
-    """Get to where somebody says welcome."""
+) -> tuple[Reached, Welcome, float]:
+    """Get to where somebody says welcome; also the seconds that the fastest answer took."""
     if tls is not None:
         tls.context()  # before anything is connected
     left = OPENINGS
     while True:
-        sock, answer = _ask(host, port, hello, deadline, token, tls)
+        sock, answer, seconds = _ask(host, port, hello, deadline, token, tls)
         if isinstance(answer, Welcome):
-            return sock, answer
+            return sock, answer, seconds
         sock.close()
         left -= 1
         coming = replace(hello, session=answer.session, secret=answer.secret)
         try:
-            sock, answer = _ask(host, port, coming, deadline, token, tls)
+            sock, answer, again = _ask(host, port, coming, deadline, token, tls)
         except (TransportError, SessionLost):
             # Nobody has said welcome, so nothing is lost, and another process may have more luck.
             if not left:
                 raise
         else:
             assert isinstance(answer, Welcome)
-            return sock, answer
+            return sock, answer, min(seconds, again)
 
 
 def _ask(
     host: str, port: int, hello: Hello, deadline: float, token: bytes, tls: TlsClient | None
-) -> tuple[Reached, Welcome | Opened]:
-    """Connect, and shake hands once."""
-    peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+) -> tuple[Reached, Welcome | Opened, float]:
+    """Connect, and shake hands once; also the seconds that the fastest answer took."""
+    peer = join_address(host, port)
     sock: Reached = open_tcp(host, port, max(0.001, deadline - _clock.now()))
     try:
         if isinstance(sock, socket.socket) and tls is not None:
@@ -191,12 +218,12 @@ def _ask(
                 _say(sock, Route(hello.session).encode(), deadline, peer)
             sock = TlsSocket(sock, tls, host)
             _verify(sock, deadline, peer)
-        answer = _exchange(sock, hello, deadline, peer, token)
+        answer, seconds = _exchange(sock, hello, deadline, peer, token)
         if isinstance(answer, Refusal):
             raise _refused(answer, peer)
         if isinstance(answer, Opened) and (tls is None or hello.session):
             raise ProtocolError("the server opens a session where none is to be opened")
-        return sock, answer
+        return sock, answer, seconds
     except BaseException as error:
         sock.close()
         if isinstance(error, ssl.SSLError) and tls is not None and isinstance(sock, TlsSocket):
@@ -226,31 +253,21 @@ def _verify(sock: TlsSocket, deadline: float, peer: str) -> None:
 
 def _exchange(
     sock: Reached, hello: Hello, deadline: float, peer: str, token: bytes
-) -> Welcome | Opened | Refusal:
-    certificate = sock.certificate if isinstance(sock, TlsSocket) else b""
+) -> tuple[Welcome | Opened | Refusal, float]:
     if token:
         hello = replace(hello, nonce=secrets.token_bytes(NONCE_SIZE))
     said = hello.encode()
+    begin = _clock.now()
     _say(sock, said, deadline, peer)
     answer = read_hello(sock, deadline, peer)
+    seconds = _clock.now() - begin
     if isinstance(answer, Challenge):
         if not token:
             raise AuthenticationFailed(
                 "the server wants a token; set GPUREMOTE_TOKEN to what its --token-file holds"
             )
-        nonce = answer.nonce
-        if len(nonce) < NONCE_SIZE:
-            raise ProtocolError(f"a challenge of {len(nonce)} bytes", peer=peer)
-        _say(sock, Proof(client_proof(token, nonce, said, certificate)).encode(), deadline, peer)
-        answer = read_hello(sock, deadline, peer)
-        if isinstance(answer, Proof):
-            if not matches(answer.proof, server_proof(token, nonce, said, certificate)):
-                raise AuthenticationFailed(
-                    "what answers there does not know the token: it is not the server that you mean"
-                )
-            answer = read_hello(sock, deadline, peer)
-        elif not isinstance(answer, Refusal):
-            raise AuthenticationFailed("the server took the proof and gave none of its own")
+        refusal = _prove(sock, answer, said, deadline, peer, token)
+        answer = refusal or read_hello(sock, deadline, peer)
     elif token and isinstance(answer, Welcome | Opened):
         raise AuthenticationFailed(
             "GPUREMOTE_TOKEN is set and the server did not ask for a token: start it with "
@@ -259,7 +276,56 @@ def _exchange(
     if not isinstance(answer, Welcome | Opened | Refusal):
         kind = type(answer).__name__.upper()
         raise ProtocolError(f"the server answered the handshake with a {kind}", peer=peer)
-    return answer
+    return answer, seconds
+
+
+def _prove(
+    sock: Reached, challenge: Challenge, said: bytes, deadline: float, peer: str, token: bytes
+) -> Refusal | None:
+    """Show that this side knows the token, and see that the server does; None, or why not."""
+    certificate = sock.certificate if isinstance(sock, TlsSocket) else b""
+    nonce = challenge.nonce
+    if len(nonce) < NONCE_SIZE:
+        raise ProtocolError(f"a challenge of {len(nonce)} bytes", peer=peer)
+    _say(sock, Proof(client_proof(token, nonce, said, certificate)).encode(), deadline, peer)
+    answer = read_hello(sock, deadline, peer)
+    if isinstance(answer, Refusal):
+        return answer
+    if not isinstance(answer, Proof):
+        raise AuthenticationFailed("the server took the proof and gave none of its own")
+    if not matches(answer.proof, server_proof(token, nonce, said, certificate)):
+        raise AuthenticationFailed(
+            "what answers there does not know the token: it is not the server that you mean"
+        )
+    return None
+
+
+def _attach(
+    host: str, port: int, lane: Attach, deadline: float, token: bytes, tls: TlsClient | None
+) -> Reached:
+    """Connect, and say which lane of which session this is. Whether it is let in is told over the
+    session's first connection."""
+    peer = join_address(host, port)
+    sock: Reached = open_tcp(host, port, max(0.001, deadline - _clock.now()))
+    try:
+        if isinstance(sock, socket.socket) and tls is not None:
+            _say(sock, Route(lane.session).encode(), deadline, peer)
+            sock = TlsSocket(sock, tls, host)
+            _verify(sock, deadline, peer)
+        said = lane.encode()
+        _say(sock, said, deadline, peer)
+        if token:
+            answer = read_hello(sock, deadline, peer)
+            if isinstance(answer, Challenge):
+                answer = _prove(sock, answer, said, deadline, peer, token) or answer
+            if isinstance(answer, Refusal):
+                raise _refused(answer, peer)
+            if not isinstance(answer, Challenge):
+                raise ProtocolError("the server wants no proof of the token", peer=peer)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _say(sock: Reached, message: bytes, deadline: float, peer: str) -> None:

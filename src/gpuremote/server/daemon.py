@@ -34,7 +34,7 @@ from gpuremote.server.options import ServerOptions
 from gpuremote.server.stock import ATTEMPTS, Stock, WorkerProcess
 from gpuremote.transport.certificates import TlsServer
 from gpuremote.transport.select import choose, probe
-from gpuremote.wire.hello import Hello, Opened, Route, choose_version
+from gpuremote.wire.hello import Attach, Hello, Opened, Route, choose_version
 
 __all__ = ["DeviceServer"]
 
@@ -220,6 +220,9 @@ class DeviceServer:
                         return
                     hello = await caller.hello(self.options.token)
                 self._silent.pop(_current_task(), None)
+                if isinstance(hello, Attach):
+                    self._attach(caller, hello)
+                    return
                 choose_version(*hello.versions)
                 await self._route(caller, hello)
             except TimeoutError:
@@ -260,6 +263,14 @@ class DeviceServer:
         except OSError as error:
             log.info("a connection did not get to worker %d: %s", session.worker.pid, error)
         return True
+
+    def _attach(self, caller: Caller, lane: Attach) -> None:
+        """Bring a lane to its session's worker, which alone can tell whether it may come in."""
+        session = self._sessions.get(lane.session)
+        if session is None or caller.encrypted or not session.worker.alive:
+            raise SessionLost("a lane of a session that is not there")
+        request = {"event": "lane", "lane": lane.lane, "proof": lane.proof}
+        session.worker.tell(request, caller.sock)
 
     async def _route(self, caller: Caller, hello: Hello) -> None:
         if hello.session:
@@ -310,7 +321,9 @@ class DeviceServer:
         request = {
             "event": "connection",
             "hello": hello.encode(),
-            "choice": choose(hello.transports, same_host=hello.host == self._host),
+            "choice": choose(
+                hello.transports, same_host=hello.host == self._host, lanes=bool(hello.lanes)
+            ),
             **self._request(session, sock),
         }
         await session.worker.hand_over(request, sock, HANDSHAKE_TIMEOUT)

@@ -17,7 +17,16 @@ from typing import Final, TypeVar
 from gpuremote.errors import AuthenticationFailed, GpuRemoteError, ProtocolError
 from gpuremote.transport.certificates import TlsServer
 from gpuremote.transport.tls import is_tls
-from gpuremote.wire.hello import Challenge, Hello, HelloReader, Message, Opened, Proof, Refusal
+from gpuremote.wire.hello import (
+    Attach,
+    Challenge,
+    Hello,
+    HelloReader,
+    Message,
+    Opened,
+    Proof,
+    Refusal,
+)
 from gpuremote.wire.identity import NONCE_SIZE, client_proof, matches, server_proof
 
 __all__ = ["Caller"]
@@ -96,8 +105,9 @@ class Caller:
         """The message that has begun, or the next one."""
         return (await self._read()).message()
 
-    async def hello(self, token: bytes) -> Hello:
-        """The client's HELLO; looked at only when the client has proved that it knows the token.
+    async def hello(self, token: bytes) -> Hello | Attach:
+        """The client's HELLO, or the ATTACH of a lane; looked at only when the client has proved
+        that it knows the token.
 
         Raises
         ------
@@ -107,7 +117,7 @@ class Caller:
         if token:
             await self._authenticate(token, reader.raw)
         found = reader.message()
-        if isinstance(found, Hello):
+        if isinstance(found, Hello | Attach):
             return found
         raise ProtocolError("a server's handshake message came from a client", peer=self._peer)
 

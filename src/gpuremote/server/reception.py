@@ -20,18 +20,26 @@ from gpuremote import _clock
 from gpuremote.errors import AuthenticationFailed, GpuRemoteError, ProtocolError, SessionLost
 from gpuremote.transport.certificates import TlsServer
 from gpuremote.transport.tls import TlsSocket
-from gpuremote.wire.hello import Challenge, Hello, HelloReader, Proof, Refusal, choose_version
+from gpuremote.wire.hello import (
+    Attach,
+    Challenge,
+    Hello,
+    HelloReader,
+    Proof,
+    Refusal,
+    choose_version,
+)
 from gpuremote.wire.identity import NONCE_SIZE, client_proof, matches, server_proof
 
 __all__ = ["Reception"]
 
-MAX_HANDSHAKES: Final = 8
-"""At a time; a further one takes the place of the oldest."""
+MAX_HANDSHAKES: Final = 24
+"""At a time; a further one takes the place of the oldest. The lanes of a session come at once."""
 HANDSHAKE_TIMEOUT: Final = 5.0
 GOODBYE: Final = 1.0
 """Seconds for telling somebody why not."""
 
-Admit = Callable[[TlsSocket, Hello, dict[str, Any]], None]
+Admit = Callable[[TlsSocket, Hello | Attach, dict[str, Any]], None]
 
 
 class Reception:
@@ -44,7 +52,8 @@ class Reception:
         What they have to know; empty: nothing.
     admit : callable
         Called in the thread of the handshake with those who have proved who they are: the socket
-        (its from then on), their HELLO, and what the daemon said of the connection.
+        (its from then on), their HELLO, and what the daemon said of the connection. Or with the
+        ATTACH of a lane, whose proof nobody has looked at.
     """
 
     def __init__(self, tls: TlsServer, token: bytes, admit: Admit) -> None:
@@ -83,8 +92,10 @@ class Reception:
                 self._under_way.pop(number, None)
         self._admit(line, hello, request)
 
-    def _identify(self, line: TlsSocket, request: dict[str, Any], deadline: float) -> Hello:
-        """The HELLO of somebody who may come in.
+    def _identify(
+        self, line: TlsSocket, request: dict[str, Any], deadline: float
+    ) -> Hello | Attach:
+        """The HELLO of somebody who may come in, or the ATTACH of a lane.
 
         Raises
         ------
@@ -97,11 +108,13 @@ class Reception:
         if self._token:
             self._authenticate(line, reader.raw, deadline)
         hello = reader.message()
-        if not isinstance(hello, Hello):
+        if not isinstance(hello, Hello | Attach):
             raise ProtocolError("a server's handshake message came from a client")
-        choose_version(*hello.versions)
         if not hmac.compare_digest(hello.session, request["session"]):
-            raise ProtocolError("the HELLO names another session than the ROUTE")
+            raise ProtocolError("it names another session than the ROUTE")
+        if isinstance(hello, Attach):
+            return hello
+        choose_version(*hello.versions)
         if not hello.ticket and not hmac.compare_digest(hello.secret, request["secret"]):
             raise SessionLost("the secret is not the one of this session")
         return hello

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import os
+import queue
 import select
 import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from typing import Any, Final
 
 from gpuremote import _clock
@@ -31,12 +34,13 @@ from gpuremote.server.reception import Reception
 from gpuremote.server.session import WorkerSession
 from gpuremote.transport.base import Connection
 from gpuremote.transport.certificates import TlsClient, TlsServer
+from gpuremote.transport.lanes.offer import LaneGate
 from gpuremote.transport.select import choose, climb, probe
 from gpuremote.transport.setup import Setup
 from gpuremote.transport.tls import TlsSocket, stream_connection
 from gpuremote.wire import caps
 from gpuremote.wire.frames import Kind, pack_info
-from gpuremote.wire.hello import Hello, HelloReader, Welcome, choose_version
+from gpuremote.wire.hello import Attach, Hello, HelloReader, Welcome, choose_version
 from gpuremote.wire.state import SessionState, State, Stimulus
 
 __all__ = ["main"]
@@ -83,6 +87,8 @@ class Worker:
             self._reception = Reception(tls, token, self._admit)
             probe()  # looks at files and other packages: before anybody waits for it
         self._admitting = threading.Lock()
+        self._coming: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._gate = LaneGate()
         self.session.send_to = self.copies.send
         self.session.copying = lambda: self.copies.active
         self.session.peer.on_lost = self._gone
@@ -105,6 +111,7 @@ class Worker:
         gc.freeze()
         control.send(self.channel, {"event": "ready"})
         threading.Thread(target=self._control, name="gpuremote-control", daemon=True).start()
+        threading.Thread(target=self._let_in, name="gpuremote-admit", daemon=True).start()
         self._welcomed.wait()
         session, peer = self.session, self.session.peer
         while not self._over:
@@ -274,7 +281,9 @@ class Worker:
                     poller.register(self._watched_fd, wanted)
                     watched = take_over
             timeout = None if self._parked else BUSY_AFTER
-            due = watched.due() if watched is not None else None
+            due = None
+            if watched is not None:
+                due = 0.0 if self._left_over else watched.due()
             if due is not None:
                 timeout = min(due, BUSY_AFTER)
             ready = {fd for fd, _ in poller.poll(None if timeout is None else 1000 * timeout)}
@@ -310,7 +319,10 @@ class Worker:
             case "connection" if sock is not None:
                 hello = HelloReader("daemon").feed(request["hello"])
                 assert isinstance(hello, Hello)
-                self._admit(sock, hello, request)
+                # Not here: lanes of that connection come by here meanwhile.
+                self._coming.put(functools.partial(self._admit, sock, hello, request))
+            case "lane" if sock is not None:
+                self._gate.arrive(sock, request["lane"], request["proof"])
             case "encrypted" if sock is not None and self._reception is not None:
                 self._reception.receive(sock, request)
             case "drain":
@@ -320,14 +332,24 @@ class Worker:
                 self._over = True
                 os._exit(0)
 
+    def _let_in(self) -> None:
+        """One after the other, those whom the daemon has sent."""
+        while True:
+            self._coming.get()()
+
     def _admit(
-        self, sock: socket.socket | TlsSocket, hello: Hello, request: dict[str, Any]
+        self, sock: socket.socket | TlsSocket, hello: Hello | Attach, request: dict[str, Any]
     ) -> None:
-        """A client (new, or coming back) or another server's worker, who may come in."""
+        """A client (new, or coming back) or another server's worker, who may come in, or a lane."""
+        if isinstance(hello, Attach):
+            self._gate.arrive(sock, hello.lane, hello.proof)
+            return
         number = request.get("number")
         if number is None:  # the daemon has not seen what came encrypted, and waits for nothing
             same_host = hello.host == host_identity()
-            request["choice"] = choose(hello.transports, same_host=same_host)
+            request["choice"] = choose(
+                hello.transports, same_host=same_host, lanes=bool(hello.lanes)
+            )
         told = {"event": "claimed"} if number is None else {"event": "answering", "number": number}
         if hello.ticket:
             if number is not None:
@@ -364,6 +386,7 @@ class Worker:
             with session.lock:
                 if resumed:
                     self.state.advance(Stimulus.RESUMED)
+                self._left_over = True  # some may have come along with the set-up
                 peer.attach(connection, hello.receipt)
         except (OSError, GpuRemoteError) as error:
             # The client will try again within the grace period.
@@ -394,6 +417,7 @@ class Worker:
             deadline=deadline,
             secret=request["secret"],
             limit=self.session.quota.limit,  # copies of results, beside the results themselves
+            gate=self._gate,
         )
         try:
             return climb(setup, request["choice"]["order"], client=False)[0]

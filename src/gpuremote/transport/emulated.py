@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from gpuremote import _clock
 from gpuremote._types import BytesLike
@@ -22,6 +22,10 @@ from gpuremote.errors import ConfigError, ConnectionLost
 from gpuremote.transport.base import Connection, Incoming, Region
 
 __all__ = ["EmulatedConnection"]
+
+
+CLOSING_WAIT: Final = 0.02
+"""Seconds after which ``close`` looks again whether more can be sent."""
 
 
 class _Watch:
@@ -314,7 +318,8 @@ class EmulatedConnection(Connection):
                     self.abort()
                     return
                 due = self.due()
-                poll.poll(1000 * (left if due is None else min(due, left)))
+                # A descriptor that stands for several is never writable, so not for long.
+                poll.poll(1000 * min(left, CLOSING_WAIT if due is None else due))
         except ConnectionLost:
             self.abort()
             return

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from gpuremote.errors import ProtocolError, TransportUnavailable
 from gpuremote.transport.base import Connection
+from gpuremote.transport.lanes.setup import Lanes
 from gpuremote.transport.setup import Setup, Upgrade, upgrade
 
 __all__ = ["GROUP", "PREFERENCE", "Candidate", "choose", "climb", "probe"]
@@ -68,7 +69,7 @@ def probe() -> tuple[Candidate, ...]:
     return tuple(sorted(found.values(), key=lambda c: (rank.get(c.name, len(rank)), c.name)))
 
 
-def choose(offered: Mapping[str, str], *, same_host: bool) -> dict[str, Any]:
+def choose(offered: Mapping[str, str], *, same_host: bool, lanes: bool = False) -> dict[str, Any]:
     """Which transports two sides try, and why not the others.
 
     Parameters
@@ -77,13 +78,15 @@ def choose(offered: Mapping[str, str], *, same_host: bool) -> dict[str, Any]:
         What the other side can use, with what its probe found.
     same_host : bool
         Whether it says that it runs on this host; shared memory proves it later.
+    lanes : bool
+        Whether it can open further connections beside the first one.
 
     Returns
     -------
     dict
-        ``order`` (what to try above tcp, best first), ``candidates`` (each ``name``,
-        ``available``, ``reason``), as it travels in the handshake. Both sides always have tcp,
-        as they are talking over it.
+        ``order`` (what to try, best first), ``candidates`` (each ``name``, ``available``,
+        ``reason``), as it travels in the handshake. Both sides always have tcp, as they are
+        talking over it; at the end of ``order`` it stands for lanes, if the way is long.
     """
     candidates = []
     order = []
@@ -99,6 +102,8 @@ def choose(offered: Mapping[str, str], *, same_host: bool) -> dict[str, Any]:
             if here.name != TCP:
                 order.append(here.name)
         candidates.append(asdict(verdict))
+    if lanes and TCP in offered:
+        order.append(TCP)
     return {"order": order, "candidates": candidates}
 
 
@@ -127,6 +132,8 @@ def climb(setup: Setup, order: Sequence[str], *, client: bool) -> tuple[Connecti
     """
     failures: dict[str, str] = {}
     for name in order:
+        if name == TCP:
+            return _over_tcp(setup, client=client), failures
         transport = _upgrade_named(name)
         if transport is None:
             raise ProtocolError(f"the other end wants the transport {name!r}, unknown here")
@@ -135,3 +142,13 @@ def climb(setup: Setup, order: Sequence[str], *, client: bool) -> tuple[Connecti
         except TransportUnavailable as error:
             failures[name] = error.message
     return setup.connection, failures
+
+
+def _over_tcp(setup: Setup, *, client: bool) -> Connection:
+    """Lanes beside the first connection, or that one by itself and why."""
+    first = setup.connection
+    try:
+        return upgrade(setup, Lanes, client=client)
+    except TransportUnavailable as error:
+        first.reason = f"{first.reason}; {error.message}" if first.reason else error.message
+        return first

@@ -23,13 +23,18 @@ from gpuremote.errors import (
     TransportUnavailable,
 )
 from gpuremote.transport.base import Connection
+from gpuremote.transport.lanes.offer import LaneGate, LaneWishes
 
-__all__ = ["Path", "Setup", "Upgrade", "upgrade"]
+__all__ = ["Path", "Setup", "Unneeded", "Upgrade", "upgrade"]
 
 MAX_MESSAGE: Final = 64 << 10
 MAX_MESSAGES: Final = 64
 """Of one set-up; more is no honest peer."""
 _READY: Final = "ready"
+
+
+class Unneeded(Exception):
+    """The client does without, and has told the server so: nothing more is said of it."""
 
 
 class Path(Protocol):
@@ -85,6 +90,10 @@ class Setup:
         Bytes of its own that a transport may take for buffers; 0: as it thinks best.
     secret : bytes
         Known to both ends of this session alone; for what has to prove itself on another path.
+    wishes : LaneWishes or None
+        At the client: the further connections that it wants.
+    gate : LaneGate or None
+        At the server: where they come in.
     """
 
     def __init__(
@@ -95,12 +104,16 @@ class Setup:
         deadline: float,
         secret: bytes = b"",
         limit: int = 0,
+        wishes: LaneWishes | None = None,
+        gate: LaneGate | None = None,
     ) -> None:
         self.connection = connection
         self.blocking = blocking
         self.deadline = deadline
         self.secret = secret
         self.limit = limit
+        self.wishes = wishes
+        self.gate = gate
         self._heard = 0
         self._over: str | None = None
 
@@ -205,6 +218,8 @@ def upgrade(setup: Setup, transport: type[Upgrade], *, client: bool) -> Connecti
         path = transport.connect(setup) if client else transport.accept(setup)
     except (ConnectionLost, HandshakeTimeout, ProtocolError):
         raise
+    except Unneeded as said:
+        raise TransportUnavailable(str(said)) from None
     except (GpuRemoteError, OSError) as error:
         verdict = getattr(error, "message", "") or str(error) or type(error).__name__
     try:

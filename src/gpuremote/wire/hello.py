@@ -32,6 +32,7 @@ from gpuremote.wire.frames import pack_info, unpack_info
 __all__ = [
     "MAX_VERSION",
     "MIN_VERSION",
+    "Attach",
     "Challenge",
     "Hello",
     "HelloReader",
@@ -65,6 +66,8 @@ class HelloKind(enum.IntEnum):
     """Server: the session is there, come for it."""
     ROUTE = 7
     """Client, before TLS: which session this connection is for."""
+    ATTACH = 8
+    """Client: this connection is a lane beside another one."""
 
 
 def choose_version(min_version: int, max_version: int) -> int:
@@ -141,6 +144,8 @@ class Hello:
         Device memory in bytes that the session wants to be held to; 0: the server's limit.
     nonce : bytes
         Random, of a client that has a token: makes the server's proof one for this HELLO only.
+    lanes : int
+        1 if the client may open further connections beside this one, else 0.
     versions : tuple of int
         Lowest and highest protocol version that the sender speaks.
     """
@@ -154,6 +159,7 @@ class Hello:
     transports: dict[str, str] = field(default_factory=dict)
     memory_limit: int = 0
     nonce: bytes = b""
+    lanes: int = 0
     versions: tuple[int, int] = (MIN_VERSION, MAX_VERSION)
 
     def encode(self) -> bytes:
@@ -167,6 +173,7 @@ class Hello:
             "transports": self.transports,
             "memory_limit": self.memory_limit,
             "nonce": self.nonce,
+            "lanes": self.lanes,
         }
         return _frame(HelloKind.HELLO, body, self.versions)
 
@@ -182,6 +189,7 @@ class Hello:
             transports=_texts(body, "transports"),
             memory_limit=_get(body, "memory_limit", int, 0),
             nonce=_get(body, "nonce", bytes, b""),
+            lanes=_get(body, "lanes", int, 0),
             versions=versions,
         )
 
@@ -352,7 +360,38 @@ class Route:
         return cls(_get(body, "session", bytes, b""))
 
 
-Message = Hello | Welcome | Refusal | Challenge | Proof | Opened | Route
+@dataclass(slots=True)
+class Attach:
+    """The first words of a connection that is a lane beside another one of the session, which
+    is being set up.
+
+    Attributes
+    ----------
+    lane : int
+        Its number.
+    proof : bytes
+        Over the nonce that the worker told for this set-up; see ``transport.lanes.offer``. So it is
+        good for one lane of one set-up.
+    """
+
+    session: bytes
+    lane: int
+    proof: bytes
+
+    def encode(self) -> bytes:
+        body = {"session": self.session, "lane": self.lane, "proof": self.proof}
+        return _frame(HelloKind.ATTACH, body, (MIN_VERSION, MAX_VERSION))
+
+    @classmethod
+    def decode(cls, body: Mapping[str, Any]) -> Attach:
+        return cls(
+            _get(body, "session", bytes, b""),
+            _get(body, "lane", int, -1),
+            _get(body, "proof", bytes, b""),
+        )
+
+
+Message = Hello | Welcome | Refusal | Challenge | Proof | Opened | Route | Attach
 
 
 class HelloReader:
@@ -451,6 +490,8 @@ class HelloReader:
                 return Opened.decode(body)
             case HelloKind.ROUTE:
                 return Route.decode(body)
+            case HelloKind.ATTACH:
+                return Attach.decode(body)
         raise ProtocolError(f"handshake message of unknown kind {kind}", peer=self._peer)
 
 
