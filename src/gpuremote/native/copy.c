@@ -2,6 +2,9 @@
 
 #include "native.h"
 
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
 #include <string.h>
 #ifdef __SSE2__
 #include <emmintrin.h>
@@ -12,6 +15,11 @@
    does so as well, but later by far. Measured on an EPYC with 32 MiB of L3: 4 MiB 19 instead of
    14 GB/s, 16 and 64 MiB 13 instead of 7. */
 #define PAST_CACHES ((Py_ssize_t)2 << 20)
+/* From here on more than one processor copies: one alone does not keep the memory busy. There, with
+   two processors, 64 MiB 15 instead of 10 GB/s and 256 MiB 15 instead of 12; to start a thread takes
+   some 30 us, in which half a MiB is copied. */
+#define SHARED_OUT ((Py_ssize_t)16 << 20)
+#define MOST 4
 /* Below this, letting go of the interpreter's lock costs more than it gives others. */
 #define WITH_LOCK ((Py_ssize_t)64 << 10)
 
@@ -38,6 +46,54 @@ static void copy_past_caches(char *to, const char *from, size_t size)
     memcpy(to, from, size);
 }
 
+typedef struct {
+    char *to;
+    const char *from;
+    size_t size;
+} Part;
+
+static void *copy_part(void *argument)
+{
+    Part *part = argument;
+    copy_past_caches(part->to, part->from, part->size);
+    return NULL;
+}
+
+static int processors(void)
+{
+#ifdef __linux__
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
+        int count = CPU_COUNT(&allowed);
+        return count < MOST ? count : MOST;
+    }
+#endif
+    return 1;
+}
+
+/* Each processor copies a part; all of it is there on return. */
+static void share_out(char *to, const char *from, size_t size)
+{
+    int count = processors(), started = 0;
+    size_t each = (size / (size_t)count + 4095) & ~(size_t)4095;
+    pthread_t threads[MOST];
+    Part parts[MOST];
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the program's own threads */
+    while (started < count - 1 && size > each) {
+        parts[started] = (Part){to, from, each};
+        if (pthread_create(&threads[started], NULL, copy_part, &parts[started]) != 0)
+            break;
+        to += each, from += each, size -= each;
+        started++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    copy_past_caches(to, from, size);
+    while (started > 0)
+        pthread_join(threads[--started], NULL);
+}
+
 /* copy(target, source): two flat buffers of equal size that do not overlap. */
 PyObject *copy_bytes(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
@@ -60,8 +116,10 @@ PyObject *copy_bytes(PyObject *module, PyObject *const *args, Py_ssize_t count)
         Py_BEGIN_ALLOW_THREADS
         if (to.len < PAST_CACHES)
             memcpy(to.buf, from.buf, (size_t)to.len);
-        else
+        else if (to.len < SHARED_OUT)
             copy_past_caches(to.buf, from.buf, (size_t)to.len);
+        else
+            share_out(to.buf, from.buf, (size_t)to.len);
         Py_END_ALLOW_THREADS
     }
     int failed = to.len != from.len;
