@@ -150,7 +150,10 @@ def test_slot(fast: bool) -> None:
 
 
 @pytest.mark.parametrize("fast", BOTH_WAYS)
-@pytest.mark.parametrize("size", [0, 1, 4096, 65537, (2 << 20) - 1, (2 << 20) + 77, (16 << 20) - 1, (17 << 20) + 4097])
+@pytest.mark.parametrize(
+    "size",
+    [0, 1, 4096, 65537, (2 << 20) - 1, (2 << 20) + 77, (16 << 20) - 1, (17 << 20) + 4097],
+)
 @pytest.mark.parametrize(("there", "here"), [(0, 0), (1, 0), (16, 3), (5, 64)])
 def test_copy(fast: bool, size: int, there: int, here: int) -> None:
     copy: Any = native.copy if fast else host._python_copy
