@@ -93,7 +93,7 @@ def token_file(folder: Path) -> str:
 
 def url(server: RunningServer | CuttingProxy, authority: Authority, **more: str) -> str:
     options = "".join(f"&{key}={value}" for key, value in more.items())
-    return f"gpu://127.0.0.1:{server.port}?cafile={authority.cafile}{options}"
+    return f"gpu://127.0.0.1:{server.port}?lanes=1&cafile={authority.cafile}{options}"
 
 
 def works(side: Side, url: str) -> bool:

@@ -263,12 +263,14 @@ class EmulatedConnection(Connection):
             wait = min(due, 0.4)
         before = self._inner.stats.bytes_received
         try:
-            return inner.receive(wait)
+            found = inner.receive(wait)
         finally:
             now = _clock.now()
             self._in.carry(self._inner.stats.bytes_received - before, now)
             self._cut()
             self._watch_what_counts(now)
+        self._call_done()  # a step of some connections sends, whichever it is
+        return found
 
     # -- time and faults -----------------------------------------------------------------------
 
