@@ -149,26 +149,37 @@ def test_slot(fast: bool) -> None:
     assert slot.value is None
 
 
+@pytest.mark.parametrize("away", [False, True])
 @pytest.mark.parametrize("fast", BOTH_WAYS)
 @pytest.mark.parametrize(
     "size",
-    [0, 1, 4096, 65537, (2 << 20) - 1, (2 << 20) + 77, (16 << 20) - 1, (17 << 20) + 4097],
+    [
+        0,
+        1,
+        4096,
+        65537,
+        (256 << 10) + 1,
+        (2 << 20) - 1,
+        (2 << 20) + 77,
+        (16 << 20) - 1,
+        (17 << 20) + 4097,
+    ],
 )
 @pytest.mark.parametrize(("there", "here"), [(0, 0), (1, 0), (16, 3), (5, 64)])
-def test_copy(fast: bool, size: int, there: int, here: int) -> None:
+def test_copy(fast: bool, away: bool, size: int, there: int, here: int) -> None:
     copy: Any = native.copy if fast else host._python_copy
     source = np.random.default_rng(size).integers(0, 256, here + size, np.uint8)
     target = np.full(there + size + 64, 7, np.uint8)
-    copy(target[there : there + size].data, source[here:].data)
+    copy(target[there : there + size].data, source[here:].data, away)
     assert np.array_equal(target[there : there + size], source[here:])
     assert (target[:there] == 7).all()
     assert (target[there + size :] == 7).all()
     with pytest.raises(ValueError, match="exactly"):
-        copy(target[: size + 1].data, source[here:].data)
+        copy(target[: size + 1].data, source[here:].data, away)
     fixed = target[there : there + size]
     fixed.flags.writeable = False
     with pytest.raises((ValueError, BufferError)):
-        copy(fixed.data, source[here:].data)
+        copy(fixed.data, source[here:].data, away)
 
 
 @pytest.mark.parametrize("fast", BOTH_WAYS)

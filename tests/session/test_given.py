@@ -215,3 +215,32 @@ def test_arrays_outlive_the_session(side: Side, server: RunningServer) -> None:
     assert local.max() == 3
     assert view.min() == view.max() == 6
     assert not view.flags.writeable
+
+
+def test_one_from_empty_that_is_no_longer_itself(side: Side, shared: Any) -> None:
+    """What its memory is noted for must not be given away for another array, nor twice."""
+    device = shared.devices[0]
+    stats = shared._core.peer.connection.stats.extra
+    reshaped = shared.empty(SIZE, np.float32)
+    reshaped[:] = 1
+    reshaped.shape = (10, SIZE // 10)
+    assert side.do(device.put(reshaped)).shape == (10, SIZE // 10)
+    twice = shared.empty(SIZE, np.float32)
+    twice[:] = 2
+    first = side.do(device.put(twice))
+    assert stats["copied_in"] == 0
+    second = side.do(device.put(twice))
+    first += 1
+    seen = shared.empty(SIZE, np.float32)
+    seen[:] = 3
+    view = seen[:5]
+    third = side.do(device.put(seen))
+    view[:] = 0
+    found = [float(side.do(one.max().item())) for one in (first, second, third)]
+    assert found == [3, 2, 3]
+    assert float(side.do(third.min().item())) == 3
+    assert seen.flags.writeable
+    others = [shared.empty(SIZE, np.uint8) for _ in range(3)]
+    assert len(shared._core.made) == 3
+    del others
+    assert not shared._core.made

@@ -170,6 +170,8 @@ class AsyncDevice(Device[AsyncArray]):
         OutOfDeviceMemory
         DeadlineExceeded
         """
+        if dtype is None and (given := self._given(value)) is not None:
+            return given
         await self._driver.room()
         host = self._host_array(value, dtype)
         staged = self._staged(value, host)
@@ -224,7 +226,8 @@ async def _copy(target: memoryview, source: memoryview) -> None:
     for start in range(0, source.nbytes, PIECE):
         if start:
             await asyncio.sleep(0)
-        copy_bytes(target[start : start + PIECE], source[start : start + PIECE])
+        end = start + PIECE
+        copy_bytes(target[start:end], source[start:end], away=True)
 
 
 class AsyncStream(Stream):

@@ -131,8 +131,23 @@ class Device(Generic[A]):
         if staged is None:
             return self._put(host)
         if staged is not host.view:
-            copy_bytes(staged, host.view)
+            copy_bytes(staged, host.view, away=True)
         return self._put_staged(value, host, staged), None
+
+    def _given(self, value: Any) -> A | None:
+        """Upload an array of ``session.empty`` by giving it away; None: it can't be."""
+        core = self._core
+        if core.full or (block := core.take_made(value)) is None:
+            return None
+        flags, base = value.flags, value.base
+        if (
+            not flags.writeable
+            or not flags.c_contiguous
+            or value.nbytes != block.nbytes
+            or sys.getrefcount(base) > 3  # another array lies there too
+        ):
+            return None
+        return self._put_given(value, block)
 
     def _host_array(self, value: Any, dtype: npt.DTypeLike | None) -> HostArray:
         host = host_array(value, dtype)
@@ -156,16 +171,21 @@ class Device(Generic[A]):
 
     def _put_staged(self, value: Any, host: HostArray, staged: memoryview) -> A:
         """Upload what ``_staged`` said, which is filled by now."""
+        if staged is host.view:
+            return self._put_given(value, staged)
         core = self._core
         meta = core.metas.get(host.shape, host.dtype, self.index)
-        given = staged is host.view
-        if given:
-            value.flags.writeable = False  # it is the device's from now on
+        return self._array_type(core, core.put_staged(meta, staged), meta)
+
+    def _put_given(self, value: npt.NDArray[Any], block: memoryview) -> A:
+        """Upload an array that lies in ``block``; it is the device's from now on."""
+        core = self._core
+        meta = core.metas.get(value.shape, value.dtype, self.index)
+        value.flags.writeable = False
         try:
-            number = core.put_staged(meta, staged)
+            number = core.put_staged(meta, block)
         except BaseException:
-            if given:
-                value.flags.writeable = True
+            value.flags.writeable = True
             raise
         return self._array_type(core, number, meta)
 

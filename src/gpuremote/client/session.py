@@ -134,10 +134,15 @@ class SessionBase(Generic[D]):
         kind = check_dtype(dtype)
         count = math.prod(shape) if isinstance(shape, tuple) else operator.index(shape)
         nbytes = count * kind.itemsize
-        block = self._core.allocate(nbytes) if nbytes > INLINE_PAYLOAD else None
+        core = self._core
+        if nbytes > INLINE_PAYLOAD and core.peer.bulk_in_flight > 1:
+            core.poll()  # the memory of earlier ones may be back
+        block = core.allocate(nbytes) if nbytes > INLINE_PAYLOAD else None
         if block is None:
             return np.empty(shape, kind)
-        return np.frombuffer(block, kind).reshape(shape)
+        array = np.frombuffer(block, kind).reshape(shape)
+        core.note_made(array, block)
+        return array
 
     def flush(self) -> None:
         """Send what was issued, without waiting for anything."""

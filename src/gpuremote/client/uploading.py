@@ -3,30 +3,53 @@ lent, is said here; nothing here waits itself."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final, NamedTuple
+
+import numpy.typing as npt
 
 from gpuremote.client.issuing import FLUSH_BYTES, NEVER, Issuer
 from gpuremote.client.waits import Wait
 from gpuremote.ops.meta import Meta
-from gpuremote.rpc.peer import Entry, Region, Sink
+from gpuremote.rpc.peer import Connection, Entry, Region, Sink
 from gpuremote.wire import caps
 from gpuremote.wire.batch import Op, blob_record
 from gpuremote.wire.frames import NUMBER, Kind, pack_info
 
-__all__ = ["GROUP", "STAGED", "Uploader"]
+__all__ = ["GROUP", "STAGED", "Made", "Uploader"]
 
 GROUP: Final = 4096
 """Arrays of one message."""
 STAGED: Final = 8
-STAGED_BYTES: Final = 64 << 20
-"""Arrays in shared memory, and bytes of them, of which the server is told at the latest with the
-next one. To be told wakes it, on this core as a rule: that takes longer than to copy a MiB."""
+STAGED_BYTES: Final = 32 << 20
+"""Arrays in shared memory, and bytes of them, of which the server is told at the latest when memory
+is wanted for another one. To be told wakes it, often on this core: that takes longer than to copy a
+MiB."""
+MOST_STAGED: Final = 8 * STAGED
+"""The same where no memory is wanted, as the arrays were made before."""
 ALMOST_FULL: Final = FLUSH_BYTES - 1024
 """A batch of so many bytes goes out before another upload: one that is full goes out by itself,
 and what it says of the upload would not be complete yet."""
 MAX_RECORDS: Final = 1024
 """Encoded PUT records that are kept; programs upload the same shapes again and again."""
+
+
+class Made(NamedTuple):
+    """An array over memory that the server sees too.
+
+    Attributes
+    ----------
+    array : weakref.ref of numpy.ndarray
+    block : memoryview
+        Its memory, all of it.
+    connection : Connection
+        Whose memory it is.
+    """
+
+    array: weakref.ref[npt.NDArray[Any]]
+    block: memoryview
+    connection: Connection
 
 
 class Uploader(Issuer):
@@ -43,6 +66,8 @@ class Uploader(Issuer):
         self.trips = self.peer.trips
         self._waits: dict[int, Wait] = {}
         self._put_records: dict[Meta, bytes] = {}
+        self.made: dict[int, Made] = {}
+        """Arrays of ``session.empty`` by their ``id``, as long as they live and were not put."""
 
     def cancel(self, wait: Wait) -> None:
         """The program no longer waits."""
@@ -73,7 +98,35 @@ class Uploader(Issuer):
             connection = self.peer.connection
             if connection is None or (shared and not connection.shared):
                 return None
-            return connection.allocate(nbytes)
+            staged = self._staged
+            if staged and (
+                len(staged) >= STAGED or sum([v.nbytes for _, v in staged]) >= STAGED_BYTES
+            ):
+                self.flush()
+            found = connection.allocate(nbytes)
+        if self._stalled:
+            self._relieve()
+        return found
+
+    def note_made(self, array: npt.NDArray[Any], block: memoryview) -> None:
+        """Remember that ``array`` lies in ``block``, which :meth:`allocate` gave, so that its put
+        need not find out."""
+        connection, made, key = self.peer.connection, self.made, id(array)
+        if connection is not None and connection.shared:
+            ref = weakref.ref(array, lambda _: made.pop(key, None))
+            made[key] = Made(ref, block, connection)
+
+    def take_made(self, array: object) -> memoryview | None:
+        """The memory of an array that is noted, at most once, if the present connection can still
+        give it away."""
+        found = self.made.pop(id(array), None)
+        if (
+            found is None
+            or found.array() is not array
+            or found.connection is not self.peer.connection
+        ):
+            return None
+        return found.block
 
     def gives(self, view: memoryview) -> bool:
         """Whether ``view`` is such memory, all of it, and not put yet (then it is read-only)."""
@@ -90,10 +143,8 @@ class Uploader(Issuer):
         self._last = 0
         try:
             with self.lock:
-                staged = self._staged
                 if (
-                    len(staged) >= STAGED
-                    or sum(v.nbytes for _, v in staged) >= STAGED_BYTES
+                    len(self._staged) >= MOST_STAGED
                     or len(self._buffer) + len(record) >= ALMOST_FULL
                 ):
                     self.flush()

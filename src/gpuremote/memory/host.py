@@ -49,7 +49,7 @@ class HostArray(NamedTuple):
     copied: int
 
 
-def _python_copy(target: memoryview, source: memoryview, /) -> None:
+def _python_copy(target: memoryview, source: memoryview, away: bool, /) -> None:
     if target.nbytes != source.nbytes:  # NumPy would repeat a single byte
         raise ValueError(f"{source.nbytes} bytes do not fit into {target.nbytes} exactly")
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
@@ -60,12 +60,13 @@ if not TYPE_CHECKING and native is not None:
     _copy = native.copy
 
 
-def copy_bytes(target: memoryview, source: memoryview) -> None:
+def copy_bytes(target: memoryview, source: memoryview, *, away: bool = False) -> None:
     """Copy flat bytes without the interpreter's lock, which a slice assignment would keep.
 
-    They must not overlap, and be of equal size. In C a large copy goes past the caches.
+    They must not overlap, and be of equal size. In C a large copy goes past the caches, a
+    middling one too if its bytes are for another process (``away``).
     """
-    _copy(target, source)
+    _copy(target, source, away)
 
 
 def host_array(value: Any, dtype: npt.DTypeLike | None = None) -> HostArray:

@@ -43,7 +43,7 @@ AT_ONCE: Final = 32 << 20
 SWEEP: Final = 32
 """Blocks that are looked at, whether the other process has given them back, before there is a new
 segment."""
-KEPT: Final = 10.0
+KEPT: Final = 60.0
 """Seconds for which a segment is kept that nobody uses."""
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 """A segment keeps its size: one that shrinks would end whoever reads it with SIGBUS."""
