@@ -49,7 +49,7 @@ class HostArray(NamedTuple):
     copied: int
 
 
-def _python_copy(target: memoryview, source: memoryview, away: bool, /) -> None:
+def _python_copy(target: memoryview, source: memoryview, _away: bool, /) -> None:
     if target.nbytes != source.nbytes:  # NumPy would repeat a single byte
         raise ValueError(f"{source.nbytes} bytes do not fit into {target.nbytes} exactly")
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))

@@ -287,7 +287,7 @@ class Outbox:
             size += piece.size
         # No payload overtakes its own opening: that one would still be among the frames.
         # One payload by itself is better pushed: of it no more than a chunk goes along here.
-        alone = len(streams) == 1 and len(streams[0].views) == 1
+        alone = len(streams) == 1 and len(streams[0].views) == 1 and streams[0].left > self._chunk
         limit = 1 if alone else RUN
         while (chunks or streams) and not frames and size < limit and len(buffers) < _IOV:
             if chunks:
