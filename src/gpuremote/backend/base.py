@@ -14,10 +14,12 @@ from gpuremote.errors import (
     IndexOutOfBounds,
     OpFailed,
     OutOfDeviceMemory,
+    UnsupportedOp,
 )
 from gpuremote.memory.device import DeviceMemory, DeviceTarget
 from gpuremote.ops.operands import DType
 from gpuremote.ops.plan import Plan
+from gpuremote.ops.torch_call import Call
 
 __all__ = ["Backend", "Compiled", "DeviceInfo"]
 
@@ -96,6 +98,31 @@ class Backend(abc.ABC):
             The backend lacks the op.
         """
 
+    def compile_call(self, call: Call) -> tuple[Callable[[Sequence[Any]], Any], tuple[int, ...]]:
+        """A function that runs a call of a torch op, and which operands it writes to.
+
+        It takes storages (see :meth:`block`) and numbers in operand order, and gives the storages
+        that the op makes.
+
+        Raises
+        ------
+        UnsupportedOp
+            This op does not run here, or none of torch's does.
+        """
+        raise UnsupportedOp(
+            f"this server runs the backend {self.name}; torch needs a server that was started with "
+            "--backend torch",
+            op=call.name,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What else a client has to know of every device to predict results."""
+        return {}
+
+    def block(self, array: Any) -> Any:
+        """An array as a storage that torch calls name."""
+        return array
+
     def translate_error(self, error: BaseException) -> GpuRemoteError:
         """The library's error for whatever came out of a compiled plan or another call here."""
         if isinstance(error, GpuRemoteError):
@@ -172,6 +199,11 @@ class Backend(abc.ABC):
     def meta(self, array: Any) -> tuple[Shape, DType]:
         """Shape and dtype of an array."""
         return array.shape, array.dtype
+
+    def describe(self, array: Any) -> tuple[Shape, str]:
+        """Shape, and the dtype by the name that its client knows."""
+        shape, dtype = self.meta(array)
+        return shape, dtype.str.lstrip("<|=")
 
     @abc.abstractmethod
     def storage_of(self, array: Any) -> Any:

@@ -17,6 +17,7 @@ GROUP = "gpuremote.backends"
 _BUILT_IN = {
     "numpy": "gpuremote.backend.numpy_backend:NumpyBackend",
     "cupy": "gpuremote.backend.cupy_backend:CupyBackend",
+    "torch": "gpuremote.backend.torch_backend:TorchBackend",
 }
 
 

@@ -71,6 +71,8 @@ class Issuer:
         Set by the driver: records lie in the buffer and nothing will send them by itself.
     on_check : callable
         Debugging: wait for everything issued, raise what failed.
+    on_plans_cleared : callable
+        The plans were forgotten, as there were too many.
     """
 
     def __init__(self, sink: Sink, depth: int, sync: bool) -> None:
@@ -88,6 +90,7 @@ class Issuer:
         self.on_output: Callable[[], None] = _nothing
         self.on_buffered: Callable[[], None] | None = None
         self.on_check: Callable[[], None] = _nothing
+        self.on_plans_cleared: Callable[[], None] = _nothing
         self._sync = sync
         self._streams = False
         self._stalled = False
@@ -147,6 +150,13 @@ class Issuer:
             self.flush()
         return number
 
+    def record_call(self, plan: Any, values: Sequence[Any]) -> int:
+        """Issue a call of a torch op; the number that names its first storage."""
+        number = self.issue(plan, plan.layout.pack(plan.id, *values), caller(sys._getframe(1)))
+        if len(self._buffer) >= FLUSH_BYTES:
+            self.flush()
+        return number
+
     def record(self, op: Op, *values: int, name: str = "", blob: Any = None) -> int:
         """Issue a record of a fixed kind; its number."""
         number = self._record(op, values, name, blob)
@@ -193,17 +203,26 @@ class Issuer:
     ) -> Plan:
         """Define a plan that was not seen before, and remember it by ``key``."""
         with self.lock:
-            if self.dead is not None:
-                raise copy.copy(self.dead)
-            if len(self.plans) >= caps.MAX_PLANS - 1:
-                self.plans.clear()
-                self._record(Op.CLEAR_PLANS, ())
-            plan = define(self._next_plan, spec, operands, params, device, self.metas)
-            self._next_plan += 1
-            self._record(Op.DEFINE, (), blob=encode_definition(plan))
-            self.plans[key] = plan
-            self.stats.plans += 1
+            plan = define(self.next_plan(), spec, operands, params, device, self.metas)
+            self.add_plan(key, plan, encode_definition(plan))
         return plan
+
+    def next_plan(self) -> int:
+        """The number of the plan that is to be added next; with the lock held until it is."""
+        if self.dead is not None:
+            raise copy.copy(self.dead)
+        if len(self.plans) >= caps.MAX_PLANS - 1:
+            self.plans.clear()
+            self.on_plans_cleared()
+            self._record(Op.CLEAR_PLANS, ())
+        return self._next_plan
+
+    def add_plan(self, key: Any, plan: Any, definition: Any) -> None:
+        """Send a plan, and remember it by ``key``."""
+        self._next_plan += 1
+        self._record(Op.DEFINE, (), blob=definition)
+        self.plans[key] = plan
+        self.stats.plans += 1
 
     def claim(self, drop: Op, most: int, what: str) -> None:
         """Count one more stream or event (``drop`` is the record that gives it back).

@@ -54,8 +54,8 @@ class Answers:
             if slot.failure is not None:
                 self.report(slot.failure, number)
             else:
-                assert slot.meta is not None
-                self.info(number, [list(slot.meta.shape), slot.meta.wire_dtype])
+                shape, dtype = self._session.backend.describe(slot.value)
+                self.info(number, [list(shape), dtype])
         return None
 
     def send_small(self, number: int, slot: Slot) -> bool:

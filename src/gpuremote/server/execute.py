@@ -54,6 +54,7 @@ class Executable:
         "outputs",
         "plan",
         "reserve",
+        "run",
         "simple",
         "step",
         "view",
@@ -61,6 +62,7 @@ class Executable:
 
     def __init__(self, plan: Plan, function: Callable[[Sequence[Any]], Any]) -> None:
         self.plan = plan
+        self.run: Callable[..., object] = run_plan
         self.ident: int = plan.id
         self.layout: struct.Struct = plan.layout
         self.n_out: int = plan.n_out
@@ -119,6 +121,7 @@ class RefusedPlan(Executable):
 
     def __init__(self, outline: Outline, error: OpError) -> None:
         self._kinds = outline.operands
+        self.run = run_plan
         self.ident = outline.id
         self.layout = layout_of(outline.operands)
         self.n_out = len(outline.dtypes)

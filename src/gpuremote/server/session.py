@@ -26,12 +26,14 @@ from gpuremote.errors import (
     ShapeError,
 )
 from gpuremote.ops.meta import Meta, MetaTable, check_dtype
+from gpuremote.ops.torch_call import Views, is_call
 from gpuremote.rpc.peer import Peer
 from gpuremote.server.answers import Answers
 from gpuremote.server.arrivals import Arrival
-from gpuremote.server.execute import Executable, run_plan
+from gpuremote.server.execute import Executable
 from gpuremote.server.ordering import Ordering
 from gpuremote.server.storage import STALLED, Failure, Quota, Slot, Storage
+from gpuremote.server.torch_run import TorchExecutable
 from gpuremote.transport.base import Incoming, Target
 from gpuremote.wire import caps
 from gpuremote.wire.batch import FIRST_PLAN, Op, decode
@@ -94,6 +96,7 @@ class WorkerSession:
         self.quota = Quota(memory_limit)
         self.goodbye = False
         self.metas = MetaTable()
+        self._views = Views()
         self.ops_executed = 0
         self.answers = Answers(self)
         self.ordering = Ordering(self, wake)
@@ -254,7 +257,7 @@ class WorkerSession:
         else:
             outs = [Slot() for _ in range(op.n_out)]
             table.update(zip(range(number, number + op.n_out), outs, strict=True))
-        stream.queue.append((number, run_plan, (self, op, operands, outs)))
+        stream.queue.append((number, op.run, (self, op, operands, outs)))
 
     def failed(self, number: int, op: str, error: Exception) -> Failure:
         """Tell the client that record ``number`` failed, and give what poisons its results."""
@@ -276,7 +279,13 @@ class WorkerSession:
     def _define(self, number: int, blob: Any) -> None:
         if len(self._plans) >= caps.MAX_PLANS:
             raise LimitExceeded(f"more than {caps.MAX_PLANS} plans in one session")
-        executable = Executable.from_wire(blob, self.metas, self.backend, self._devices)
+        executable: Executable
+        if is_call(blob):
+            executable = TorchExecutable.from_definition(
+                blob, self._views, self.metas, self.backend, self._devices
+            )
+        else:
+            executable = Executable.from_wire(blob, self.metas, self.backend, self._devices)
         if executable.ident < FIRST_PLAN or executable.ident in self._plans:
             raise ProtocolError(f"plan {executable.ident} can't be defined")
         self._plans[executable.ident] = executable

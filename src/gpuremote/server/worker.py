@@ -435,7 +435,7 @@ class Worker:
             secret=request["secret"],
             backend=self.backend.name,
             devices=[
-                {"kind": d.kind, "name": d.name, "memory": d.memory_bytes}
+                {"kind": d.kind, "name": d.name, "memory": d.memory_bytes, **self.backend.facts()}
                 for d in self.backend.devices()
             ],
             memory_limit=self.session.quota.limit,

@@ -1,0 +1,16 @@
+"""PyTorch on remote devices: ``torch.device("remote")``.
+
+>>> import torch, gpuremote.torch
+>>> model = torch.nn.Linear(4, 2).to("remote")  # doctest: +SKIP
+
+The devices are those of the server at ``GPUREMOTE_URL``, or at the URL given to :func:`connect`;
+without either one starts on this machine. Ops return at once. What waits is asking for a value:
+``item()``, ``cpu()``, ``print``, ``bool()`` and the like.
+"""
+
+from gpuremote.torch._homes import close, connect
+from gpuremote.torch._registration import register
+
+__all__ = ["close", "connect", "register"]
+
+register()

@@ -1,0 +1,130 @@
+"""What an op gives, found out without running it: torch's own rules on tensors without memory.
+
+Done once for each op and kind of arguments, with the type of the *server's* device: what an op
+gives depends on it in places (the statistics of a layer norm in bfloat16, say).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+
+from gpuremote.ops.torch_call import Result, View, Views
+
+__all__ = ["Unpredictable", "fake_of", "infer", "results_of"]
+
+_modes: list[FakeTensorMode] = []
+
+
+class Unpredictable(Exception):
+    """Only who runs the op knows the shapes of its results."""
+
+
+def _mode() -> FakeTensorMode:
+    if not _modes:
+        _modes.append(FakeTensorMode(allow_non_fake_inputs=False))
+    return _modes[0]
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[FakeTensorMode]:
+    mode = _mode()
+    with torch._C._DisableAutocast(), torch.no_grad(), mode:
+        yield mode
+
+
+def fake_of(
+    tensor: torch.Tensor, kind: str, bases: dict[int, torch.Tensor], name: int
+) -> torch.Tensor:
+    """A tensor without memory that looks as ``tensor`` does on the server.
+
+    Parameters
+    ----------
+    kind : str
+        Type of the server's device.
+    bases : dict
+        Storages of this call so far; views of one share it.
+    name : int
+        The storage of ``tensor``.
+    """
+    base = bases.get(name)
+    if base is None:
+        nbytes = tensor.untyped_storage().nbytes()
+        base = bases[name] = torch.empty(nbytes, dtype=torch.uint8, device="meta")
+    found = torch.empty(0, dtype=tensor.dtype, device="meta")
+    storage, offset = base.untyped_storage(), tensor.storage_offset()
+    found.set_(storage, offset, tensor.shape, tensor.stride())
+    if tensor.is_conj():
+        found = found.conj()
+    if tensor.is_neg():
+        found = torch._neg_view(found)
+    return FakeTensor(_mode(), found, torch.device(kind))
+
+
+def host_fake(dtype: torch.dtype) -> torch.Tensor:
+    """A number of the host as a tensor without axes."""
+    with _undisturbed():
+        return torch.empty((), dtype=dtype)
+
+
+def infer(op: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
+    """What ``op`` gives for arguments that are fake already.
+
+    Raises
+    ------
+    Unpredictable
+    Exception
+        What torch itself says of such arguments.
+    """
+    try:
+        with _undisturbed():
+            return op(*arguments, **keywords)
+    except (
+        DynamicOutputShapeException,
+        DataDependentOutputException,
+        UnsupportedOperatorException,
+        NotImplementedError,
+    ) as error:
+        raise Unpredictable(str(error)) from error
+
+
+def results_of(made: Sequence[Any], views: Views) -> tuple[list[int], list[Result]]:
+    """Bytes of each storage that was made, and the results as views of them."""
+    sizes: list[int] = []
+    storages: dict[int, int] = {}
+    results: list[Result] = []
+    for tensor in made:
+        if tensor is None:
+            results.append(Result(-1, None, "uint8"))
+            continue
+        view = view_of(tensor, views)
+        key = tensor.untyped_storage()._cdata
+        number = storages.get(key)
+        if number is None:
+            number = storages[key] = len(sizes)
+            sizes.append(0)
+        sizes[number] = max(sizes[number], view.end)
+        results.append(Result(number, view, view.dtype))
+    return sizes, results
+
+
+def view_of(tensor: torch.Tensor, views: Views) -> View:
+    """A tensor as a view."""
+    flags = (1 if tensor.is_conj() else 0) | (2 if tensor.is_neg() else 0)
+    return views.get(
+        str(tensor.dtype)[6:],
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+        int(tensor.storage_offset()),
+        flags,
+    )

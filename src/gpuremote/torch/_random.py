@@ -1,0 +1,78 @@
+"""The random numbers of remote devices: their generators are on the server, and are seeded in turn
+with the ops."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+from gpuremote.ops.torch_call import Call, Operand, Result, encode
+from gpuremote.torch import _homes
+from gpuremote.torch._homes import Home
+from gpuremote.torch._inference import view_of
+from gpuremote.torch._storages import form_of, handle_of, make_tensor
+from gpuremote.torch._transfers import download, upload
+from gpuremote.wire.batch import Op
+
+__all__ = ["get_state", "seed", "set_state"]
+
+_MASK: Final = (1 << 63) - 1
+_later: list[int] = []
+
+
+def seed(number: int) -> None:
+    """Seed the generator of every remote device, those too that are connected to later."""
+    _later[:] = [number]
+    for place in _homes.opened():
+        _seed(place, number)
+
+
+def _seed(place: Home, number: int) -> None:
+    # As torch.manual_seed takes them: the same 64 bits.
+    signed = (number & _MASK) - (number & (1 << 63))
+    _issue(place, "gpuremote::manual_seed", ("i",), (signed,))
+
+
+def get_state(place: Home) -> torch.Tensor:
+    """The generator's state, as a tensor of bytes on the host; waits for it."""
+    number = _issue(place, "gpuremote::get_rng_state", (), (), result=True)
+    core = place.core
+    (length,), _ = core.wait(core.ask(Op.META, number, kind="shape"))
+    state = make_tensor(place, number, form_of(torch.uint8, (length,), (1,), 0, length))
+    return download(state)
+
+
+def set_state(place: Home, state: torch.Tensor) -> None:
+    """Bring the generator to a state of :func:`get_state`."""
+    there = upload(place, state)
+    view = view_of(there, place.views)
+    _issue(place, "gpuremote::set_rng_state", (view,), (handle_of(there).number,))
+
+
+def _issue(
+    place: Home,
+    name: str,
+    operands: tuple[Operand, ...],
+    values: tuple[Any, ...],
+    *,
+    result: bool = False,
+) -> int:
+    core = place.core
+    key = (name, place, operands)
+    plan: Any = core.plans.get(key)
+    if plan is None:
+        with core.lock:
+            arguments = [[["slot", k] for k in range(len(operands))], {}]
+            sizes, results = ((None,), (Result(0, None, ""),)) if result else ((), ())
+            plan = Call(core.next_plan(), name, place.number, operands, arguments, sizes, results)
+            core.add_plan(key, plan, encode(plan))
+    return core.record_call(plan, values)
+
+
+def _start(place: Home) -> None:
+    if _later:
+        _seed(place, _later[0])
+
+
+_homes.on_open.append(_start)

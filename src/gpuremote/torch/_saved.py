@@ -1,0 +1,32 @@
+"""Storages that torch moves by itself, as it does where it loads what was saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gpuremote.torch._homes import home
+from gpuremote.torch._transfers import upload
+
+__all__ = ["teach_storages"]
+
+
+def teach_storages() -> None:
+    """Let a storage of the host go to a remote device.
+
+    torch would ask for an allocator, of which a device that is written in Python has none, without
+    looking whether there is one.
+    """
+    plain = torch.storage._StorageBase.to
+
+    def to(self: Any, *, device: Any, non_blocking: bool = False) -> Any:
+        target = torch.device(device)
+        if target.type != "remote":
+            return plain(self, device=target, non_blocking=non_blocking)
+        if self.device.type == "remote":
+            return self
+        flat = torch.empty(0, dtype=torch.uint8).set_(self.untyped())
+        return upload(home(target.index or 0), flat).untyped_storage()
+
+    torch.storage._StorageBase.to = to  # type: ignore[method-assign,assignment]
