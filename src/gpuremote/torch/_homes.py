@@ -14,7 +14,16 @@ from gpuremote.client.blocking import Session
 from gpuremote.errors import ConfigError
 from gpuremote.ops.torch_call import Views
 
-__all__ = ["Home", "close", "connect", "home", "on_new_plans", "on_open", "opened"]
+__all__ = [
+    "Home",
+    "close",
+    "connect",
+    "home",
+    "is_forked",
+    "on_new_plans",
+    "on_open",
+    "opened",
+]
 
 DEFAULT = "local://?backend=torch"
 
@@ -57,6 +66,7 @@ on_open: list[Callable[[Home], None]] = []
 on_new_plans: list[Callable[[], None]] = []
 """Called when a session forgets its plans: what was kept of them elsewhere goes too."""
 _homes: list[Home] = []
+_forked: list[int] = []
 _urls: list[str] = []
 _lock = threading.RLock()
 
@@ -80,6 +90,11 @@ def home(index: int = 0) -> Home:
         There is none.
     """
     if not _homes:
+        if _forked:
+            raise RuntimeError(
+                "remote devices can't be used in a process that was forked from one that uses "
+                "them; start it with the method 'spawn'"
+            )
         _open()
     try:
         return _homes[index]
@@ -131,3 +146,17 @@ def close() -> None:
         _homes.clear()
     for found in homes:
         found.session.close()
+
+
+def is_forked() -> bool:
+    """Whether this process was forked from one that uses remote devices."""
+    return bool(_forked)
+
+
+def _in_child() -> None:
+    if _homes:
+        _forked.append(os.getpid())
+        _homes.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -52,7 +52,7 @@ class RemoteModule:
         """Nothing to do: sessions open with the first op."""
 
     def _is_in_bad_fork(self) -> bool:
-        return False
+        return _homes.is_forked()
 
     def device_count(self) -> int:
         return 1

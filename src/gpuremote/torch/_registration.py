@@ -10,6 +10,7 @@ from torch.utils import backend_registration
 
 from gpuremote.torch._autocast import register_autocast
 from gpuremote.torch._cells import CELLS
+from gpuremote.torch._compile import refuse_inductor
 from gpuremote.torch._fast import fast
 from gpuremote.torch._kernels import Kernel
 from gpuremote.torch._module import RemoteModule
@@ -54,8 +55,9 @@ def register() -> None:
         # Modules keep the identity of their parameters, and with it what is tied.
         torch.__future__.set_swap_module_params_on_conversion(True)
         teach_storages()
-        library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-        everything: Any = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
+        refuse_inductor()
+        library: Any = torch.library.Library("aten", "IMPL")
+        everything: Any = torch.library.Library("_", "IMPL")
         _libraries.extend((library, everything))
         host = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
         for name in VIEWS:

@@ -29,4 +29,4 @@ def teach_storages() -> None:
         flat = torch.empty(0, dtype=torch.uint8).set_(self.untyped())
         return upload(home(target.index or 0), flat).untyped_storage()
 
-    torch.storage._StorageBase.to = to  # type: ignore[method-assign,assignment]
+    torch.storage._StorageBase.to = to  # type: ignore[method-assign]
