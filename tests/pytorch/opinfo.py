@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import select
-import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Final
 
+from gpuremote.testing.servers import device_server
+
 PROCESSES: Final = 2
-SAMPLES: Final = 8
+SAMPLES: Final = 4
+"""Of a pair, spread over all there are."""
+GRADIENTS: Final = 2
+"""Of these, with gradients."""
 LIMIT: Final = 40.0
 """Seconds for all samples of a pair."""
 DTYPES: Final = ("float32", "int64")
@@ -33,10 +38,7 @@ def main() -> int:
     parser.add_argument("--forward", action="store_true", help="no gradients")
     parser.add_argument("--only", default="", help="ops whose name begins so")
     parser.add_argument("--json", default="", help="where to write what was found")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        return _child(not options.forward)
     found = run(options.dtypes.split(","), forward=options.forward, only=options.only)
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
@@ -50,30 +52,10 @@ def main() -> int:
 def run(dtypes: list[str], *, forward: bool = False, only: str = "") -> dict[str, Any]:
     """Run every op; what became of each pair, and how many of each kind."""
     begin = time.monotonic()
-    names = _names(dtypes, only)
-    children = [_Child(forward) for _ in range(PROCESSES)]
-    pairs: list[dict[str, Any]] = []
-    try:
-        while names or any(child.busy for child in children):
-            for child in children:
-                if not child.busy and names:
-                    child.give(names.pop())
-            ready, _, _ = select.select([c.output for c in children if c.busy], [], [], 1.0)
-            for k, child in enumerate(children):
-                if not child.busy:
-                    continue
-                if child.output in ready:
-                    answer = child.answer()
-                elif child.late:
-                    answer = child.fail("hang", f"no end within {LIMIT} s")
-                else:
-                    continue
-                pairs.append(answer)
-                if child.ended:
-                    children[k] = _Child(forward)
-    finally:
-        for child in children:
-            child.end()
+    # The server starts while this process loads the database.
+    with device_server("--backend", "torch", "--warm", str(PROCESSES)) as server:
+        os.environ["GPUREMOTE_URL"] = server.url
+        pairs = _run_all(_names(dtypes, only), not forward)
     totals: dict[str, Any] = dict(Counter(one["state"] for one in pairs))
     totals["seconds"] = round(time.monotonic() - begin, 1)
     for key in ("samples", "gradients", "bad"):
@@ -82,18 +64,40 @@ def run(dtypes: list[str], *, forward: bool = False, only: str = "") -> dict[str
     return {"totals": totals, "pairs": pairs}
 
 
-class _Child:
-    """A process that runs the samples of one pair after the other."""
+def _run_all(names: list[tuple[int, str, str]], gradients: bool) -> list[dict[str, Any]]:
+    children = [_Child(gradients) for _ in range(PROCESSES)]
+    pairs: list[dict[str, Any]] = []
+    try:
+        while names or any(child.busy for child in children):
+            for child in children:
+                if not child.busy and names:
+                    child.give(names.pop())
+            ready = wait([c.pipe for c in children if c.busy], 1.0)
+            for k, child in enumerate(children):
+                if not child.busy:
+                    continue
+                if child.pipe in ready:
+                    pairs.append(child.answer())
+                elif child.late:
+                    pairs.append(child.fail("hang", f"no end within {LIMIT} s"))
+                if child.ended:
+                    children[k] = _Child(gradients)
+    finally:
+        for child in children:
+            child.end()
+    return pairs
 
-    def __init__(self, forward: bool) -> None:
-        command = [sys.executable, "-m", "tests.pytorch.opinfo", "--child"]
-        if forward:
-            command.append("--forward")
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        assert self._process.stdout is not None
-        self.output = self._process.stdout
+
+class _Child:
+    """A process that runs the samples of one pair after the other. It is forked, with the database
+    loaded and no session open."""
+
+    def __init__(self, gradients: bool) -> None:
+        context = multiprocessing.get_context("fork")
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_child, args=(theirs, gradients))
+        self._process.start()
+        theirs.close()
         self._given: tuple[int, str, str] | None = None
         self._since = 0.0
         self.ended = False
@@ -107,24 +111,20 @@ class _Child:
         return time.monotonic() - self._since > LIMIT
 
     def give(self, pair: tuple[int, str, str]) -> None:
-        assert self._process.stdin is not None
         self._given = pair
         self._since = time.monotonic()
         try:
-            self._process.stdin.write(json.dumps(pair).encode() + b"\n")
-            self._process.stdin.flush()
+            self.pipe.send(pair)
         except BrokenPipeError:
             pass  # its end is seen when it is read from
 
     def answer(self) -> dict[str, Any]:
-        line = self.output.readline()
-        if not line:
-            code = self._process.wait()
-            assert self._process.stderr is not None
-            said = self._process.stderr.read().decode(errors="replace")
-            return self.fail("crash", f"status {code}: {said[-1500:]}")
+        try:
+            found: dict[str, Any] = self.pipe.recv()
+        except EOFError:
+            self._process.join()
+            return self.fail("crash", f"status {self._process.exitcode}")
         self._given = None
-        found: dict[str, Any] = json.loads(line)
         return found
 
     def fail(self, state: str, why: str) -> dict[str, Any]:
@@ -136,21 +136,22 @@ class _Child:
 
     def end(self) -> None:
         self.ended = True
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    pass
+        self._process.kill()
+        self._process.join()
+        self.pipe.close()
 
 
 def _names(dtypes: list[str], only: str) -> list[tuple[int, str, str]]:
+    # Loaded here, once for all the processes.
     import torch
+    from torch.testing._internal import common_utils
     from torch.testing._internal.common_methods_invocations import op_db
 
+    from gpuremote.torch import _inference
+
+    _inference.mode()
+    # With every sample torch would also seed devices that are not there, and keep a list of that.
+    common_utils.set_rng_seed = lambda *_, **__: torch.default_generator.manual_seed(0)
     found = []
     for dtype in dtypes:
         kind = getattr(torch, dtype)
@@ -160,29 +161,21 @@ def _names(dtypes: list[str], only: str) -> list[tuple[int, str, str]]:
     return found[::-1]
 
 
-def _child(gradients: bool) -> int:
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("GPUREMOTE_URL", "local://?backend=torch")
+def _child(pipe: Connection[Any, Any], gradients: bool) -> None:
     import torch
-    from torch.testing._internal import common_utils
     from torch.testing._internal.common_methods_invocations import op_db
 
     import gpuremote.torch
 
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    # With every sample torch would also seed devices that are not there, and keep a list of that.
-    common_utils.set_rng_seed = lambda seed=None, **_: torch.default_generator.manual_seed(0)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what an op prints is no answer
     try:
-        for line in sys.stdin:
-            index, name, dtype = json.loads(line)
+        while True:
+            index, name, dtype = pipe.recv()
             found = _pair(op_db[index], getattr(torch, dtype), gradients)
-            answers.write(json.dumps({"op": name, "dtype": dtype, **found}) + "\n")
-            answers.flush()
-    finally:
+            pipe.send({"op": name, "dtype": dtype, **found})
+    except (EOFError, BrokenPipeError):
         gpuremote.torch.close()
-    return 0
 
 
 def _pair(op: Any, dtype: Any, gradients: bool) -> dict[str, Any]:
@@ -190,18 +183,20 @@ def _pair(op: Any, dtype: Any, gradients: bool) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     why = ""
     try:
-        samples = list(op.sample_inputs("cpu", dtype, requires_grad=wanted))[:SAMPLES]
+        every = list(op.sample_inputs("cpu", dtype, requires_grad=wanted))
+        samples = every[:: -(-len(every) // SAMPLES) or 1]
     except Exception as error:
         return {"state": "skip", "why": f"no samples: {error}"}
-    for sample in samples:
+    for number, sample in enumerate(samples):
+        both = wanted and number < GRADIENTS
         try:
-            here = _outcome(op, sample, wanted)
+            here = _outcome(op, sample, both)
         except Exception:
             counts["refused"] += 1  # by the host itself
             continue
         counts["samples"] += 1
         try:
-            there = _outcome(op, _moved(op, sample), wanted)
+            there = _outcome(op, _moved(op, sample), both)
             _compare(op, here, there)
             counts["gradients"] += len(here[1])
         except Exception as error:

@@ -336,3 +336,17 @@ def test_print(device: torch.device) -> None:
         repr(torch.tensor([1.5, 2.5]).to(device)) == "tensor([1.5000, 2.5000], device='remote:0')"
     )
     gpuremote.torch.register()  # once more does nothing
+
+
+def test_conjugates(device: torch.device) -> None:
+    """Views that only say that they are conjugated, on either side."""
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 3, dtype=torch.complex64), torch.randn(2, 3, dtype=torch.complex64)
+    x, y = a.to(device), b.to(device)
+    _near(x.conj() @ x, a.conj() @ a)
+    _near(x.mH + 1, a.mH + 1)
+    _near(x.conj().imag * 2, a.conj().imag * 2)
+    _near(x.conj(), a.conj())
+    factors, pivots = torch.linalg.lu_factor(a)
+    there = torch.linalg.lu_solve(factors.to(device), pivots.to(device), y, left=False)
+    _near(there, torch.linalg.lu_solve(factors, pivots, b, left=False))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
 from gpuremote.backend.base import Backend
 from gpuremote.errors import ConfigError
 
-__all__ = ["GROUP", "Probe", "create", "find", "names", "probe_all"]
+__all__ = ["GROUP", "Probe", "check", "create", "find", "names", "probe_all"]
 
 GROUP = "gpuremote.backends"
 
@@ -19,6 +20,10 @@ _BUILT_IN = {
     "cupy": "gpuremote.backend.cupy_backend:CupyBackend",
     "torch": "gpuremote.backend.torch_backend:TorchBackend",
 }
+
+
+_BUILDS_ON = {"torch": "torch"}
+"""What takes seconds to load, which is left to the processes that execute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,21 @@ def find(name: str) -> type[Backend]:
     if not isinstance(found, type) or not issubclass(found, Backend):
         raise ConfigError(f"backend {name!r} is {target}, which is not a Backend")
     return found
+
+
+def check(name: str) -> None:
+    """Find out whether there is such a backend, as far as that goes without loading it.
+
+    Raises
+    ------
+    ConfigError
+        There is none, or what it builds on is not installed.
+    """
+    needed = _BUILDS_ON.get(name)
+    if needed is None:
+        find(name)
+    elif importlib.util.find_spec(needed) is None:
+        raise ConfigError(f"backend {name!r} can't be loaded: No module named {needed!r}")
 
 
 def create(name: str, devices: int = 0) -> Backend:

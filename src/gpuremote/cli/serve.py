@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.advertise:
         parse_address(options.advertise)
-    registry.find(options.backend)
+    registry.check(options.backend)
     server_options = ServerOptions(
         host=host,
         port=port,

@@ -20,7 +20,7 @@ __all__ = ["Stock", "WorkerProcess"]
 
 ATTEMPTS: Final = 3
 """Workers tried for one session, as one may have been killed while it waited."""
-RESTOCK_AFTER: Final = 0.5
+RESTOCK_AFTER: Final = 2.0
 """Seconds before a used worker is replaced: a new session should not compete with its start."""
 
 

@@ -16,6 +16,7 @@ from gpuremote.ops.torch_call import Views
 
 __all__ = [
     "Home",
+    "before_open",
     "close",
     "connect",
     "home",
@@ -61,6 +62,8 @@ class Home:
         return f"<remote:{self.index} {self.session.devices[self.number].name}>"
 
 
+before_open: list[Callable[[], None]] = []
+"""Called before the first session opens."""
 on_open: list[Callable[[Home], None]] = []
 """Called with each device when its session has opened."""
 on_new_plans: list[Callable[[], None]] = []
@@ -113,6 +116,8 @@ def _open() -> None:
     with _lock:
         if _homes:
             return
+        for prepare in before_open:
+            prepare()
         for url in _urls or [os.environ.get("GPUREMOTE_URL") or DEFAULT]:
             session = gpuremote.connect_sync(url)
             facts = session._link.welcome.devices

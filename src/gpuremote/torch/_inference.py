@@ -7,6 +7,7 @@ gives depends on it in places (the statistics of a layer norm in bfloat16, say).
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,28 +20,41 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from gpuremote.ops.torch_call import Result, View, Views
+from gpuremote.ops.torch_call import CONJ, NEG, Result, View, Views
+from gpuremote.torch._homes import before_open
 
-__all__ = ["Unpredictable", "fake_of", "infer", "results_of"]
+__all__ = ["Unpredictable", "fake_of", "infer", "mode", "results_of"]
 
 _modes: list[FakeTensorMode] = []
+_making = threading.Lock()
 
 
 class Unpredictable(Exception):
     """Only who runs the op knows the shapes of its results."""
 
 
-def _mode() -> FakeTensorMode:
-    if not _modes:
-        _modes.append(FakeTensorMode(allow_non_fake_inputs=False))
+def mode() -> FakeTensorMode:
+    """In which tensors without memory are made; the first time torch loads its compiler for it."""
+    with _making:
+        if not _modes:
+            _modes.append(FakeTensorMode(allow_non_fake_inputs=False))
     return _modes[0]
+
+
+def _prepare() -> None:
+    """Make the mode while a server starts: torch loads its compiler for it, some two seconds."""
+    if not _modes:
+        threading.Thread(target=mode, name="gpuremote-torch-rules", daemon=True).start()
+
+
+before_open.append(_prepare)
 
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[FakeTensorMode]:
-    mode = _mode()
-    with torch._C._DisableAutocast(), torch.no_grad(), mode:
-        yield mode
+    found = mode()
+    with torch._C._DisableAutocast(), torch.no_grad(), found:
+        yield found
 
 
 def fake_of(
@@ -68,7 +82,7 @@ def fake_of(
         found = found.conj()
     if tensor.is_neg():
         found = torch._neg_view(found)
-    return FakeTensor(_mode(), found, torch.device(kind))
+    return FakeTensor(mode(), found, torch.device(kind))
 
 
 def host_fake(dtype: torch.dtype) -> torch.Tensor:
@@ -107,7 +121,8 @@ def results_of(made: Sequence[Any], views: Views) -> tuple[list[int], list[Resul
         if tensor is None:
             results.append(Result(-1, None, "uint8"))
             continue
-        view = view_of(tensor, views)
+        # A result that is conjugated only by name is not when it is here: the server sees to it.
+        view = view_of(tensor, views, plain=True)
         key = tensor.untyped_storage()._cdata
         number = storages.get(key)
         if number is None:
@@ -118,9 +133,9 @@ def results_of(made: Sequence[Any], views: Views) -> tuple[list[int], list[Resul
     return sizes, results
 
 
-def view_of(tensor: torch.Tensor, views: Views) -> View:
-    """A tensor as a view."""
-    flags = (1 if tensor.is_conj() else 0) | (2 if tensor.is_neg() else 0)
+def view_of(tensor: torch.Tensor, views: Views, *, plain: bool = False) -> View:
+    """A tensor as a view; ``plain``: as one that is neither conjugated nor negated."""
+    flags = 0 if plain else (CONJ if tensor.is_conj() else 0) | (NEG if tensor.is_neg() else 0)
     return views.get(
         str(tensor.dtype)[6:],
         tuple(tensor.shape),
