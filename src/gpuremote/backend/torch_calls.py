@@ -23,10 +23,20 @@ REFUSED: Final = frozenset(
         "aten::record_stream",
         "aten::_local_scalar_dense",
         "aten::item",
+        "aten::resize_",
+        "aten::resize_as_",
+        "aten::resize_as_sparse_",
+        "aten::resize",
+        "aten::_resize_output_",
+        "aten::_resize_output",
+        "aten::set_",
+        "aten::set",
+        "aten::set_data",
         "aten::_nested_from_padded_tensor",
     )
 )
-"""Ops that touch files, the server's own memory management, or make it wait."""
+"""Ops that touch files or the server's own memory management, make it wait, or change the memory of
+a storage, which is counted."""
 TYPES: Final = frozenset(
     (
         "Tensor",
@@ -183,6 +193,12 @@ def compile_call(
     op = OWN.get(call.name) or find_op(call.name, namespaces)
     arguments = _Arguments(call, device)
     writes = _written(op, call)
+    if (
+        None in call.sizes
+        and call.name not in OWN
+        and all(o.__class__ is str for o in call.operands)
+    ):
+        raise UnsupportedOp("it makes memory out of nothing, and does not say how much")
     operands = tuple(enumerate(call.operands))
     build = arguments.build
     run_op = getattr(op, "_op", op)
@@ -199,8 +215,13 @@ def compile_call(
     if not call.sizes:
 
         def run_in_place(values: Sequence[Any]) -> list[Block]:
-            args, keywords = build(tensors_of(values))
+            tensors = tensors_of(values)
+            args, keywords = build(tensors)
             run_op(*args, **keywords)
+            for k in writes:
+                if tensors[k].untyped_storage().nbytes() > values[k].nbytes:
+                    tensors[k].untyped_storage().resize_(values[k].nbytes)
+                    raise ShapeError("what the op writes does not fit in the storage it was given")
             return []
 
         return run_in_place, writes
