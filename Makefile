@@ -19,7 +19,7 @@ RDMA ?= all
 # Seconds for the machine in which they run.
 RDMA_LIMIT ?= 1200
 # Tests without an event loop of their own: once is enough.
-LOOPLESS := $(addprefix --ignore=tests/,ops backend memory wire cli test_docs.py test_examples.py \
+LOOPLESS := $(addprefix --ignore=tests/,ops backend memory wire cli pytorch test_docs.py test_examples.py \
 	test_structure.py test_config.py test_benchmarks.py transport/test_cutting.py \
 	test_fixtures.py)
 

@@ -27,6 +27,7 @@ __all__ = ["Unpredictable", "fake_of", "infer", "mode", "results_of"]
 
 _modes: list[FakeTensorMode] = []
 _making = threading.Lock()
+_inferring = threading.RLock()
 
 
 class Unpredictable(Exception):
@@ -52,8 +53,16 @@ before_open.append(_prepare)
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[FakeTensorMode]:
+    """The rules by themselves, whatever state torch is in where the op was called. One thread at a
+    time, as the mode keeps what it is doing in itself."""
     found = mode()
-    with torch._C._DisableAutocast(), torch.no_grad(), found:
+    with (
+        _inferring,
+        torch._C._DisableAutocast(),
+        torch._C._AutoDispatchBelowAutograd(),
+        torch.no_grad(),
+        found,
+    ):
         yield found
 
 
