@@ -47,7 +47,7 @@ def registered(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
 
 def test_registered_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
     registered(monkeypatch, "other", "gpuremote.backend.numpy_backend:NumpyBackend")
-    assert registry.names() == ["cupy", "numpy", "other", "torch"]
+    assert registry.names() == ["cupy", "numpy", "other", "torch", "torch-cpu"]
     assert registry.find("other") is NumpyBackend
 
 

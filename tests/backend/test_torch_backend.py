@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from gpuremote.backend.torch_accelerator import AcceleratorTorchBackend
 from gpuremote.backend.torch_backend import TorchBackend
 from gpuremote.backend.torch_calls import Block, find_op
+from gpuremote.backend.torch_host import HostTorchBackend
 from gpuremote.errors import InternalError, OpFailed, ShapeError, UnsupportedOp
 from gpuremote.ops.torch_call import CONJ, Call, Result, View, Views
 
@@ -37,8 +41,8 @@ def call(
 
 
 @pytest.fixture
-def backend() -> TorchBackend:
-    return TorchBackend()
+def backend() -> HostTorchBackend:
+    return HostTorchBackend()
 
 
 def block(*values: float) -> Block:
@@ -81,7 +85,7 @@ def test_namespaces_that_the_operator_allows() -> None:
     assert find_op("gpuremote_test::twice", frozenset({"gpuremote_test"})) is not None
 
 
-def test_a_call(backend: TorchBackend) -> None:
+def test_a_call(backend: HostTorchBackend) -> None:
     x = view((2,))
     run, writes = backend.compile_call(call("aten::mul.Tensor", [x, x], [x]))
     assert writes == ()
@@ -91,7 +95,7 @@ def test_a_call(backend: TorchBackend) -> None:
         assert made.nbytes == 8
 
 
-def test_in_place(backend: TorchBackend) -> None:
+def test_in_place(backend: HostTorchBackend) -> None:
     x = view((2,))
     run, writes = backend.compile_call(call("aten::add_.Tensor", [x, x], []))
     assert writes == (0,)
@@ -100,13 +104,13 @@ def test_in_place(backend: TorchBackend) -> None:
     assert there.view(x).tolist() == [6, 7]
 
 
-def test_a_view_beyond_its_storage(backend: TorchBackend) -> None:
+def test_a_view_beyond_its_storage(backend: HostTorchBackend) -> None:
     run, _ = backend.compile_call(call("aten::neg", [view((3,), offset=1)], [view((3,))]))
     with pytest.raises(ShapeError, match="needs 16 bytes of a storage of 12"):
         run([block(1.0, 2.0, 3.0)])
 
 
-def test_a_result_that_was_not_foretold(backend: TorchBackend) -> None:
+def test_a_result_that_was_not_foretold(backend: HostTorchBackend) -> None:
     x = view((2,))
     for wrong in (view((3,)), view((2,), "float64")):
         run, _ = backend.compile_call(call("aten::neg", [x], [wrong]))
@@ -117,7 +121,7 @@ def test_a_result_that_was_not_foretold(backend: TorchBackend) -> None:
         run([block(1.0, 2.0)])
 
 
-def test_another_layout_than_torch_gives(backend: TorchBackend) -> None:
+def test_another_layout_than_torch_gives(backend: HostTorchBackend) -> None:
     turned = VIEWS.get("float32", (2, 2), (1, 2), 0, 0)
     run, _ = backend.compile_call(call("aten::neg", [view((2, 2))], [turned]))
     (made,) = run([block(1.0, 2.0, 3.0, 4.0)])
@@ -125,7 +129,7 @@ def test_another_layout_than_torch_gives(backend: TorchBackend) -> None:
     assert made.view(view((4,))).tolist() == [-1, -3, -2, -4]
 
 
-def test_a_result_has_a_storage_of_its_own(backend: TorchBackend) -> None:
+def test_a_result_has_a_storage_of_its_own(backend: HostTorchBackend) -> None:
     """Also where torch gives an argument back."""
     x = view((2,))
     run, _ = backend.compile_call(call("aten::contiguous", [x], [x]))
@@ -135,7 +139,7 @@ def test_a_result_has_a_storage_of_its_own(backend: TorchBackend) -> None:
     assert source.view(x).tolist() == [1, 2]
 
 
-def test_storages_do_not_grow(backend: TorchBackend) -> None:
+def test_storages_do_not_grow(backend: HostTorchBackend) -> None:
     """``out=`` makes room where it finds too little; what is counted must not change."""
     operands = [view((4,)), view((0,))]
     definition = Call(70, "aten::neg.out", 0, tuple(operands), [[["slot", 0]], {}], (), ())
@@ -148,13 +152,13 @@ def test_storages_do_not_grow(backend: TorchBackend) -> None:
     assert small.tensor.untyped_storage().nbytes() == 0
 
 
-def test_memory_out_of_nothing_says_how_much(backend: TorchBackend) -> None:
+def test_memory_out_of_nothing_says_how_much(backend: HostTorchBackend) -> None:
     definition = call("aten::zeros", [], [None], [["list", 1 << 40]])
     with pytest.raises(UnsupportedOp, match="does not say how much"):
         backend.compile_call(definition)
 
 
-def test_arguments_of_all_kinds(backend: TorchBackend) -> None:
+def test_arguments_of_all_kinds(backend: HostTorchBackend) -> None:
     arguments = [["list", 2, 2], ["slot", 0]]
     definition = call("aten::full", ["c"], [view((2, 2), "complex64")], arguments)
     definition.arguments[1].update(dtype=["dtype", "complex64"], device=["device"])
@@ -169,7 +173,7 @@ def test_arguments_of_all_kinds(backend: TorchBackend) -> None:
         backend.compile_call(definition)
 
 
-def test_arrays_are_storages_and_stay_arrays(backend: TorchBackend) -> None:
+def test_arrays_are_storages_and_stay_arrays(backend: HostTorchBackend) -> None:
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     held = backend.block(array)
     assert backend.block(held) is held
@@ -182,6 +186,90 @@ def test_arrays_are_storages_and_stay_arrays(backend: TorchBackend) -> None:
     assert len(backend.small_bytes(made)) == 8
 
 
-def test_errors(backend: TorchBackend) -> None:
+def test_errors(backend: HostTorchBackend) -> None:
     assert isinstance(backend.translate_error(RuntimeError("no")), OpFailed)
     assert isinstance(backend.translate_error(NotImplementedError("no")), UnsupportedOp)
+
+
+class HostEvent:
+    """Stands for an accelerator's event: on the host everything is done at once."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.timed = enable_timing
+
+    def record(self, stream: Any = None) -> None:
+        self.stream = stream
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        """Done already."""
+
+    def elapsed_time(self, other: HostEvent) -> float:
+        return 0.0
+
+
+class HostStream:
+    def __init__(self, device: Any = None) -> None:
+        self.device = device
+        self.waited: list[Any] = []
+
+    def wait_event(self, event: Any) -> None:
+        self.waited.append(event)
+
+    def synchronize(self) -> None:
+        """Done already."""
+
+
+@pytest.fixture
+def accelerator() -> AcceleratorTorchBackend:
+    """The backend of accelerators over the host's processors, as there is none here."""
+    found = AcceleratorTorchBackend(kind="cpu")
+    found._module = SimpleNamespace(
+        Event=HostEvent,
+        Stream=HostStream,
+        current_stream=HostStream,
+        default_stream=HostStream,
+        device=lambda index: contextlib.nullcontext(),
+        stream=lambda stream: contextlib.nullcontext(),
+    )
+    return found
+
+
+def test_an_accelerators_memory(accelerator: AcceleratorTorchBackend) -> None:
+    data = np.arange(6, dtype=np.float32)
+    there = accelerator.empty((24,), np.dtype(np.uint8), 0)
+    target = accelerator.receive_view(there)
+    target[:] = data.tobytes()
+    accelerator.received(there, target)
+    assert there.view(view((6,))).tolist() == data.tolist()
+    run, _ = accelerator.compile_call(call("aten::neg", [view((6,))], [view((6,))]))
+    (made,) = run([there])
+    found, private = accelerator.send_view(made)
+    assert private
+    assert np.array_equal(np.frombuffer(found, np.float32), -data)
+    copied = accelerator.copy_to_device(made, 0)
+    assert accelerator.storage_of(copied) is not accelerator.storage_of(made)
+    assert accelerator.meta(copied) == ((24,), np.dtype(np.uint8))
+    assert accelerator.small_bytes(copied) == (-data).tobytes()
+
+
+def test_an_accelerators_streams(accelerator: AcceleratorTorchBackend) -> None:
+    stream = accelerator.create_stream(0)
+    with accelerator.activate(stream):
+        assert not torch.is_grad_enabled()
+    event = accelerator.record(stream)
+    accelerator.wait(stream, event)
+    assert stream[1].waited == event
+    assert accelerator.reached(event)
+    assert accelerator.elapsed(event, accelerator.record(None)) == 0.0
+    accelerator.synchronize_event(event)
+    accelerator.synchronize(None)
+
+
+def test_which_backend_torch_is() -> None:
+    accelerated = torch.accelerator.is_available()
+    assert TorchBackend is (AcceleratorTorchBackend if accelerated else HostTorchBackend)
+    assert AcceleratorTorchBackend.probe()[0] == accelerated
+    assert AcceleratorTorchBackend(kind="cpu").devices()[0].kind == "cpu"

@@ -15,9 +15,9 @@ __all__ = ["remote_device"]
 
 
 @contextmanager
-def remote_device() -> Iterator[torch.device]:
+def remote_device(options: str = "") -> Iterator[torch.device]:
     """``remote:0`` on a server that is started for this."""
-    gpuremote.torch.connect("local://?backend=torch")
+    gpuremote.torch.connect(f"local://?backend=torch{options}")
     try:
         _homes.home(0)
         yield torch.device("remote", 0)

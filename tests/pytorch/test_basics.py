@@ -362,6 +362,11 @@ def _first(made: Any) -> Tensor:
 
 
 def test_print(device: torch.device) -> None:
+    numbers = torch.randn(3, 4).to(device)
+    waits = sum(_stats().round_trips.values())
+    assert "device='remote:0'" in repr(numbers)
+    assert sum(_stats().round_trips.values()) == waits + 1
+    assert "..." in repr(torch.zeros(2000).to(device))
     assert (
         repr(torch.tensor([1.5, 2.5]).to(device)) == "tensor([1.5000, 2.5000], device='remote:0')"
     )

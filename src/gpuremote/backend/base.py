@@ -6,7 +6,7 @@ import abc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from gpuremote._types import Shape
 from gpuremote.errors import (
@@ -36,7 +36,7 @@ class DeviceInfo:
     index : int
         Its number within the backend.
     kind : str
-        ``"cpu"`` or ``"cuda"``.
+        ``"cpu"``, ``"cuda"``, or what torch calls another accelerator.
     name : str
         For people, such as ``"NVIDIA H100"``.
     memory_bytes : int
@@ -44,7 +44,7 @@ class DeviceInfo:
     """
 
     index: int
-    kind: Literal["cpu", "cuda"]
+    kind: str
     name: str
     memory_bytes: int
 
@@ -118,6 +118,11 @@ class Backend(abc.ABC):
     def facts(self) -> dict[str, Any]:
         """What else a client has to know of every device to predict results."""
         return {}
+
+    def confine(self, nbytes: int) -> None:
+        """This process serves a session that may hold ``nbytes``; see to it, as far as the backend
+        can't count everything before it is allocated."""
+        return
 
     def block(self, array: Any) -> Any:
         """An array as a storage that torch calls name."""

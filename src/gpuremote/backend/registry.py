@@ -19,10 +19,11 @@ _BUILT_IN = {
     "numpy": "gpuremote.backend.numpy_backend:NumpyBackend",
     "cupy": "gpuremote.backend.cupy_backend:CupyBackend",
     "torch": "gpuremote.backend.torch_backend:TorchBackend",
+    "torch-cpu": "gpuremote.backend.torch_host:HostTorchBackend",
 }
 
 
-_BUILDS_ON = {"torch": "torch"}
+_BUILDS_ON = {"torch": "torch", "torch-cpu": "torch"}
 """What takes seconds to load, which is left to the processes that execute."""
 
 

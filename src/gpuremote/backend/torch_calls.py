@@ -7,10 +7,17 @@ from typing import Any, Final
 
 import torch
 
-from gpuremote.errors import InternalError, ShapeError, UnsupportedOp
+from gpuremote.errors import (
+    GpuRemoteError,
+    InternalError,
+    OpFailed,
+    OutOfDeviceMemory,
+    ShapeError,
+    UnsupportedOp,
+)
 from gpuremote.ops.torch_call import CONJ, NEG, Call, Result, View
 
-__all__ = ["Block", "compile_call", "find_op"]
+__all__ = ["Block", "compile_call", "find_op", "translate"]
 
 NAMESPACES: Final = frozenset(("aten", "prims"))
 """Whose ops may run wherever torch does."""
@@ -444,3 +451,14 @@ def _has_slot(value: Any) -> bool:
     return isinstance(value, list) and (
         value[0] == "slot" or any(_has_slot(item) for item in value[1:])
     )
+
+
+def translate(error: BaseException) -> GpuRemoteError | None:
+    """The library's error for one of torch's; None: it is none of torch's own."""
+    if isinstance(error, GpuRemoteError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return OutOfDeviceMemory(f"the device is out of memory: {error}")
+    if isinstance(error, NotImplementedError):
+        return UnsupportedOp(str(error).split("\n", 1)[0])
+    return OpFailed(str(error)) if isinstance(error, RuntimeError) else None

@@ -77,6 +77,8 @@ class ServerOptions:
         found = {key: value for key, value in environ.items() if key != "GPUREMOTE_TOKEN"}
         if self.token:
             found["GPUREMOTE_TOKEN"] = self.token.decode()
+        # A worker runs ops itself: torch need not look for devices elsewhere when it is loaded.
+        found["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
         return found
 
     def worker_arguments(self) -> list[str]:

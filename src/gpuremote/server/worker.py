@@ -373,6 +373,8 @@ class Worker:
             resumed = self.state.value is not State.NEW
             if not resumed and hello.memory_limit:
                 session.quota.limit = min(session.quota.limit, hello.memory_limit)
+            if not resumed:
+                self.backend.confine(session.quota.limit)
         # Without the lock: what the receipt says stays true, as nothing can come in meanwhile.
         connection: Connection | None = None
         try:

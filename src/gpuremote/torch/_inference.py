@@ -87,10 +87,7 @@ def fake_of(
     found = torch.empty(0, dtype=tensor.dtype, device="meta")
     storage, offset = base.untyped_storage(), tensor.storage_offset()
     found.set_(storage, offset, tensor.shape, tensor.stride())
-    if tensor.is_conj():
-        found = found.conj()
-    if tensor.is_neg():
-        found = torch._neg_view(found)
+    # Whether it is conjugated or negated changes values, and nothing that is asked for here.
     return FakeTensor(mode(), found, torch.device(kind))
 
 

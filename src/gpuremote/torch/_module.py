@@ -74,6 +74,28 @@ class RemoteModule:
         place = _homes.home(_index(device))
         return f"{place.session.devices[place.number].model} ({place.session.devices[0].name})"
 
+    # -- memory ---------------------------------------------------------------------------------
+
+    def memory_allocated(self, device: Any = None) -> int:
+        """Bytes of device memory that this session holds; waits for the server to say."""
+        return int(self.memory_stats(device)["memory_used"])
+
+    def max_memory_allocated(self, device: Any = None) -> int:
+        """The most that it held at a time, in bytes."""
+        return int(self.memory_stats(device)["memory_peak"])
+
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        """Bytes that this session may still use, and may use in all."""
+        found = self.memory_stats(device)
+        return found["memory_limit"] - found["memory_used"], found["memory_limit"]
+
+    def memory_stats(self, device: Any = None) -> dict[str, Any]:
+        """What the server counts of this session."""
+        return _homes.home(_index(device)).session.server_stats()
+
+    def empty_cache(self) -> None:
+        """Nothing to do: the server keeps no memory that it has been given back."""
+
     # -- random numbers -------------------------------------------------------------------------
 
     def manual_seed(self, seed: int) -> None:

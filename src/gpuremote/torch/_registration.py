@@ -14,6 +14,7 @@ from gpuremote.torch._compile import refuse_inductor
 from gpuremote.torch._fast import fast
 from gpuremote.torch._kernels import Kernel
 from gpuremote.torch._module import RemoteModule
+from gpuremote.torch._printing import print_locally
 from gpuremote.torch._saved import teach_storages
 from gpuremote.torch._special import SPECIAL, VIEWS
 
@@ -56,6 +57,7 @@ def register() -> None:
         torch.__future__.set_swap_module_params_on_conversion(True)
         teach_storages()
         refuse_inductor()
+        print_locally()
         library: Any = torch.library.Library("aten", "IMPL")
         everything: Any = torch.library.Library("_", "IMPL")
         _libraries.extend((library, everything))

@@ -8,6 +8,7 @@ own business.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -73,7 +74,7 @@ _arrays: dict[int, Any] = {}
 """What owns the handle of a storage that was uploaded."""
 _spare: deque[int] = deque()
 """Names that are free again."""
-_next = FIRST
+_names = itertools.count(FIRST)
 
 
 def _gone(held: Held) -> None:
@@ -87,15 +88,16 @@ def _gone(held: Held) -> None:
 
 
 def _new_name() -> int:
-    global _next
-    name = _next
-    _next = name + 1
-    return name
+    # Each of the two is one step, so that threads need no lock.
+    try:
+        return _spare.popleft()
+    except IndexError:
+        return next(_names)
 
 
 def new_storage(home: Home, number: int, nbytes: int, array: Any = None) -> Any:
     """The storage that a handle names; ``array`` owns the handle, if anything else does."""
-    name = _spare.popleft() if _spare else _new_name()
+    name = _new_name()
     storage = _construct(name << SHIFT, home.device, nbytes)
     if array is not None:
         _arrays[name] = array
@@ -114,7 +116,7 @@ def make_tensor(home: Home, number: int, form: Form) -> torch.Tensor:
     if not plain:
         _set.redispatch(_HOST, tensor, new_storage(home, number, nbytes), offset, shape, stride)
         return tensor
-    name = _spare.popleft() if _spare else _new_name()
+    name = _new_name()
     storage: Any = tensor.untyped_storage()
     storage._swap_data_ptr_(_construct(name << SHIFT, home.device, nbytes))
     held = Held(storage, _gone)

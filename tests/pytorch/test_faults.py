@@ -1,0 +1,121 @@
+"""What goes wrong on the other side, and what a long run leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any, cast
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+import gpuremote.torch
+from gpuremote.errors import GpuRemoteError, OpError, SessionLost
+from gpuremote.ops.torch_call import Call, Result, encode
+from gpuremote.torch import _homes
+from gpuremote.torch._storages import HELD
+from tests.pytorch.device import remote_device
+
+REMOTE: Any = torch.get_device_module("remote")
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[torch.device]:
+    with remote_device("&memory=256MiB") as found:
+        yield found
+
+
+def test_a_killed_worker_is_an_error(device: torch.device) -> None:
+    x = torch.ones(3).to(device)
+    os.kill(_homes.home().session.worker_pid, signal.SIGKILL)
+    with pytest.raises(SessionLost):
+        (x + 1).sum().item()
+    with pytest.raises(GpuRemoteError):
+        (x + 1).sum().item()
+    gpuremote.torch.close()
+    assert (torch.ones(3).to(device) + 1).sum().item() == 6
+
+
+def test_many_steps_leave_nothing(device: torch.device) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)).to(device)
+    optimiser = torch.optim.AdamW(model.parameters())
+    data = torch.randn(4, 8).to(device)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            optimiser.zero_grad()
+            model(data).square().mean().backward()
+            optimiser.step()
+        gc.collect()
+        REMOTE.synchronize()
+
+    def sizes() -> tuple[int, int, int]:
+        worker = psutil.Process(_homes.home().session.worker_pid)
+        return len(HELD), psutil.Process().memory_info().rss, worker.memory_info().rss
+
+    steps(100)
+    held, here, there = sizes()
+    memory = REMOTE.memory_allocated()
+    steps(1000)
+    again = sizes()
+    # Of a thousand steps of some 60 ops; what a step leaves to the next one may differ.
+    assert again[0] < held + 50
+    assert REMOTE.memory_allocated() < memory + 50_000
+    assert REMOTE.mem_get_info()[1] > REMOTE.max_memory_allocated() >= memory
+    assert again[1] - here < 8 << 20
+    assert again[2] - there < 8 << 20
+
+
+def test_more_memory_than_there_is(device: torch.device) -> None:
+    made = torch.empty(1 << 40, dtype=torch.uint8, device=device)
+    with pytest.raises(MemoryError, match="do not fit"):
+        made[:1].cpu()
+    assert torch.ones(2).to(device).sum().item() == 2
+
+
+def test_a_definition_that_lies_about_memory(device: torch.device) -> None:
+    """It makes 32 GiB and says that it makes 4 bytes: the worker has no such room, and lives."""
+    home = _homes.home()
+    core = home.core
+    result = Result(0, home.views.get("float32", (1,), (1,)), "float32")
+    arguments = [[["list", 1 << 33]], {"device": ["device"]}]
+    with core.lock:
+        lie = Call(core.next_plan(), "aten::zeros", 0, (), arguments, (4,), (result,))
+        core.add_plan("lie", cast(Any, lie), encode(lie))
+    core.record_call(lie, ())
+    with pytest.raises((MemoryError, OpError)):
+        REMOTE.synchronize()
+    assert torch.ones(2).to(device).sum().item() == 2
+
+
+@pytest.mark.parametrize("url", ["", "local://?backend=torch"])
+def test_torch_finds_the_device_by_itself_where_it_is_told(url: str) -> None:
+    program = "import sys, torch; print('gpuremote' in sys.modules, hasattr(torch, 'remote'))"
+    environment = {k: v for k, v in os.environ.items() if k != "GPUREMOTE_URL"}
+    if url:
+        environment["GPUREMOTE_URL"] = url
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=50,
+    )
+    assert done.stdout.split() == ["True" if url else "False"] * 2
+
+
+def test_a_server_without_torch_says_so() -> None:
+    gpuremote.torch.close()
+    gpuremote.torch.connect("local://?backend=numpy")
+    try:
+        with pytest.raises(GpuRemoteError, match="--backend torch"):
+            torch.ones(2).to("remote")
+    finally:
+        gpuremote.torch.connect()
