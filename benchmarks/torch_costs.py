@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--out", help="a file for the figures as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the server; several threads on a core spin
     found: dict[str, Any] = {"torch": torch.__version__, "load": os.getloadavg()[0]}
     with device_server("--backend", "torch", "--warm", "1", "--insecure") as server:
         gpuremote.torch.connect(f"{server.url}?transport=shm")
