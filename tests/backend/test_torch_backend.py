@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from gpuremote.backend.torch_accelerator import AcceleratorTorchBackend
+from gpuremote.backend.torch_accelerator import accelerator as accelerator_kind
 from gpuremote.backend.torch_backend import TorchBackend
 from gpuremote.backend.torch_calls import Block, find_op
 from gpuremote.backend.torch_host import HostTorchBackend
@@ -269,7 +272,19 @@ def test_an_accelerators_streams(accelerator: AcceleratorTorchBackend) -> None:
 
 
 def test_which_backend_torch_is() -> None:
-    accelerated = torch.accelerator.is_available()
+    accelerated = bool(accelerator_kind())
     assert TorchBackend is (AcceleratorTorchBackend if accelerated else HostTorchBackend)
     assert AcceleratorTorchBackend.probe()[0] == accelerated
     assert AcceleratorTorchBackend(kind="cpu").devices()[0].kind == "cpu"
+
+
+def test_a_remote_device_is_no_accelerator_of_a_server() -> None:
+    """Else a server could end up asking itself."""
+    program = (
+        "import gpuremote.torch, torch; assert torch.accelerator.is_available();"
+        "from gpuremote.backend.torch_accelerator import accelerator; print(repr(accelerator()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=50
+    )
+    assert done.stdout.strip() != "'remote'"

@@ -25,7 +25,7 @@ from gpuremote.ops.operands import DType
 from gpuremote.ops.plan import Plan
 from gpuremote.ops.torch_call import Call
 
-__all__ = ["AcceleratorTorchBackend"]
+__all__ = ["AcceleratorTorchBackend", "accelerator"]
 
 _BYTE = np.dtype(np.uint8)
 
@@ -45,7 +45,7 @@ class AcceleratorTorchBackend(Backend):
 
     def __init__(self, devices: int = 0, *, kind: str = "") -> None:
         super().__init__(devices)
-        self._kind = kind or _found()
+        self._kind = kind or accelerator() or "cpu"
         self._module: Any = torch.get_device_module(self._kind)
         visible = int(self._module.device_count())
         count = min(self._wanted, visible) if self._wanted else visible
@@ -57,10 +57,11 @@ class AcceleratorTorchBackend(Backend):
 
     @classmethod
     def probe(cls) -> tuple[bool, str]:
-        if not torch.accelerator.is_available():
+        kind = accelerator()
+        if not kind:
             return False, f"torch {torch.__version__} finds no accelerator"
         count = torch.accelerator.device_count()
-        return True, f"torch {torch.__version__}, {count} devices of kind {_found()}"
+        return True, f"torch {torch.__version__}, {count} devices of kind {kind}"
 
     def _describe(self, index: int) -> DeviceInfo:
         module = self._module
@@ -196,6 +197,12 @@ class AcceleratorTorchBackend(Backend):
             native.synchronize()
 
 
-def _found() -> str:
+def accelerator() -> str:
+    """What torch calls the accelerator of this machine; "" if there is none.
+
+    One that is somewhere else (``gpuremote.torch`` in the same process) does not count.
+    """
+    if not torch.accelerator.is_available():
+        return ""
     device = torch.accelerator.current_accelerator()
-    return "cpu" if device is None else device.type
+    return "" if device is None or device.type == "remote" else device.type

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from gpuremote.backend.base import Backend
-from gpuremote.backend.torch_accelerator import AcceleratorTorchBackend
+from gpuremote.backend.torch_accelerator import AcceleratorTorchBackend, accelerator
 from gpuremote.backend.torch_host import HostTorchBackend
 
 __all__ = ["TorchBackend"]
 
-TorchBackend: type[Backend] = (
-    AcceleratorTorchBackend if torch.accelerator.is_available() else HostTorchBackend
-)
+TorchBackend: type[Backend] = AcceleratorTorchBackend if accelerator() else HostTorchBackend
