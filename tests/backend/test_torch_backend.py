@@ -155,6 +155,19 @@ def test_storages_do_not_grow(backend: HostTorchBackend) -> None:
     assert small.tensor.untyped_storage().nbytes() == 0
 
 
+def test_a_result_that_is_part_of_something_larger(backend: HostTorchBackend) -> None:
+    """Only what is counted is kept, and it can be written to."""
+    x, part = view((4,)), view((2,))
+    slicing = [["slot", 0], 0, 0, 2]
+    for promised in (part, None):
+        run, _ = backend.compile_call(call("aten::slice.Tensor", [x], [promised], slicing))
+        (made,) = run([block(1.0, 2.0, 3.0, 4.0)])
+        assert made.tensor.untyped_storage().nbytes() == made.nbytes == 8
+        write, _ = backend.compile_call(call("aten::add_.Tensor", [part, part], []))
+        write([made, block(1.0, 1.0)])
+        assert made.view(part).tolist() == [2, 3]
+
+
 def test_memory_out_of_nothing_says_how_much(backend: HostTorchBackend) -> None:
     definition = call("aten::zeros", [], [None], [["list", 1 << 40]])
     with pytest.raises(UnsupportedOp, match="does not say how much"):

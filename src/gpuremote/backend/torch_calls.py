@@ -154,14 +154,13 @@ def find_op(name: str, namespaces: frozenset[str]) -> Any:
         )
     if f"{space}::{base}" in REFUSED:
         raise UnsupportedOp("this op does not run on a server", op=name)
-    dispatched = name.removesuffix(".default")
     try:
         # What the dispatcher knows: there are more that TorchScript has, some of which use files.
         torch._C._dispatch_find_schema_or_throw(f"{space}::{base}", _overload(overload))
         op = getattr(getattr(getattr(torch.ops, space), base), overload or "default")
     except (AttributeError, RuntimeError):
         raise UnsupportedOp(
-            f"torch {torch.__version__} of this server has no such op", op=dispatched
+            f"torch {torch.__version__} of this server has no such op", op=name
         ) from None
     for argument in op._schema.arguments:
         if not _plain(argument.type):
@@ -307,7 +306,7 @@ def _as_said(
         and made.stride() == view.stride
         and made.storage_offset() == view.offset
         and str(made.dtype)[6:] == view.dtype
-        and storage.nbytes() >= size
+        and storage.nbytes() == size
         and not (made._is_zerotensor() or made.is_conj() or made.is_neg())
         and not (size and _shared(made, tensors))
     )
@@ -342,9 +341,10 @@ def _block(call: Call, tensor: torch.Tensor, result: Result, tensors: Sequence[A
     view = result.view
     if view is None:
         whole = tensor.resolve_conj().resolve_neg().contiguous()
-        if whole.storage_offset() or _shared(whole, tensors):
+        nbytes = whole.numel() * whole.element_size()
+        if whole.untyped_storage().nbytes() != nbytes or _shared(whole, tensors):
             whole = whole.clone()
-        return Block(whole, whole.numel() * whole.element_size())
+        return Block(whole, nbytes)
     size = call.sizes[result.storage]
     assert size is not None
     if _as_said(tensor, view, size, tensors):

@@ -95,17 +95,21 @@ def _new_name() -> int:
         return next(_names)
 
 
+def _hold(storage: Any, name: int, home: Home, number: int) -> None:
+    held = Held(storage, _gone)
+    held.name = name
+    held.home = home
+    held.number = number
+    HELD[name] = held
+
+
 def new_storage(home: Home, number: int, nbytes: int, array: Any = None) -> Any:
     """The storage that a handle names; ``array`` owns the handle, if anything else does."""
     name = _new_name()
     storage = _construct(name << SHIFT, home.device, nbytes)
     if array is not None:
         _arrays[name] = array
-    held = Held(storage, _gone)
-    held.name = name
-    held.home = home
-    held.number = number
-    HELD[name] = held
+    _hold(storage, name, home, number)
     return storage
 
 
@@ -119,11 +123,7 @@ def make_tensor(home: Home, number: int, form: Form) -> torch.Tensor:
     name = _new_name()
     storage: Any = tensor.untyped_storage()
     storage._swap_data_ptr_(_construct(name << SHIFT, home.device, nbytes))
-    held = Held(storage, _gone)
-    held.name = name
-    held.home = home
-    held.number = number
-    HELD[name] = held
+    _hold(storage, name, home, number)
     return tensor
 
 
