@@ -54,7 +54,6 @@ class Home:
         self.core = session._core
         self.number = number
         self.kind = str(facts.get("device_type", "cpu"))
-        self.version = str(facts.get("torch", ""))
         self.device = torch.device("remote", index)
         self.views = Views()
 
