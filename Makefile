@@ -19,14 +19,14 @@ RDMA ?= all
 # Seconds for the machine in which they run.
 RDMA_LIMIT ?= 1200
 # Tests without an event loop of their own: once is enough.
-LOOPLESS := $(addprefix --ignore=tests/,ops backend memory wire cli pytorch test_docs.py test_examples.py \
+LOOPLESS := $(addprefix --ignore=tests/,ops backend memory wire cli test_docs.py test_examples.py \
 	test_structure.py test_config.py test_benchmarks.py transport/test_cutting.py \
 	test_fixtures.py)
 
 # The tests start some hundred servers; what was compiled for one need not be for the next.
 unexport PYTHONDONTWRITEBYTECODE
 
-NATIVE := $(wildcard src/gpuremote/native/*)
+NATIVE := $(wildcard src/gpuremote/native/* src/gpuremote/torch_native/*)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -50,10 +50,10 @@ demo: $(VENV)/.stamp-demo ## handwritten digits on a device server, compared wit
 	@$(BIN)/python examples/digits.py
 
 test: lint ## every check: lint, types, then the test suite on asyncio and on uvloop
-	@echo "== test: the suite on plain asyncio, without the part in C (less what no event loop comes into)"
-	@GPUREMOTE_TEST_LOOP=asyncio GPUREMOTE_NATIVE=0 $(BIN)/python -m pytest $(SPREAD) $(LOOPLESS) $(PYTEST_ARGS)
-	@echo "== test: the suite on uvloop, with the part in C"
-	@GPUREMOTE_TEST_LOOP=uvloop $(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
+	@echo "== test: the suite on plain asyncio, without the parts in C and C++ (less what no event loop comes into)"
+	@GPUREMOTE_TEST_LOOP=asyncio GPUREMOTE_NATIVE=0 GPUREMOTE_TORCH_TIER=python $(BIN)/python -m pytest $(SPREAD) $(LOOPLESS) $(PYTEST_ARGS)
+	@echo "== test: the suite on uvloop, with the parts in C and C++"
+	@GPUREMOTE_TEST_LOOP=uvloop GPUREMOTE_TORCH_TIER=cpp $(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 test-rdma: $(VENV)/.stamp-test ## the RDMA tests, in an emulated machine (RDMA=short: a part of them)
 	@case '$(RDMA)' in all|short) ;; *) echo 'RDMA is all or short, not $(RDMA)' >&2; exit 2 ;; esac
@@ -109,4 +109,6 @@ $(VENV)/.stamp-test: pyproject.toml $(NATIVE) | $(VENV)/.stamp-venv
 	@$(PIP) install '$(TORCH)'
 	@echo "== setup: gpuremote and what the tests need"
 	@$(PIP) install -e '.[test]'
+	@echo "== setup: the part of gpuremote.torch in C++ (once)"
+	@$(BIN)/gpuremote torch build
 	@touch $(VENV)/.stamp-demo $(VENV)/.stamp-bench $@

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import torch
 
+from gpuremote.backend.torch_random import generator, own_op
 from gpuremote.errors import (
     GpuRemoteError,
     InternalError,
@@ -196,14 +197,11 @@ def compile_call(
     UnsupportedOp
         The op may not run here.
     """
-    op = OWN.get(call.name) or find_op(call.name, namespaces)
+    own = own_op(call.name, device)
+    op = find_op(call.name, namespaces) if own is None else own
     arguments = _Arguments(call, device)
     writes = _written(op, call)
-    if (
-        None in call.sizes
-        and call.name not in OWN
-        and all(o.__class__ is str for o in call.operands)
-    ):
+    if None in call.sizes and own is None and all(o.__class__ is str for o in call.operands):
         raise UnsupportedOp("it makes memory out of nothing, and does not say how much")
     operands = tuple(enumerate(call.operands))
     build = arguments.build
@@ -272,26 +270,6 @@ def _written(op: Any, call: Call) -> tuple[int, ...]:
                 else:
                     pending += item[1:]
     return tuple(found)
-
-
-def _manual_seed(seed: int) -> None:
-    torch.manual_seed(seed)
-
-
-def _get_rng_state() -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(state: torch.Tensor) -> None:
-    torch.set_rng_state(state)
-
-
-OWN: Final[dict[str, Callable[..., Any]]] = {
-    "gpuremote::manual_seed": _manual_seed,
-    "gpuremote::get_rng_state": _get_rng_state,
-    "gpuremote::set_rng_state": _set_rng_state,
-}
-"""What is no op of torch's and has to come in turn with those."""
 
 
 def _as_said(
@@ -441,9 +419,9 @@ class _Arguments:
                 # A tensor without axes that lies on the host: it counts less in type promotion.
                 return torch.tensor(self._value(rest[1], operands), dtype=_DTYPES[rest[0]])
             case "generator":
-                generator = torch.Generator(self._device)
-                generator.manual_seed(self._value(rest[0], operands))
-                return generator
+                return generator(self._device, self._value(rest[0], operands))
+            case "seeded":
+                return torch.Generator(self._device).manual_seed(self._value(rest[0], operands))
         raise UnsupportedOp(f"an argument of kind {kind!r} with {rest} can't be")
 
 

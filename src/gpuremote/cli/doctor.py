@@ -26,6 +26,7 @@ from gpuremote.client.connect import connect_sync
 from gpuremote.config import parse_url
 from gpuremote.errors import GpuRemoteError, TransportUnavailable
 from gpuremote.memory.cuda import CudaError, cuda_driver
+from gpuremote.torch_native.build import outlook
 from gpuremote.transport import congestion
 from gpuremote.transport.select import probe
 
@@ -54,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
         "gpuremote": __version__,
         "python": platform.python_version(),
         "native": {"used": native is not None, "reason": NATIVE},
+        "torch_native": dict(zip(("used", "reason"), outlook(), strict=True)),
         "packages": {name: _version(name) for name in PACKAGES},
         "transports": [
             {"name": c.name, "available": c.available, "reason": c.reason} for c in probe()
@@ -188,6 +190,9 @@ def _print(report: dict[str, Any]) -> None:
     packages = report["packages"].items()
     say("packages: " + ", ".join(f"{name} {found or 'missing'}" for name, found in packages))
     say(f"part in C: {report['native']['reason']}")
+    front = report["torch_native"]
+    tier = "C++" if front["used"] else "Python"
+    say(f"gpuremote.torch uses its part in {tier}: {front['reason']}")
     for column in ("transport", "backend"):
         say("")
         show((column, "works", "why"), _verdicts(report[column + "s"]))

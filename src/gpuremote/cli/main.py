@@ -14,7 +14,7 @@ from typing import Final
 
 from gpuremote._types import JSON
 from gpuremote._version import __version__
-from gpuremote.cli import bench, devices, doctor, serve
+from gpuremote.cli import bench, devices, doctor, serve, torch
 from gpuremote.cli._console import printable
 from gpuremote.errors import ConfigError, GpuRemoteError, ServerUnavailable, TransportError
 
@@ -25,7 +25,7 @@ USAGE: Final = 2
 UNREACHABLE: Final = 3
 INTERRUPTED: Final = 130
 
-COMMANDS: Final = (serve, devices, doctor, bench)
+COMMANDS: Final = (serve, devices, doctor, bench, torch)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -146,6 +146,12 @@ class BlockingDevice(Device[BlockingArray]):
             self._driver.wait(wait, timeout)
         return array
 
+    def put_lent(self, value: npt.NDArray[Any]) -> BlockingArray:
+        """As :meth:`put`, without waiting for the server to have the bytes: the memory must not be
+        changed before, so its owner has to wait for something that comes after."""
+        self._driver.room()
+        return self._upload(value)[0]
+
     def put_many(
         self,
         values: Iterable[Any],

@@ -412,6 +412,8 @@ class Core(Uploader):
     def snapshot(self) -> SessionStats:
         """The counters up to now."""
         with self.lock:
+            if self._tape is not None and self.dead is None:
+                self._merge()
             found = copy.copy(self.stats)
             found.round_trips = Counter(self.trips)
             found.records = self._next - 1

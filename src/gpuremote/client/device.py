@@ -20,7 +20,7 @@ from gpuremote.config import parse_address
 from gpuremote.errors import SessionClosed
 from gpuremote.memory.host import HostArray, copy_bytes, host_array
 from gpuremote.ops.creation import arange_length
-from gpuremote.ops.meta import check_dtype
+from gpuremote.ops.meta import Meta, check_dtype
 from gpuremote.wire.batch import Op
 from gpuremote.wire.caps import INLINE_PAYLOAD
 
@@ -218,16 +218,19 @@ class Device(Generic[A]):
 
     def _take_copy(self, source: RemoteArray) -> A:
         """A copy of an array of any session on this device; see ``RemoteArray.copy_to``."""
-        meta = source._meta
+        return self._copy_of(source._core, source._id, source._meta)
+
+    def _copy_of(self, other: Core, handle: int, meta: Meta) -> A:
+        """The same of a handle of the session ``other``."""
         core = self._core
-        if source._core is core:
-            number = core.record(Op.COPY, source._id, self.index, name="copy_to")
+        if other is core:
+            number = core.record(Op.COPY, handle, self.index, name="copy_to")
         else:
-            number = self._from_other_session(source)
+            number = self._from_other_session(other, handle, meta)
         return self._array_type(core, number, core.metas.get(meta.shape, meta.dtype, self.index))
 
-    def _from_other_session(self, source: RemoteArray) -> int:
-        meta, core, other = source._meta, self._core, source._core
+    def _from_other_session(self, other: Core, handle: int, meta: Meta) -> int:
+        core = self._core
         if other.dead is not None:
             raise SessionClosed(
                 f"the array that is to be copied is gone with its session: {other.dead}",
@@ -241,7 +244,7 @@ class Device(Generic[A]):
         target = {"host": host, "port": port, "session": core.session, "ticket": ticket}
         if core.encrypted:
             target["tls"] = True
-        sender = other.record(Op.SEND_TO, source._id, name="copy_to", blob=target)
+        sender = other.record(Op.SEND_TO, handle, name="copy_to", blob=target)
         other.link_failure(sender, core, number)
         # Neither side is waited for, and each must know before the other's bytes can come.
         core.flush()

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from gpuremote._clock import now_ns
 from gpuremote.client.current import current_stream
@@ -25,7 +25,7 @@ from gpuremote.wire.batch import FIRST_PLAN, Op, blob_record, fixed_record, free
 from gpuremote.wire.batch import PREFIX as BATCH_PREFIX
 from gpuremote.wire.frames import NUMBER, SEPARATE, Kind, pack_info
 
-__all__ = ["Issuer"]
+__all__ = ["Issuer", "Tape"]
 
 FLUSH_BYTES: Final = 48 * caps.KiB
 """A batch of this size goes out whatever happens."""
@@ -40,6 +40,37 @@ _pack_number = BATCH_PREFIX.pack
 _FREES: Final = 4096
 """Handles per FREE record."""
 _NO_STREAM: Final[dict[int, int]] = {}
+
+
+class Tape(Protocol):
+    """Records that something else writes, in place of :meth:`Issuer.issue`, and without Python.
+
+    It is open or closed. While it is open, records get their numbers from it; it is closed before
+    one gets its number here. So at any time one of the two gives them.
+
+    Attributes
+    ----------
+    taken : tuple or None
+        To read it closes the tape and empties it: number of the first record, the one after the
+        last, the records, and where the ops were issued. None: there was nothing.
+    freed : list of int
+        To read it empties it: handles that were dropped.
+    waiting : int
+        Records.
+    """
+
+    @property
+    def taken(self) -> tuple[int, int, bytes, Sequence[Origin]] | None: ...
+
+    @property
+    def freed(self) -> list[int]: ...
+
+    @property
+    def waiting(self) -> int: ...
+
+    def open(self, next_: int, due_at: int, pressing: bool, /) -> None:
+        """Open it: records are numbered from ``next_`` on, and sent at a time (nanoseconds of
+        ``_clock.now_ns``), or each at once."""
 
 
 class Issuer:
@@ -115,7 +146,8 @@ class Issuer:
         """Arrays whose records are out or in the buffer, and where their bytes lie: memory that
         the server sees too, of which it has not been told."""
         self._origins: list[Origin] = []
-        self._kept: deque[tuple[int, list[Origin]]] = deque()
+        self._kept: deque[tuple[int, Sequence[Origin]]] = deque()
+        self._tape: Tape | None = None
 
     def issue(self, plan: Plan, record: bytes, frame: FrameType) -> int:
         """Issue a plan call that is packed already; the number that names its first result.
@@ -224,6 +256,56 @@ class Issuer:
         self.plans[key] = plan
         self.stats.plans += 1
 
+    def use_tape(self, make: Callable[[Callable[[], None], Callable[[], None]], Tape]) -> Tape:
+        """Have records written on a tape too; ``make`` gets what opens it, and what sends what is
+        on it."""
+        with self.lock:
+            self._tape = tape = make(self._open_tape, self._send_tape)
+            self._special = True
+        return tape
+
+    def _open_tape(self) -> None:
+        with self.lock:
+            if self.dead is not None:
+                raise copy.copy(self.dead)
+            if not self._told and self.on_buffered is not None:
+                self._told = True
+                self.on_buffered()
+            assert self._tape is not None
+            self._tape.open(self._next, self.flush_after, self._sync or self._stalled)
+
+    def _send_tape(self) -> None:
+        with self.lock:
+            self._prepare()
+            if len(self._buffer) >= FLUSH_BYTES:
+                self.flush()
+            elif now_ns() >= self.flush_after:
+                self._flush_by_time()
+        self._follow_up()
+
+    def _merge(self) -> None:
+        """Take what is on the tape; after this numbers are given here."""
+        tape = self._tape
+        assert tape is not None
+        # As in ``_send_records``: no call stands between what empties it and what keeps it.
+        taken = tape.taken
+        if taken is not None:
+            self._next = taken[1]
+            self._buffer += taken[2]
+            first, last, _, origins = taken
+            self._keep_origins(first - 1)
+            self._kept.append((last - 1, origins))
+            self.stats.ops += len(origins)
+        self.dropped += tape.freed
+
+    def _keep_origins(self, last: int) -> None:
+        """Of the ops up to number ``last``, which are on their way."""
+        if self._origins:
+            self._kept.append((last, self._origins))
+            self.stats.ops += len(self._origins) - self._named
+            self._origins = []
+            self._named = 0
+
     def claim(self, drop: Op, most: int, what: str) -> None:
         """Count one more stream or event (``drop`` is the record that gives it back).
 
@@ -249,6 +331,8 @@ class Issuer:
     def _prepare(self) -> None:
         if self.dead is not None:
             raise copy.copy(self.dead)
+        if self._tape is not None:
+            self._merge()
         if self._streams:
             wanted = current_stream.get(_NO_STREAM).get(id(self), 0)
             if wanted != self._stream:
@@ -282,6 +366,8 @@ class Issuer:
     def flush(self, pause: int = FLUSH_NS) -> None:
         """Send what lies in the buffer, and give back the handles that were dropped."""
         with self.lock:
+            if self._tape is not None and self.dead is None:
+                self._merge()
             if self.dropped_streams or self.dropped_events:
                 self._drop_streams()
             if not self._staged:
@@ -310,11 +396,7 @@ class Issuer:
             except BaseException:
                 self.peer.interrupted(body)
                 raise
-            if self._origins:
-                self._kept.append((self._next - 1, self._origins))
-                self.stats.ops += len(self._origins) - self._named
-                self._origins = []
-                self._named = 0
+            self._keep_origins(self._next - 1)
             self._told = False
             self.flush_after = now_ns() + pause
             if not out:
@@ -366,7 +448,9 @@ class Issuer:
         """The server is behind: wait until it grants credit."""
         self.stats.credit_waits += 1
         self._stalled = False
-        self._special = self._sync or self._streams or self.dead is not None
+        self._special = (
+            self._sync or self._streams or self.dead is not None or self._tape is not None
+        )
         self.on_stall()
 
     # -- where ops were issued ------------------------------------------------------------------

@@ -8,7 +8,7 @@ waits for it by itself.
 from __future__ import annotations
 
 import itertools
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -70,13 +70,13 @@ class Stream(AbstractContextManager["Stream"]):
 
 
 class Event:
-    """A point in a stream. Made by ``stream.record()``."""
+    """A point in a stream. Made by ``stream.record()``; without a stream one in the current one."""
 
-    def __init__(self, core: Core, stream: Stream) -> None:
+    def __init__(self, core: Core, stream: Stream | None) -> None:
         core.claim(Op.EVENT_DROP, caps.MAX_EVENTS, "events")
         self._core = core
         self.ident = next(_idents) & 0x7FFFFFFF
-        with stream:
+        with stream or nullcontext():
             core.record(Op.EVENT_RECORD, self.ident)
 
     def __del__(self) -> None:

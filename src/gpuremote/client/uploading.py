@@ -81,6 +81,8 @@ class Uploader(Issuer):
         if view.nbytes <= caps.INLINE_PAYLOAD:
             blob = [list(shape), dtype, device, bytes(view)]
             with self.lock:
+                if self._special:
+                    self._prepare()
                 if len(self._buffer) + view.nbytes + 1024 > caps.MAX_BATCH // 2:
                     self.flush()
                 number = self._record(Op.PUT_INLINE, (), "put", blob)
@@ -143,6 +145,8 @@ class Uploader(Issuer):
         self._last = 0
         try:
             with self.lock:
+                if self._special:
+                    self._prepare()
                 if (
                     len(self._staged) >= MOST_STAGED
                     or len(self._buffer) + len(record) >= ALMOST_FULL

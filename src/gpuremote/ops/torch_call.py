@@ -41,11 +41,22 @@ NEG: Final = 2
 """Bits of ``View.flags``: the view is conjugated, or negated."""
 
 TAGS: Final = frozenset(
-    ("slot", "list", "dtype", "layout", "format", "device", "complex", "number", "generator")
+    (
+        "slot",
+        "list",
+        "dtype",
+        "layout",
+        "format",
+        "device",
+        "complex",
+        "number",
+        "generator",
+        "seeded",
+    )
 )
 """First elements of a list among the arguments: an operand; a list of values; names of a dtype,
 layout or memory format; the plan's device; real and imaginary part; a tensor on the host without
-axes, of a dtype and a value; a generator with a seed."""
+axes, of a dtype and a value; the session's generator of a number; a new one with a seed."""
 
 DTYPES: Final = {
     "bool": 1,

@@ -1,4 +1,4 @@
-"""Where remote devices are: a session and a device of it for each index."""
+"""Where remote devices are: a session, and a device of it, for each index."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import gpuremote
 from gpuremote.client.blocking import Session
 from gpuremote.errors import ConfigError
 from gpuremote.ops.torch_call import Views
+from gpuremote.torch._tier import native, needs_native
 
 __all__ = [
     "Home",
     "before_open",
     "close",
     "connect",
+    "current",
     "home",
     "is_forked",
     "on_new_plans",
@@ -74,7 +76,10 @@ _lock = threading.RLock()
 
 
 def connect(*urls: str) -> None:
-    """Say where the remote devices are; sessions open with the first op."""
+    """Say where the remote devices are; sessions open with the first op.
+
+    The devices of the first server are ``remote:0`` and on, those of the others follow.
+    """
     with _lock:
         if _homes:
             raise ConfigError(
@@ -83,14 +88,21 @@ def connect(*urls: str) -> None:
         _urls[:] = urls
 
 
-def home(index: int = 0) -> Home:
-    """The device ``remote:index``.
+def current() -> int:
+    """Index of the current device of this thread."""
+    return 0 if native is None else int(native.device(-1))
+
+
+def home(index: int | None = None) -> Home:
+    """The device ``remote:index``, or the current one.
 
     Raises
     ------
     RuntimeError
         There is none.
     """
+    if index is None:
+        index = current()
     if not _homes:
         if _forked:
             raise RuntimeError(
@@ -101,6 +113,8 @@ def home(index: int = 0) -> Home:
     try:
         return _homes[index]
     except IndexError:
+        if native is None:
+            raise RuntimeError(needs_native(f"remote:{index}")) from None
         raise RuntimeError(
             f"there is no device remote:{index}; there are {len(_homes)} remote devices"
         ) from None
@@ -117,25 +131,42 @@ def _open() -> None:
             return
         for prepare in before_open:
             prepare()
-        for url in _urls or [os.environ.get("GPUREMOTE_URL") or DEFAULT]:
-            session = gpuremote.connect_sync(url)
-            facts = session._link.welcome.devices
-            if session.backend != "torch":
-                backend = session.backend
-                session.close()
-                raise ConfigError(
-                    f"the server at {url} runs the backend {backend}; torch needs one that was "
-                    "started with --backend torch"
-                )
-            # An op belongs to the line of the program, often deep in torch's own modules.
-            session._core._depth = 6
-            session._core.on_plans_cleared = _plans_cleared
-            _homes.append(Home(0, session, 0, dict(facts[0])))
-            break
-        opened = list(_homes)
-    for place in opened:
+        urls = _urls or [os.environ.get("GPUREMOTE_URL") or DEFAULT]
+        found: list[Home] = []
+        tapes: list[Any] = []
+        try:
+            for url in urls if native is not None else urls[:1]:
+                session = _session(url)
+                tape = None if native is None else session._core.use_tape(native.Tape)
+                facts = session._link.welcome.devices
+                for number in range(len(facts) if native is not None else 1):
+                    found.append(Home(len(found), session, number, dict(facts[number])))
+                    tapes.append(tape)
+        except BaseException:
+            for one in found:
+                one.session.close()
+            raise
+        _homes[:] = found
+        if native is not None:
+            native.set_devices(list(zip(found, tapes, strict=True)))
+    for place in found:
         for start in on_open:
             start(place)
+
+
+def _session(url: str) -> Session:
+    session = gpuremote.connect_sync(url)
+    if session.backend != "torch":
+        backend = session.backend
+        session.close()
+        raise ConfigError(
+            f"the server at {url} runs the backend {backend}; torch needs one that was started "
+            "with --backend torch"
+        )
+    # An op belongs to the line of the program, often deep in torch's own modules.
+    session._core._depth = 6
+    session._core.on_plans_cleared = _plans_cleared
+    return session
 
 
 def _plans_cleared() -> None:
@@ -148,6 +179,9 @@ def close() -> None:
     with _lock:
         homes = list(_homes)
         _homes.clear()
+        if native is not None:
+            native.set_devices([])
+        _plans_cleared()
     for found in homes:
         found.session.close()
 
@@ -161,6 +195,8 @@ def _in_child() -> None:
     if _homes:
         _forked.append(os.getpid())
         _homes.clear()
+        if native is not None:
+            native.set_devices([])
 
 
 os.register_at_fork(after_in_child=_in_child)

@@ -7,7 +7,7 @@ On the hot path a kernel looks at its arguments once. What does not change from 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 
@@ -23,6 +23,7 @@ from gpuremote.torch._inference import (
 )
 from gpuremote.torch._mixed import bring_over
 from gpuremote.torch._storages import HELD, ODD, SHIFT, Form, form_of, make_tensor
+from gpuremote.torch._tier import native
 from gpuremote.wire.batch import Op
 
 __all__ = ["CallPlan", "Kernel"]
@@ -36,6 +37,10 @@ lists of them; what belongs to the plan, and numbers that do; a generator; a dev
 SHAPED_BY_NUMBERS: Final = frozenset(("arange", "range", "linspace", "logspace"))
 """Ops with numbers that the shape of the result depends on."""
 _CODES: Final = {bool: "b", int: "i", float: "f", complex: "c"}
+
+Returned: TypeAlias = tuple[str, int] | tuple[str, int, int]
+"""What an op gives: ``("new", k)``, its result k; ``("list", first, count)``, a list of results;
+``("given", k)``, its argument k."""
 
 
 class CallPlan:
@@ -55,6 +60,10 @@ class CallPlan:
         Of the result, if it is one new tensor.
     back : int
         Position of the argument that the op gives back, if that is all it gives; else -1.
+    returns : list of Returned
+        What the op gives; empty where only the server knows.
+    sizes : tuple of int or None
+        Bytes of the storages that the op makes.
     """
 
     __slots__ = (
@@ -67,12 +76,20 @@ class CallPlan:
         "only",
         "pack",
         "place",
+        "returns",
+        "sizes",
         "step",
         "unknown",
     )
 
     def __init__(
-        self, call: Call, place: Home, fresh: list[Any], give: Callable[..., Any] | None, back: int
+        self,
+        call: Call,
+        place: Home,
+        fresh: list[Any],
+        returns: list[Returned],
+        give: Callable[..., Any] | None,
+        back: int,
     ) -> None:
         self.id = call.id
         self.layout = call.layout
@@ -81,6 +98,8 @@ class CallPlan:
         self.place = place
         self.issue = place.core.issue
         self.fresh = fresh
+        self.returns = returns
+        self.sizes = call.sizes
         self.give = give
         single = len(fresh) == 1 and fresh[0] is not None and give is None
         self.only: Form | None = fresh[0][1] if single else None
@@ -109,6 +128,7 @@ class Kernel:
         self._kinds = [_kind(argument, numbers) for argument in schema.arguments]
         self._names = {a.name: k for a, k in zip(schema.arguments, self._kinds, strict=True)}
         self._positions = {a.name: n for n, a in enumerate(schema.arguments)}
+        self._in_order = [a.name for a in schema.arguments]
         self._given = [self._given_back(returned) for returned in schema.returns]
         self._writes = any(
             a.alias_info is not None and a.alias_info.is_write for a in schema.arguments
@@ -133,11 +153,22 @@ class Kernel:
                 return str(argument.name)
         return None
 
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        return self.run(args, keywords)[1]
+    @property
+    def kinds(self) -> list[int]:
+        """Kinds of all arguments."""
+        return list(self._kinds)
 
-    def run(self, args: Any, keywords: dict[str, Any]) -> tuple[CallPlan, Any]:
-        """Issue the op; the plan that was used, and what the op gives."""
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return self.run(args, keywords, teaches=native is not None)[1]
+
+    def run(
+        self, args: Any, keywords: dict[str, Any], *, teaches: bool = False
+    ) -> tuple[CallPlan, Any]:
+        """Issue the op; the plan that was used, and what the op gives.
+
+        ``teaches``: these are the arguments of the call that the part in C++ did not know, and it
+        learns what is found out of them.
+        """
         key: list[Any] = []
         values: list[Any] = []
         place: Home | None = None
@@ -154,6 +185,8 @@ class Kernel:
                     if not _host_number(value, key, values):
                         return self._mixed(args, keywords)
                     continue
+                if place is not None and place is not held.home:
+                    return self._mixed(args, keywords)
                 place = held.home
                 values.append(held.number)
                 key += (value.shape, value.stride(), value.storage_offset(), value.dtype)
@@ -165,17 +198,17 @@ class Kernel:
                 _number(value, key, values)
             else:
                 found = self._rest(kind, value, key, values)
-                if found is False:
+                if found is False or (found and place and found is not place):
                     return self._mixed(args, keywords)
                 place = found or place
         for name, value in keywords.items():
             key.append(name)
             found = self._rest(self._names[name], value, key, values)
-            if found is False:
+            if found is False or (found and place and found is not place):
                 return self._mixed(args, keywords)
             place = found or place
         if place is None:
-            place = home(0)
+            place = home()
         complete = (self, place, *key)
         core = place.core
         plan: Any = core.plans.get(complete)
@@ -185,6 +218,8 @@ class Kernel:
             except _Again:
                 return self.run(args, keywords)
         number = core.record_call(plan, values)
+        if teaches and not plan.unknown:
+            _teach(plan, complete, values)
         if plan.only is not None:
             return plan, make_tensor(place, number, plan.only)
         if plan.unknown:
@@ -210,11 +245,11 @@ class Kernel:
             key.append(None if value is None else len(value))
         elif kind == DEVICE:
             key.append(value)
-            return home(value.index or 0) if value is not None and value.type == "remote" else None
+            return home(value.index) if value is not None and value.type == "remote" else None
         elif kind == GENERATOR:
-            key.append(value is None)
+            key.append(None if value is None else value.device.type)
             if value is not None:
-                values.append(int(torch.randint(1 << 62, (), generator=value).item()))
+                values.append(_drawn_from(value))
             return None
         else:
             return self._numbers(value, key, values)
@@ -231,6 +266,8 @@ class Kernel:
                 if not _host_number(tensor, key, values):
                     return False
                 continue
+            if place is not None and place is not held.home:
+                return False
             place = held.home
             values.append(held.number)
             key += (tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype)
@@ -250,7 +287,11 @@ class Kernel:
         return None
 
     def _mixed(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[CallPlan, Any]:
-        """With tensors of the host among the arguments."""
+        """With tensors of the host among the arguments, or a result that is wanted elsewhere."""
+        target = keywords.get("device")
+        if target is not None and target.type == "remote":
+            plan, made = self.run(args, {k: v for k, v in keywords.items() if k != "device"})
+            return plan, made.to(target)
         return self.run(*bring_over(self.name, args, keywords))
 
     # -- plans ----------------------------------------------------------------------------------
@@ -270,10 +311,14 @@ class Kernel:
         try:
             made = infer(self.op, *fakes)
         except Unpredictable:
-            sizes, results, fresh, give = self._unpredicted()
+            sizes, results, fresh = self._unpredicted()
+            returns: list[Returned] = []
+            give = None
         else:
             self._adjust(args, keywords, *fakes)
-            sizes, results, fresh, give = self._predicted(made, place)
+            sizes, results, fresh, returns = self._predicted(made, place)
+            simple = len(returns) == 1 and returns[0] == ("new", 0) and fresh[0] is not None
+            give = None if simple else self._giver(returns)
         core = place.core
         with core.lock:
             call = Call(
@@ -285,22 +330,22 @@ class Kernel:
                 tuple(sizes),
                 tuple(results),
             )
-            plan = CallPlan(call, place, fresh, give, self._back if not fresh else -1)
+            plan = CallPlan(call, place, fresh, returns, give, self._back if not fresh else -1)
             core.add_plan(key, plan, encode(call))
         return plan
 
     def _predicted(self, made: Any, place: Home) -> Any:
         returned = [made] if len(self._given) == 1 else list(made or ())
         flat: list[Any] = []
-        recipe: list[Any] = []
+        returns: list[Returned] = []
         for value, given in zip(returned, self._given, strict=False):
             if given is not None:
-                recipe.append(given)
+                returns.append(("given", self._positions[given]))
             elif isinstance(value, (list, tuple)):
-                recipe.append((len(flat), len(value)))
+                returns.append(("list", len(flat), len(value)))
                 flat += value
             elif value is None or isinstance(value, Tensor):
-                recipe.append(len(flat))
+                returns.append(("new", len(flat)))
                 flat.append(value)
             else:
                 raise TypeError(f"{self.name} gives a {type(value).__name__}")
@@ -320,26 +365,26 @@ class Kernel:
             )
             for tensor, result in zip(flat, results, strict=True)
         ]
-        simple = len(recipe) == 1 and recipe[0] == 0 and fresh[0] is not None
-        return sizes, results, fresh, None if simple else self._giver(recipe)
+        return sizes, results, fresh, returns
 
-    def _giver(self, recipe: list[Any]) -> Callable[..., Any] | None:
-        if not recipe:
+    def _giver(self, returns: list[Returned]) -> Callable[..., Any] | None:
+        if not returns:
             return None
-        positions = self._positions
+        names = self._in_order
 
-        def one(item: Any, fresh: Sequence[Any], args: Sequence[Any], keywords: Any) -> Any:
-            if isinstance(item, int):
-                return fresh[item]
-            if isinstance(item, tuple):
-                return list(fresh[item[0] : item[0] + item[1]])
-            return keywords[item] if item in keywords else args[positions[item]]
+        def one(item: Returned, fresh: Sequence[Any], args: Sequence[Any], keywords: Any) -> Any:
+            kind, at, *count = item
+            if kind == "new":
+                return fresh[at]
+            if kind == "list":
+                return list(fresh[at : at + count[0]])
+            return keywords[names[at]] if names[at] in keywords else args[at]
 
-        if len(recipe) == 1:
-            (single,) = recipe
+        if len(returns) == 1:
+            (single,) = returns
             return lambda fresh, args, keywords: one(single, fresh, args, keywords)
         return lambda fresh, args, keywords: tuple(
-            one(item, fresh, args, keywords) for item in recipe
+            one(item, fresh, args, keywords) for item in returns
         )
 
     def _unpredicted(self) -> Any:
@@ -350,7 +395,7 @@ class Kernel:
             )
         count = len(self._given)
         results = [Result(k, None, "") for k in range(count)]
-        return [None] * count, results, [None] * count, None
+        return [None] * count, results, [None] * count
 
     def _learn(self, place: Home, plan: CallPlan, number: int) -> Any:
         """Ask for the shapes of results that could not be predicted: a round trip."""
@@ -389,6 +434,24 @@ class Kernel:
                 raise _Again
 
 
+def _teach(plan: CallPlan, key: Any, values: list[Any]) -> None:
+    """Let the part in C++ know the plan of the call that it did not know."""
+    core = plan.place.core
+    with core.lock:
+        known: Any = core.plans.get(key)
+        if known is plan:  # else the plans were forgotten meanwhile
+            record = plan.pack(plan.id, *values)
+            native.learn(
+                plan.id,
+                plan.layout.format,
+                record,
+                plan.step,
+                plan.fresh,
+                plan.returns,
+                plan.sizes,
+            )
+
+
 class _Again(Exception):
     """An argument was changed: look at them anew."""
 
@@ -414,7 +477,8 @@ class _Template:
             return ["device"], torch.device(self._place.kind)
         if kind == GENERATOR:
             self._operands.append("i")
-            return ["generator", ["slot", len(self._operands) - 1]], None
+            kind_of = "generator" if value.device.type == "remote" else "seeded"
+            return [kind_of, ["slot", len(self._operands) - 1]], None
         if kind in (NUMBER, NUMBERS):
             return self._number(value)
         return _fixed(value), value
@@ -481,6 +545,13 @@ def _number(value: Any, key: list[Any], values: list[Any]) -> None:
         values += (value.real, value.imag)
     else:
         values.append(value)
+
+
+def _drawn_from(generator: torch.Generator) -> int:
+    """What names a generator to the server: its number there, or a seed out of one of the host."""
+    if generator.device.type == "remote":
+        return int(native.generator_of(generator))
+    return int(torch.randint(1 << 62, (), generator=generator).item())
 
 
 def _host_number(tensor: Tensor, key: list[Any], values: list[Any]) -> bool:

@@ -30,9 +30,8 @@ def bring_over(name: str, args: Any, keywords: dict[str, Any]) -> tuple[Any, dic
     RuntimeError
         It does not, in torch's own words.
     """
-    remote = next((t.device for t in _tensors((args, keywords)) if t.device.type == "remote"), None)
-    if remote is None:
-        remote = torch.device("remote", 0)
+    places = [t.device for t in _tensors((args, keywords))]
+    remote = next((place for place in places if place.type == "remote"), torch.device("remote", 0))
 
     def one(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.device.type != "remote":
@@ -41,9 +40,10 @@ def bring_over(name: str, args: Any, keywords: dict[str, Any]) -> tuple[Any, dic
             return type(value)([one(item) for item in value])
         return value
 
-    if name in INDEXED:
+    elsewhere = [place for place in places if place.type == "remote" and place != remote]
+    if name in INDEXED and not elsewhere:
         return (args[0], one(args[1]), *args[2:]), {k: one(v) for k, v in keywords.items()}
-    other = next(t.device for t in _tensors((args, keywords)) if t.device.type != "remote")
+    other = next(place for place in places if place != remote)
     raise RuntimeError(
         "Expected all tensors to be on the same device, but found at least two devices, "
         f"{remote} and {other}! (when checking arguments of {name})"

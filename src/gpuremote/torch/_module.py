@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 
 from gpuremote.torch import _homes, _random
+from gpuremote.torch._homes import Home, current
+from gpuremote.torch._tier import native, needs_native
+from gpuremote.wire.batch import ALL_STREAMS, Op
 
-__all__ = ["RemoteModule"]
+__all__ = ["RemoteModule", "counted"]
 
 
 class _Device:
-    """A context in which a remote device is the current one; there is one to choose from."""
+    """A context in which a remote device is the current one of this thread."""
 
     def __init__(self, device: Any = None) -> None:
         self.index = _index(device)
+        self._before = 0
 
     def __enter__(self) -> None:
-        pass
+        self._before = _exchange(self.index)
 
     def __exit__(self, *exception: object) -> None:
-        pass
+        _exchange(self._before)
+
+
+def _exchange(index: int) -> int:
+    """Make a device the current one; the one before."""
+    return 0 if native is None else int(native.device(index))
 
 
 def _index(device: Any = None) -> int:
     if device is None:
-        return 0
-    index = device if isinstance(device, int) else (torch.device(device).index or 0)
-    if index > 0:
-        raise RuntimeError(
-            f"remote:{index} needs the part of gpuremote written in C++, which there is not "
-            "yet (torch's engine for gradients knows one device of a kind that is written in "
-            "Python); use remote:0"
-        )
+        return current()
+    index = device if isinstance(device, int) else torch.device(device).index
+    if index is None:
+        return current()
+    if index > 0 and native is None:
+        raise RuntimeError(needs_native(f"remote:{index}"))
     return index
+
+
+def counted(place: Home) -> dict[str, Any]:
+    """What the server counts of a device's session, when everything issued so far has run."""
+    core = place.core
+    core.wait(core.ask(Op.SYNC, ALL_STREAMS, kind="stats"))
+    return place.session.server_stats()
 
 
 class RemoteModule:
@@ -55,13 +70,34 @@ class RemoteModule:
         return _homes.is_forked()
 
     def device_count(self) -> int:
-        return 1
+        """How many there are at the servers; opens the sessions. 0 in a process that was forked
+        from one that uses them."""
+        if _homes.is_forked():
+            return 0
+        _homes.home(0)
+        return len(_homes.opened()) if native is not None else 1
 
     def current_device(self) -> int:
-        return 0
+        return current()
 
     def set_device(self, device: Any) -> None:
-        _index(device)
+        _exchange(_index(device))
+
+    # -- streams: each device does what it is told in order --------------------------------------
+
+    if native is not None:
+        Stream = torch.Stream
+        Event = torch.Event
+
+        def current_stream(self, device: Any = None) -> torch.Stream:
+            with _Device(device):
+                return torch.accelerator.current_stream()
+
+        default_stream = current_stream
+
+        def stream(self, stream: Any) -> Any:
+            """A context in which ``stream`` is the current one."""
+            return contextlib.nullcontext() if stream is None else stream
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
@@ -72,7 +108,8 @@ class RemoteModule:
 
     def get_device_name(self, device: Any = None) -> str:
         place = _homes.home(_index(device))
-        return f"{place.session.devices[place.number].model} ({place.session.devices[0].name})"
+        found = place.session.devices[place.number]
+        return f"{found.model} ({found.name})"
 
     # -- memory ---------------------------------------------------------------------------------
 
@@ -90,8 +127,8 @@ class RemoteModule:
         return found["memory_limit"] - found["memory_used"], found["memory_limit"]
 
     def memory_stats(self, device: Any = None) -> dict[str, Any]:
-        """What the server counts of this session."""
-        return _homes.home(_index(device)).session.server_stats()
+        """What the server counts of this session, when everything issued so far has run."""
+        return counted(_homes.home(_index(device)))
 
     def empty_cache(self) -> None:
         """Nothing to do: the server keeps no memory that it has been given back."""
@@ -100,7 +137,7 @@ class RemoteModule:
 
     def manual_seed(self, seed: int) -> None:
         """Seed the generator of the current device."""
-        _random.seed(seed)
+        _random.seed_one(_homes.home(), seed)
 
     def manual_seed_all(self, seed: int) -> None:
         _random.seed(seed)

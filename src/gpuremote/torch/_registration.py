@@ -8,15 +8,21 @@ from typing import Any, Final
 import torch
 from torch.utils import backend_registration
 
+from gpuremote.torch import _homes
 from gpuremote.torch._autocast import register_autocast
 from gpuremote.torch._cells import CELLS
 from gpuremote.torch._compile import refuse_inductor
+from gpuremote.torch._events import serve_event
 from gpuremote.torch._fast import fast
+from gpuremote.torch._homes import on_new_plans
 from gpuremote.torch._kernels import Kernel
-from gpuremote.torch._module import RemoteModule
+from gpuremote.torch._module import RemoteModule, counted
 from gpuremote.torch._printing import print_locally
+from gpuremote.torch._random import serve_generator
 from gpuremote.torch._saved import teach_storages
-from gpuremote.torch._special import SPECIAL, VIEWS
+from gpuremote.torch._special import FRONTED, SPECIAL, VIEWS
+from gpuremote.torch._storages import handle_of
+from gpuremote.torch._tier import native
 
 __all__ = ["register"]
 
@@ -28,7 +34,6 @@ LEFT_TO_TORCH: Final = frozenset(
         "aten::lift",
         "aten::lift_fresh",
         "aten::_unsafe_view",
-        "aten::_has_compatible_shallow_copy_type",
         "aten::_copy_from",
         "aten::_copy_from_and_resize",
         "aten::_pin_memory",
@@ -52,7 +57,7 @@ def register() -> None:
     with _lock:
         if _libraries:
             return
-        backend_registration._setup_privateuseone_for_python_backend("remote", RemoteModule())
+        _name_device()
         # Modules keep the identity of their parameters, and with it what is tied.
         torch.__future__.set_swap_module_params_on_conversion(True)
         teach_storages()
@@ -61,16 +66,69 @@ def register() -> None:
         library: Any = torch.library.Library("aten", "IMPL")
         everything: Any = torch.library.Library("_", "IMPL")
         _libraries.extend((library, everything))
-        host = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-        for name in VIEWS:
-            library.impl(name.partition("::")[2], _redispatch(_op(name), host), "PrivateUse1")
         for name, kernel in (SPECIAL | CELLS).items():
-            library.impl(name.partition("::")[2], kernel, "PrivateUse1")
+            if native is None or name not in FRONTED:
+                library.impl(name.partition("::")[2], kernel, "PrivateUse1")
         register_autocast(library, everything)
-        for name in torch._C._dispatch_get_all_op_names():
-            op = _op(name) if name.startswith("aten::") else None
-            if op is not None and _is_ours(name, op):
-                library.impl(name.partition("::")[2], fast(Kernel(op)), "PrivateUse1")
+        ours = {
+            name: op
+            for name in torch._C._dispatch_get_all_op_names()
+            if name.startswith("aten::") and (op := _op(name)) is not None and _is_ours(name, op)
+        }
+        if native is None:
+            _register_in_python(library, ours)
+        else:
+            _register_in_front(library, ours)
+
+
+def _name_device() -> None:
+    module = RemoteModule()
+    if native is None:
+        backend_registration._setup_privateuseone_for_python_backend("remote", module)
+        return
+    native.use(_homes.home, _allocate, _memory, _host_memory, serve_generator, serve_event)
+    backend_registration.rename_privateuse1_backend("remote")
+    backend_registration.generate_methods_for_privateuse1_backend()
+    torch._register_device_module("remote", module)
+
+
+def _register_in_python(library: Any, ours: dict[str, Any]) -> None:
+    host = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    for name in VIEWS:
+        library.impl(name.partition("::")[2], _redispatch(_op(name), host), "PrivateUse1")
+    for name, op in ours.items():
+        library.impl(name.partition("::")[2], fast(Kernel(op)), "PrivateUse1")
+
+
+def _register_in_front(library: Any, ours: dict[str, Any]) -> None:
+    """With kernels in C++, which know where those in Python are: at a key that no tensor has."""
+    kinds: dict[str, list[int]] = {}
+    for name, op in ours.items():
+        kernel = Kernel(op)
+        kinds[name.partition("::")[2]] = kernel.kinds
+        library.impl(name.partition("::")[2], kernel, "QuantizedPrivateUse1")
+    for name, known in FRONTED.items():
+        kinds[name.partition("::")[2]] = known
+        library.impl(name.partition("::")[2], SPECIAL[name], "QuantizedPrivateUse1")
+    native.register_kernels(kinds, [name.partition("::")[2] for name in VIEWS])
+    on_new_plans.append(native.forget_plans)
+
+
+def _allocate(index: int, nbytes: int) -> int:
+    """Memory of a device for a storage that is made without a tensor; its handle."""
+    made = torch.empty(nbytes, dtype=torch.uint8, device=_homes.home(index).device)
+    return int(native.disown(handle_of(made).name))
+
+
+def _memory(index: int) -> tuple[int, int, int]:
+    """Bytes that the session of a device holds, held at most, and may hold."""
+    found = counted(_homes.home(index))
+    return found["memory_used"], found["memory_peak"], found["memory_limit"]
+
+
+def _host_memory(nbytes: int) -> Any:
+    """Host memory that a session sends from."""
+    return _homes.home().session.empty(nbytes, "uint8")
 
 
 def _redispatch(op: Any, keys: Any) -> Any:

@@ -27,6 +27,6 @@ def teach_storages() -> None:
         if self.device.type == "remote":
             return self
         flat = torch.empty(0, dtype=torch.uint8).set_(self.untyped())
-        return upload(home(target.index or 0), flat).untyped_storage()
+        return upload(home(target.index), flat).untyped_storage()
 
     torch.storage._StorageBase.to = to  # type: ignore[method-assign]

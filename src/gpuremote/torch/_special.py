@@ -8,12 +8,12 @@ from typing import Any, Final
 
 import torch
 
-from gpuremote.torch._homes import home
+from gpuremote.torch._homes import current, home
 from gpuremote.torch._kernels import Kernel
 from gpuremote.torch._storages import ODD, handle_of
-from gpuremote.torch._transfers import download, upload
+from gpuremote.torch._transfers import carry, download, upload
 
-__all__ = ["SPECIAL", "VIEWS"]
+__all__ = ["FRONTED", "SPECIAL", "VIEWS"]
 
 aten: Final = torch.ops.aten
 _HOST: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -39,14 +39,17 @@ _copy = Kernel(aten.copy_.default)
 _to_copy = Kernel(aten._to_copy.default)
 
 
-def _copy_(self: torch.Tensor, source: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+def _copy_(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     if not _is_remote(self):
         return self.copy_(download(source))
     if not _is_remote(source):
         if not source.dim():
             return aten.fill_.Tensor(self, source) if self.numel() else self
-        source = upload(handle_of(self).home, source)
-    _copy(self, source, False)
+        source = upload(handle_of(self).home, source, waits=not non_blocking)
+    elif source.device != self.device:
+        source = carry(handle_of(self).home, source)
+    # With all arguments, as the part in C++ may learn of this call.
+    _copy(self, source, non_blocking)
     return self
 
 
@@ -56,10 +59,15 @@ def _to(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     memory_format: torch.memory_format | None = None,
-    **_: Any,  # layout, pinning, and whether to wait: nothing waits that need not
+    non_blocking: bool = False,
+    **_: Any,  # layout, pinning
 ) -> torch.Tensor:
     target = device or self.device
     if _is_remote(self) and target.type == "remote":
+        named: int | None = target.index
+        index = current() if named is None else named
+        if index != self.device.index:
+            self = carry(home(index), self)
         there: torch.Tensor = _to_copy(self, dtype=dtype, memory_format=memory_format)
         return there
     if _is_remote(self):
@@ -71,7 +79,7 @@ def _to(
     wanted = dtype or self.dtype
     if wanted.itemsize < self.dtype.itemsize:
         self = self.to(wanted)
-    made = upload(home(target.index or 0), self)
+    made = upload(home(target.index), self, waits=not non_blocking)
     return made if made.dtype == wanted else made.to(wanted)
 
 
@@ -140,10 +148,19 @@ def _never(*_: Any, **__: Any) -> bool:
     return False
 
 
+def _may_take_data(self: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether ``self.data = other`` works: between the host and devices, as for any of torch's."""
+    return self.layout == other.layout == torch.strided
+
+
 def _math(*_: Any, **__: Any) -> int:
     """Attention in plain ops, of which each has a rule."""
     return 0
 
+
+FRONTED: Final = {"aten::copy_": _copy.kinds, "aten::_to_copy": _to_copy.kinds}
+"""Those of the special ops that the part in C++ does itself where they are within one device; with
+the kinds of their arguments."""
 
 SPECIAL: Final[dict[str, Callable[..., Any]]] = {
     "aten::copy_": _copy_,
@@ -157,5 +174,6 @@ SPECIAL: Final[dict[str, Callable[..., Any]]] = {
     "aten::set_.source_Storage": _set_storage,
     "aten::set_": _set_nothing,
     "aten::is_pinned": _never,
+    "aten::_has_compatible_shallow_copy_type": _may_take_data,
     "aten::_fused_sdp_choice": _math,
 }

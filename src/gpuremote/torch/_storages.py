@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 
+from gpuremote.torch._tier import native
+
 if TYPE_CHECKING:
     from gpuremote.torch._homes import Home
 
@@ -27,7 +29,6 @@ __all__ = [
     "form_of",
     "handle_of",
     "make_tensor",
-    "new_storage",
 ]
 
 SHIFT: Final = 36
@@ -65,9 +66,36 @@ class Held(weakref.ref[Any]):
     number: int
 
 
-HELD: Final[dict[int, Held]] = {}
-"""Every storage that lives, by its name."""
-ODD: Final[set[int]] = set()
+class _Names:
+    """``HELD`` where the storages are in C++."""
+
+    def get(self, name: int) -> Any:
+        return native.held(name)
+
+    def __getitem__(self, name: int) -> Any:
+        found = native.held(name)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def __len__(self) -> int:
+        return int(native.held_count())
+
+
+class _OddNames:
+    """``ODD`` there."""
+
+    def add(self, name: int) -> None:
+        native.set_odd(name)
+
+    def __contains__(self, name: int) -> bool:
+        found = native.held(name)
+        return found is not None and bool(found.odd)
+
+
+HELD: Final[Any] = {} if native is None else _Names()
+"""Every storage that lives (``Held``), by its name."""
+ODD: Final[Any] = set() if native is None else _OddNames()
 """Names of storages of which there may be conjugated or negated views. Few, if any: the others
 need not be asked."""
 _arrays: dict[int, Any] = {}
@@ -103,28 +131,31 @@ def _hold(storage: Any, name: int, home: Home, number: int) -> None:
     HELD[name] = held
 
 
-def new_storage(home: Home, number: int, nbytes: int, array: Any = None) -> Any:
-    """The storage that a handle names; ``array`` owns the handle, if anything else does."""
-    name = _new_name()
-    storage = _construct(name << SHIFT, home.device, nbytes)
-    if array is not None:
-        _arrays[name] = array
-    _hold(storage, name, home, number)
-    return storage
-
-
-def make_tensor(home: Home, number: int, form: Form) -> torch.Tensor:
-    """The tensor of a storage that a record names."""
+def _make_tensor(home: Home, number: int, form: Form, array: Any = None) -> torch.Tensor:
     dtype, shape, stride, offset, nbytes, plain = form
     tensor = _empty(shape, dtype)
-    if not plain:
-        _set.redispatch(_HOST, tensor, new_storage(home, number, nbytes), offset, shape, stride)
-        return tensor
     name = _new_name()
-    storage: Any = tensor.untyped_storage()
-    storage._swap_data_ptr_(_construct(name << SHIFT, home.device, nbytes))
+    if array is not None:
+        _arrays[name] = array
+    address = _construct(name << SHIFT, home.device, nbytes)
+    if plain:
+        storage: Any = tensor.untyped_storage()
+        storage._swap_data_ptr_(address)
+    else:
+        storage = address
+        _set.redispatch(_HOST, tensor, storage, offset, shape, stride)
     _hold(storage, name, home, number)
     return tensor
+
+
+def _make_tensor_there(home: Home, number: int, form: Form, array: Any = None) -> torch.Tensor:
+    made: torch.Tensor = native.tensor(home.index, number, form, array)
+    return made
+
+
+make_tensor: Final = _make_tensor if native is None else _make_tensor_there
+"""``make_tensor(home, number, form, array=None)``: the tensor of a storage that a record names;
+``array`` owns the handle, if anything else than the storage does."""
 
 
 def form_of(
@@ -138,4 +169,5 @@ def form_of(
 
 def handle_of(tensor: torch.Tensor) -> Held:
     """The storage of a remote tensor."""
-    return HELD[(tensor.data_ptr() or tensor.untyped_storage().data_ptr()) >> SHIFT]
+    found: Held = HELD[(tensor.data_ptr() or tensor.untyped_storage().data_ptr()) >> SHIFT]
+    return found

@@ -6,14 +6,13 @@ from typing import Any, Final
 
 import torch
 
+from gpuremote._dtypes import DTYPES
 from gpuremote.torch._homes import Home
-from gpuremote.torch._storages import handle_of, new_storage
+from gpuremote.torch._storages import handle_of, make_tensor
+from gpuremote.torch._tier import native
 
-__all__ = ["download", "host_bytes", "is_dense", "upload"]
-
-_empty: Final = torch._C._acc.create_empty_tensor
-_set: Final = torch.ops.aten.set_.source_Storage_storage_offset
-_HOST: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+__all__ = ["carry", "download", "host_bytes", "is_dense", "upload"]
+_BYTES: Final = DTYPES["u1"]
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -36,15 +35,46 @@ def host_bytes(tensor: torch.Tensor) -> Any:
     return flat.view(torch.uint8).numpy()
 
 
-def upload(place: Home, tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a tensor of the host on a remote device, laid out alike if that is dense."""
+def upload(place: Home, tensor: torch.Tensor, *, waits: bool = True) -> torch.Tensor:
+    """A copy of a tensor of the host on a remote device, laid out alike if that is dense.
+
+    Without ``waits`` one in pinned memory may still be on its way at the end, and is kept until it
+    has arrived; whatever lies elsewhere may be changed as soon as this returns.
+    """
     host = tensor.detach().resolve_conj().resolve_neg()
     if not is_dense(host):
         host = host.contiguous()
-    array = place.session.devices[place.number].put(host_bytes(host))
-    storage = new_storage(place, array._id, array.nbytes, array)
-    made = _empty(tuple(host.shape), host.dtype)
-    _set.redispatch(_HOST, made, storage, 0, host.shape, host.stride())
+    memory = host_bytes(host)
+    device = place.session.devices[place.number]
+    if native is not None and memory.nbytes and host.is_pinned():
+        # Not to be given away, though it may be the transport's: the program goes on using it.
+        memory.flags.writeable = False
+        array = device.put(memory) if waits else device.put_lent(memory)
+    else:
+        array = device.put(memory)
+    form = (host.dtype, tuple(host.shape), host.stride(), 0, array.nbytes, False)
+    made: torch.Tensor = make_tensor(place, array._id, form, array)
+    return made
+
+
+def carry(place: Home, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a remote tensor on another remote device; its bytes go from server to server."""
+    source = tensor.detach()
+    if source.is_conj() or source.is_neg():
+        source = source.resolve_conj().resolve_neg()
+    nbytes = source.numel() * source.element_size()
+    if (
+        source.storage_offset()
+        or not is_dense(source)
+        or source.untyped_storage().nbytes() != nbytes
+    ):
+        source = source.clone(memory_format=torch.contiguous_format)
+    held = handle_of(source)
+    core = held.home.core
+    meta = core.metas.get((nbytes,), _BYTES, held.home.number)
+    array = place.session.devices[place.number]._copy_of(core, held.number, meta)
+    form = (source.dtype, tuple(source.shape), source.stride(), 0, nbytes, False)
+    made: torch.Tensor = make_tensor(place, array._id, form, array)
     return made
 
 
