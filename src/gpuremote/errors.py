@@ -4,7 +4,8 @@
 
     GpuRemoteError
     ├── ConfigError (ValueError)
-    │   └── InvalidURL
+    │   ├── InvalidURL
+    │   └── BuildFailed
     ├── TransportError (ConnectionError)
     │   ├── ConnectionFailed
     │   ├── ConnectionLost
@@ -49,6 +50,7 @@ from typing import ClassVar
 
 __all__ = [
     "AuthenticationFailed",
+    "BuildFailed",
     "ConfigError",
     "ConnectionFailed",
     "ConnectionLost",
@@ -150,6 +152,12 @@ class InvalidURL(ConfigError):
     """A device URL that can't be understood, or with an option that does not exist."""
 
     code = 11
+
+
+class BuildFailed(ConfigError):
+    """The part of ``gpuremote.torch`` in C++ could not be built here, or is not to be trusted."""
+
+    code = 12
 
 
 class TransportError(GpuRemoteError, ConnectionError):

@@ -71,8 +71,9 @@ def test_records_with_a_variable_part(op: Op) -> None:
 
 
 def test_frees() -> None:
-    body = PREFIX.pack(5) + batch.free_record([1, 2, 1 << 63])
-    assert records(body) == [(5, Op.FREE, (1, 2, 1 << 63))]
+    handles = ((1 << 63) + 7, 1 << 63, (1 << 63) + batch.FREE_SPAN - 1)
+    body = PREFIX.pack(5) + batch.free_record(list(handles))
+    assert records(body) == [(5, Op.FREE, handles)]
 
 
 def test_plan_calls_use_as_many_numbers_as_they_have_results() -> None:
@@ -141,7 +142,7 @@ def test_caps() -> None:
     with pytest.raises(LimitExceeded):
         records(bytes(MAX_BATCH + 1))
     with pytest.raises(ProtocolError):
-        records(PREFIX.pack(1) + struct.pack("<II", Op.FREE, MAX_FREES + 1) + bytes(64))
+        records(PREFIX.pack(1) + struct.pack("<IIQ", Op.FREE, MAX_FREES + 1, 0) + bytes(64))
     with pytest.raises(ProtocolError):
         records(PREFIX.pack(1) + struct.pack("<II", Op.DEFINE, MAX_BLOB + 1) + bytes(64))
     with pytest.raises(LimitExceeded):

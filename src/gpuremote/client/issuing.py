@@ -21,7 +21,7 @@ from gpuremote.ops.plan import Plan, define, encode_definition
 from gpuremote.ops.spec import OpSpec
 from gpuremote.rpc.peer import Peer, Region, Sink
 from gpuremote.wire import caps
-from gpuremote.wire.batch import FIRST_PLAN, Op, blob_record, fixed_record, free_record
+from gpuremote.wire.batch import FIRST_PLAN, FREE_SPAN, Op, blob_record, fixed_record, free_record
 from gpuremote.wire.batch import PREFIX as BATCH_PREFIX
 from gpuremote.wire.frames import NUMBER, SEPARATE, Kind, pack_info
 
@@ -418,10 +418,14 @@ class Issuer:
 
     def _free_dropped(self) -> None:
         dropped = self.dropped
-        count = min(len(dropped), _FREES)
-        self._buffer += free_record([dropped.popleft() for _ in range(count)])
+        handles = [dropped.popleft() for _ in range(min(len(dropped), _FREES))]
+        if max(handles) - min(handles) >= FREE_SPAN:
+            end = min(handles) + FREE_SPAN
+            dropped.extend([handle for handle in handles if handle >= end])
+            handles = [handle for handle in handles if handle < end]
+        self._buffer += free_record(handles)
         self._next += 1
-        self.stats.freed += count
+        self.stats.freed += len(handles)
 
     def _drop_streams(self) -> None:
         for queue, op in (

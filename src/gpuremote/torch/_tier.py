@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gpuremote.errors import BuildFailed
 from gpuremote.torch_native import build
 
 __all__ = ["REASON", "native", "needs_native"]
@@ -30,7 +31,7 @@ def _choose() -> tuple[Any, str]:
         build.check_python()
         path = build.built() or _make()
         return _load(str(path)), f"built for torch {torch.__version__}"
-    except (build.BuildFailed, ImportError) as error:
+    except (BuildFailed, ImportError) as error:
         if wanted == "cpp":
             raise
         text = str(error)
@@ -48,7 +49,7 @@ def _choose() -> tuple[Any, str]:
 def _make() -> Path:
     """Build it here and now, and say so: it takes half a minute."""
     if build.compiler() is None:
-        raise build.BuildFailed(build.NO_COMPILER)
+        raise BuildFailed(build.NO_COMPILER)
     begin = time.monotonic()
     print(
         f"gpuremote: building its part in C++ for torch {torch.__version__}, once (some 30 s) ...",

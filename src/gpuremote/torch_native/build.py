@@ -17,14 +17,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from gpuremote.errors import ConfigError
+from gpuremote.errors import BuildFailed, ConfigError
 
 __all__ = [
     "MODULE",
     "NO_COMPILER",
     "TIERS",
     "VARIABLE",
-    "BuildFailed",
     "Progress",
     "build",
     "built",
@@ -62,10 +61,6 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 
 def _nothing(done: int, of: int) -> None: ...
-
-
-class BuildFailed(ConfigError):
-    """The compiler did not make it."""
 
 
 def wanted() -> str:

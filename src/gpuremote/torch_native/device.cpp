@@ -21,8 +21,9 @@ namespace {
 
 using c10::DeviceIndex;
 
+constexpr int MOST_DEVICES = 128;  // what a DeviceIndex can say
 thread_local DeviceIndex current = 0;
-thread_local std::map<DeviceIndex, c10::StreamId> current_streams;
+thread_local c10::StreamId current_streams[MOST_DEVICES];
 std::atomic<c10::StreamId> streams{1};
 std::atomic<uint64_t> generators{1};
 
@@ -70,9 +71,9 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
   void uncheckedSetDevice(c10::Device device) const noexcept override { current = device.index(); }
 
   c10::Stream getStream(c10::Device device) const override {
-    const auto found = current_streams.find(device.index());
-    return c10::Stream(c10::Stream::UNSAFE, device,
-                       found == current_streams.end() ? 0 : found->second);
+    if (!device.has_index())
+      device = remote(current);
+    return c10::Stream(c10::Stream::UNSAFE, device, current_streams[device.index()]);
   }
   c10::Stream getDefaultStream(c10::Device device) const override {
     return c10::Stream(c10::Stream::UNSAFE, device, 0);

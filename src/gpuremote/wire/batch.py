@@ -19,9 +19,20 @@ from gpuremote.errors import LimitExceeded, ProtocolError
 from gpuremote.wire.caps import MAX_BATCH, MAX_BLOB, MAX_FREES
 from gpuremote.wire.frames import unpack_info
 
-__all__ = ["FIRST_PLAN", "PREFIX", "Layout", "Op", "blob_record", "decode", "fixed_record"]
+__all__ = [
+    "FIRST_PLAN",
+    "FREE_SPAN",
+    "PREFIX",
+    "Layout",
+    "Op",
+    "blob_record",
+    "decode",
+    "fixed_record",
+]
 
 FIRST_PLAN: Final = 64
+FREE_SPAN: Final = 1 << 32
+"""Handles of one FREE record are less than this apart."""
 PREFIX: Final = struct.Struct("<Q")
 
 
@@ -31,7 +42,7 @@ class Op(enum.IntEnum):
     DEFINE = 0
     """blob: a plan's definition."""
     FREE = 1
-    """u32 n, n x u64: handles that the client dropped."""
+    """u32 n, u64 base, n x u32: handles that the client dropped, less the base."""
     GET = 2
     """u64 handle: answer with the array's bytes."""
     PUT = 3
@@ -78,6 +89,7 @@ ALL_STREAMS: Final = 0xFFFFFFFF
 
 _KIND: Final = struct.Struct("<I")
 _BLOB: Final = struct.Struct("<I")
+_FREE: Final = struct.Struct("<IQ")
 _FIXED: Final[dict[int, struct.Struct]] = {
     Op.DEFINE: struct.Struct("<"),
     Op.GET: struct.Struct("<Q"),
@@ -134,8 +146,10 @@ def blob_record(op: Op, *values: int, blob: bytes) -> bytes:
 
 
 def free_record(handles: list[int]) -> bytes:
-    """Encode a FREE record; at most ``MAX_FREES`` handles."""
-    return struct.pack(f"<II{len(handles)}Q", Op.FREE, len(handles), *handles)
+    """Encode a FREE record; at most ``MAX_FREES`` handles, less than ``FREE_SPAN`` apart."""
+    base = min(handles)
+    offsets = [handle - base for handle in handles]
+    return struct.pack(f"<IIQ{len(handles)}I", Op.FREE, len(handles), base, *offsets)
 
 
 def decode(
@@ -191,13 +205,14 @@ def _decode_fixed(
     size = len(body)
     offset += _KIND.size
     if kind == Op.FREE:
-        if size - offset < 4:
+        if size - offset < _FREE.size:
             raise ProtocolError("a batch that ends within a record")
-        count: int = _KIND.unpack_from(body, offset)[0]
-        offset += 4
-        if count > MAX_FREES or size - offset < 8 * count:
+        count, base = _FREE.unpack_from(body, offset)
+        offset += _FREE.size
+        if count > MAX_FREES or size - offset < 4 * count:
             raise ProtocolError(f"a FREE record of {count} handles that are not there")
-        return struct.unpack_from(f"<{count}Q", body, offset), offset + 8 * count
+        offsets = struct.unpack_from(f"<{count}I", body, offset)
+        return tuple([base + one for one in offsets]), offset + 4 * count
     fixed = _FIXED.get(kind)
     if fixed is None:
         raise ProtocolError(f"record {number} is of unknown kind {kind}")
