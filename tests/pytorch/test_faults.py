@@ -111,6 +111,29 @@ def test_torch_finds_the_device_by_itself_where_it_is_told(url: str) -> None:
     assert done.stdout.split() == ["True" if url else "False"] * 2
 
 
+def test_a_backward_before_the_import() -> None:
+    """torch has started its threads then, without one for a remote device."""
+    program = """
+import torch, warnings
+torch.ones((), requires_grad=True).backward()
+import gpuremote.torch
+from gpuremote.torch._tier import native
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    x = torch.ones(3, device="remote", requires_grad=True)
+    y = x * 2
+told = [str(one.message) for one in caught]
+if native is None:
+    assert "import gpuremote.torch first" in told[0], told
+else:
+    assert not told
+    y.sum().backward()
+    assert x.grad.sum().item() == 6
+gpuremote.torch.close()
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=50)
+
+
 def test_a_server_without_torch_says_so() -> None:
     gpuremote.torch.close()
     gpuremote.torch.connect("local://?backend=numpy")

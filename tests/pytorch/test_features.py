@@ -42,7 +42,7 @@ def test_compile(device: torch.device, backend: str) -> None:
 def test_the_default_compiler_says_what_to_use(device: torch.device) -> None:
     torch._dynamo.reset()
     compiled: Any = torch.compile(nn.Linear(3, 2).to(device))
-    with pytest.raises(Exception, match=r"backend='aot_eager'"):
+    with pytest.raises(Exception, match=r"backend='gpuremote'"):
         compiled(torch.randn(2, 3).to(device))
 
 

@@ -218,6 +218,7 @@ def test_a_loader_that_pins() -> None:
 
 
 def test_storages_without_a_tensor() -> None:
+    gc.collect()
     held = len(HELD)
     storage = torch.UntypedStorage(16, device="remote:0")
     x = torch.empty(0, device="remote:0").set_(storage, 0, (4,), (1,))

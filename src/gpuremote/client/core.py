@@ -147,7 +147,7 @@ class Core(Uploader):
         with self.lock:
             if self._special:
                 self._prepare()
-            if self._buffer or self.dropped or self._staged:
+            if self._buffer or self.dropped or self._staged or self._watcher is not None:
                 wait = self.ask(Op.GET, handle, kind=kind, into=into)
             else:
                 number = self._next

@@ -68,9 +68,9 @@ class Tape(Protocol):
     @property
     def waiting(self) -> int: ...
 
-    def open(self, next_: int, due_at: int, pressing: bool, /) -> None:
+    def open(self, next_: int, due_at: int, pressing: bool, threads: set[int] | None, /) -> None:
         """Open it: records are numbered from ``next_`` on, and sent at a time (nanoseconds of
-        ``_clock.now_ns``), or each at once."""
+        ``_clock.now_ns``), or each at once. Threads that write are noted."""
 
 
 class Issuer:
@@ -122,6 +122,8 @@ class Issuer:
         self.on_buffered: Callable[[], None] | None = None
         self.on_check: Callable[[], None] = _nothing
         self.on_plans_cleared: Callable[[], None] = _nothing
+        self._watcher: Callable[[bytes], None] | None = None
+        self._watched: set[int] | None = None
         self._sync = sync
         self._streams = False
         self._stalled = False
@@ -264,6 +266,25 @@ class Issuer:
             self._special = True
         return tape
 
+    def watch(self, told: Callable[[bytes], None] | None, threads: set[int] | None) -> None:
+        """Have ``told`` called with each batch that goes out, and the threads that issue noted in
+        ``threads``; None: no longer."""
+        with self.lock:
+            if self.dead is None:
+                self.flush()
+            self._watcher = told
+            self._watched = threads
+            self._special = self._is_special()
+
+    def _is_special(self) -> bool:
+        return (
+            self._sync
+            or self._streams
+            or self.dead is not None
+            or self._tape is not None
+            or self._watched is not None
+        )
+
     def _open_tape(self) -> None:
         with self.lock:
             if self.dead is not None:
@@ -272,7 +293,8 @@ class Issuer:
                 self._told = True
                 self.on_buffered()
             assert self._tape is not None
-            self._tape.open(self._next, self.flush_after, self._sync or self._stalled)
+            pressing = self._sync or self._stalled
+            self._tape.open(self._next, self.flush_after, pressing, self._watched)
 
     def _send_tape(self) -> None:
         with self.lock:
@@ -331,6 +353,8 @@ class Issuer:
     def _prepare(self) -> None:
         if self.dead is not None:
             raise copy.copy(self.dead)
+        if self._watched is not None:
+            self._watched.add(threading.get_ident())
         if self._tape is not None:
             self._merge()
         if self._streams:
@@ -396,6 +420,8 @@ class Issuer:
             except BaseException:
                 self.peer.interrupted(body)
                 raise
+            if self._watcher is not None:
+                self._watcher(body)
             self._keep_origins(self._next - 1)
             self._told = False
             self.flush_after = now_ns() + pause
@@ -452,9 +478,7 @@ class Issuer:
         """The server is behind: wait until it grants credit."""
         self.stats.credit_waits += 1
         self._stalled = False
-        self._special = (
-            self._sync or self._streams or self.dead is not None or self._tape is not None
-        )
+        self._special = self._is_special()
         self.on_stall()
 
     # -- where ops were issued ------------------------------------------------------------------

@@ -218,6 +218,11 @@ class Call:
         )
 
     @property
+    def n_out(self) -> int:
+        """Storages that a call makes."""
+        return len(self.sizes)
+
+    @property
     def step(self) -> int:
         """Record numbers that a call uses."""
         return len(self.sizes) or 1

@@ -27,12 +27,14 @@ from gpuremote.errors import (
 )
 from gpuremote.ops.meta import Meta, MetaTable, check_dtype
 from gpuremote.ops.torch_call import Views, is_call
+from gpuremote.ops.torch_graph import is_graph
 from gpuremote.rpc.peer import Peer
 from gpuremote.server.answers import Answers
 from gpuremote.server.arrivals import Arrival
 from gpuremote.server.execute import Executable
 from gpuremote.server.ordering import Ordering
 from gpuremote.server.storage import STALLED, Failure, Quota, Slot, Storage
+from gpuremote.server.torch_graph import GraphExecutable
 from gpuremote.server.torch_run import TorchExecutable
 from gpuremote.transport.base import Incoming, Target
 from gpuremote.wire import caps
@@ -280,7 +282,9 @@ class WorkerSession:
         if len(self._plans) >= caps.MAX_PLANS:
             raise LimitExceeded(f"more than {caps.MAX_PLANS} plans in one session")
         executable: Executable
-        if is_call(blob):
+        if is_graph(blob):
+            executable = GraphExecutable.from_definition(blob, self._plans)
+        elif is_call(blob):
             executable = TorchExecutable.from_definition(
                 blob, self._views, self.metas, self.backend, self._devices
             )

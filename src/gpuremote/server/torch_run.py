@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gpuremote._dtypes import DTYPES
 from gpuremote.backend.base import Backend
@@ -17,7 +17,7 @@ from gpuremote.server.storage import STALLED, Failure, Slot, Storage
 if TYPE_CHECKING:
     from gpuremote.server.session import WorkerSession
 
-__all__ = ["TorchExecutable"]
+__all__ = ["TorchExecutable", "blocks_of", "poison"]
 
 _BYTES = DTYPES["u1"]
 
@@ -106,22 +106,9 @@ def run_call(
 
     As ``server.execute.run_plan``.
     """
-    block = session.backend.block
-    values = []
-    for operand in operands:
-        if operand.__class__ is Slot:
-            value = operand.value
-            if value is None:
-                if operand.failure is None:
-                    return operand
-                _poison(op, operands, outs, operand.failure)
-                return None
-            storage = block(value)
-            if storage is not value:
-                operand.value = storage
-            values.append(storage)
-        else:
-            values.append(operand)
+    values = blocks_of(session, op, operands, outs)
+    if values.__class__ is not list:
+        return values
     for position in op.writes:
         if operands[position].storage.outgoing:
             return STALLED
@@ -131,9 +118,33 @@ def run_call(
         else:
             op.function(values)
     except Exception as error:
-        _poison(op, operands, outs, session.failed(number, op.name, error))
+        poison(op, operands, outs, session.failed(number, op.name, error))
     session.ops_executed += 1
     return None
+
+
+def blocks_of(
+    session: WorkerSession, op: _Writes, operands: Sequence[Any], outs: list[Slot]
+) -> Any:
+    """The values of operands, as a list; else an operand that is not there yet, or None where one
+    failed, which has been seen to then."""
+    block = session.backend.block
+    values = []
+    for operand in operands:
+        if operand.__class__ is Slot:
+            value = operand.value
+            if value is None:
+                if operand.failure is None:
+                    return operand
+                poison(op, operands, outs, operand.failure)
+                return None
+            storage = block(value)
+            if storage is not value:
+                operand.value = storage
+            values.append(storage)
+        else:
+            values.append(operand)
+    return values
 
 
 def _make(session: WorkerSession, op: TorchExecutable, values: list[Any], outs: list[Slot]) -> None:
@@ -153,7 +164,11 @@ def _make(session: WorkerSession, op: TorchExecutable, values: list[Any], outs: 
             slot.fill(block, meta, storage)
 
 
-def _poison(op: TorchExecutable, operands: list[Any], outs: list[Slot], failure: Failure) -> None:
+class _Writes(Protocol):
+    writes: tuple[int, ...]
+
+
+def poison(op: _Writes, operands: Sequence[Any], outs: list[Slot], failure: Failure) -> None:
     for slot in outs:
         slot.poison(failure)
     for position in op.writes:

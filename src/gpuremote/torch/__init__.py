@@ -8,9 +8,10 @@ without either one starts on this machine. Ops return at once. What waits is ask
 ``item()``, ``cpu()``, ``print``, ``bool()`` and the like.
 """
 
+from gpuremote.torch._capture import Captured, capture
 from gpuremote.torch._homes import close, connect
 from gpuremote.torch._registration import register
 
-__all__ = ["close", "connect", "register"]
+__all__ = ["Captured", "capture", "close", "connect", "register"]
 
 register()

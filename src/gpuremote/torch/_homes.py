@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,9 +151,25 @@ def _open() -> None:
         _homes[:] = found
         if native is not None:
             native.set_devices(list(zip(found, tapes, strict=True)))
+    if native is None:
+        _start_thread()
     for place in found:
         for start in on_open:
             start(place)
+
+
+def _start_thread() -> None:
+    """Have torch start its thread for gradients of a device, and say so where it does not."""
+    torch.ones((), requires_grad=True).backward()
+    names = [Path(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task")]
+    if not any(name.read_text().startswith("pt_autograd") for name in names if name.exists()):
+        warnings.warn(
+            "a backward ran in this process before gpuremote.torch was imported, and torch has no "
+            "thread for the gradients of remote tensors: import gpuremote.torch first, or use its "
+            "part in C++ (gpuremote torch build)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _session(url: str) -> Session:

@@ -39,6 +39,8 @@ def mode() -> FakeTensorMode:
     with _making:
         if not _modes:
             _modes.append(FakeTensorMode(allow_non_fake_inputs=False))
+            # What runs below an op is none of its business, also where it looks at every frame.
+            torch._dynamo.trace_rules.add("gpuremote")
     return _modes[0]
 
 

@@ -64,6 +64,7 @@ class CallPlan:
         What the op gives; empty where only the server knows.
     sizes : tuple of int or None
         Bytes of the storages that the op makes.
+    operands : tuple of Operand
     """
 
     __slots__ = (
@@ -73,7 +74,9 @@ class CallPlan:
         "id",
         "issue",
         "layout",
+        "name",
         "only",
+        "operands",
         "pack",
         "place",
         "returns",
@@ -81,6 +84,10 @@ class CallPlan:
         "step",
         "unknown",
     )
+
+    @property
+    def n_out(self) -> int:
+        return len(self.sizes)
 
     def __init__(
         self,
@@ -100,6 +107,8 @@ class CallPlan:
         self.fresh = fresh
         self.returns = returns
         self.sizes = call.sizes
+        self.operands = call.operands
+        self.name = call.name
         self.give = give
         single = len(fresh) == 1 and fresh[0] is not None and give is None
         self.only: Form | None = fresh[0][1] if single else None

@@ -27,6 +27,7 @@ __all__ = [
     "Form",
     "Held",
     "form_of",
+    "give_back",
     "handle_of",
     "make_tensor",
 ]
@@ -105,12 +106,17 @@ _spare: deque[int] = deque()
 _names = itertools.count(FIRST)
 
 
+def give_back(held: Held) -> None:
+    """Let go of a storage's handle."""
+    if _arrays.pop(held.name, None) is None:
+        held.home.core.dropped.append(held.number)
+
+
 def _gone(held: Held) -> None:
     """A storage has ended; in any thread, in the middle of anything."""
     name = held.name
     HELD.pop(name, None)
-    if _arrays.pop(name, None) is None:
-        held.home.core.dropped.append(held.number)
+    give_back(held)
     ODD.discard(name)
     _spare.append(name)
 

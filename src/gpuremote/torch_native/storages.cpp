@@ -4,6 +4,8 @@
 
 #include <ATen/EmptyTensor.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <array>
+
 #include <structmember.h>
 #include <torch/csrc/Dtype.h>
 
@@ -20,6 +22,16 @@ namespace {
 std::mutex names_mutex;
 std::vector<Entry*> named;
 std::vector<uint64_t> spare;
+uint64_t serials = 0;
+
+void leave(Entry* entry) {
+  Freed& freed = *entry->device->freed;
+  std::lock_guard<std::mutex> guard(freed.mutex);
+  if (entry->owner != nullptr)
+    freed.owners.push_back(entry->owner);
+  else
+    freed.numbers.push_back(entry->number);
+}
 
 void end_entry(void* context) {
   auto* entry = static_cast<Entry*>(context);
@@ -28,21 +40,15 @@ void end_entry(void* context) {
     named[entry->name - FIRST] = nullptr;
     spare.push_back(entry->name);
   }
-  Freed& freed = *entry->device->freed;
-  {
-    std::lock_guard<std::mutex> guard(freed.mutex);
-    if (entry->owner != nullptr)
-      freed.owners.push_back(entry->owner);
-    else
-      freed.numbers.push_back(entry->number);
-  }
+  leave(entry);
   delete entry;
 }
 
 c10::DataPtr name_storage(Device* device, uint64_t number, PyObject* owner) {
-  auto* entry = new Entry{device, number, 0, false, owner};
+  auto* entry = new Entry{device, number, 0, 0, false, owner};
   {
     std::lock_guard<std::mutex> guard(names_mutex);
+    entry->serial = ++serials;
     if (spare.empty()) {
       entry->name = FIRST + named.size();
       named.push_back(entry);
@@ -192,6 +198,12 @@ PyObject* set_devices(PyObject*, PyObject* list) {
   }
   Py_DECREF(items);
   devices = std::move(found);
+  if (!devices.empty()) {
+    const size_t count = devices.size();
+    Py_BEGIN_ALLOW_THREADS;
+    start_threads(count);
+    Py_END_ALLOW_THREADS;
+  }
   Py_RETURN_NONE;
 }
 
@@ -281,6 +293,69 @@ PyObject* disown(PyObject*, PyObject* name) {
   }
   entry->owner = Py_NewRef(Py_None);
   return PyLong_FromUnsignedLongLong(entry->number);
+}
+
+// anchors(home): of every storage of a device that lives: {handle: (name, serial)}.
+PyObject* anchors(PyObject*, PyObject* home) {
+  std::vector<std::array<uint64_t, 3>> found;
+  {
+    std::lock_guard<std::mutex> guard(names_mutex);
+    for (const Entry* entry : named) {
+      if (entry != nullptr && entry->device->home == home)
+        found.push_back({entry->number, entry->name, entry->serial});
+    }
+  }
+  PyObject* made = PyDict_New();
+  for (const auto& [number, name, serial] : found) {
+    PyObject* key = PyLong_FromUnsignedLongLong(number);
+    PyObject* value = Py_BuildValue("KK", static_cast<unsigned long long>(name),
+                                    static_cast<unsigned long long>(serial));
+    const bool good = made != nullptr && key != nullptr && value != nullptr
+                      && PyDict_SetItem(made, key, value) == 0;
+    Py_XDECREF(key);
+    Py_XDECREF(value);
+    if (!good) {
+      Py_XDECREF(made);
+      return nullptr;
+    }
+  }
+  return made;
+}
+
+static Entry* anchored(PyObject* anchor) {
+  unsigned long long name, serial;
+  if (!PyArg_ParseTuple(anchor, "KK", &name, &serial))
+    return nullptr;
+  Entry* entry = entry_named(name);
+  return entry != nullptr && entry->serial == serial ? entry : nullptr;
+}
+
+// number_at(anchor): the handle of that storage now, or None if it has ended.
+PyObject* number_at(PyObject*, PyObject* anchor) {
+  const Entry* entry = anchored(anchor);
+  if (entry == nullptr && PyErr_Occurred())
+    return nullptr;
+  if (entry == nullptr)
+    Py_RETURN_NONE;
+  return PyLong_FromUnsignedLongLong(entry->number);
+}
+
+// rebind(anchor, number): give that storage another handle, and its handle back; False if it has
+// ended.
+PyObject* rebind(PyObject*, PyObject* arguments) {
+  PyObject* anchor;
+  unsigned long long number;
+  if (!PyArg_ParseTuple(arguments, "OK", &anchor, &number))
+    return nullptr;
+  Entry* entry = anchored(anchor);
+  if (entry == nullptr && PyErr_Occurred())
+    return nullptr;
+  if (entry == nullptr)
+    Py_RETURN_FALSE;
+  leave(entry);
+  entry->number = number;
+  entry->owner = nullptr;
+  Py_RETURN_TRUE;
 }
 
 // held_count(): storages that live.

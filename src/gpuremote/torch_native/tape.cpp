@@ -94,6 +94,7 @@ struct Tape {
   PyObject_HEAD
   PyObject* reopen;
   PyObject* due;
+  PyObject* threads;  // a set of those that write, or nullptr
   bool open;
   bool pressing;  // whatever is written is due at once
   uint64_t first, next;
@@ -147,6 +148,12 @@ void open_tape(Tape* tape) {
 }
 
 uint64_t append(Tape* tape, uint32_t step, const char* record, size_t size, Frames& frames) {
+  if (tape->threads != nullptr) {
+    PyObject* me = PyLong_FromUnsignedLong(PyThread_get_thread_ident());
+    if (me == nullptr || PySet_Add(tape->threads, me) < 0)
+      PyErr_Clear();
+    Py_XDECREF(me);
+  }
   uint64_t number = tape->next;
   tape->next += step;
   tape->records->insert(tape->records->end(), record, record + size);
@@ -194,6 +201,7 @@ int tape_traverse(PyObject* self, visitproc visit, void* arg) {
   auto* tape = reinterpret_cast<Tape*>(self);
   Py_VISIT(tape->reopen);
   Py_VISIT(tape->due);
+  Py_VISIT(tape->threads);
   Py_VISIT(Py_TYPE(self));
   return 0;
 }
@@ -202,6 +210,7 @@ int tape_clear(PyObject* self) {
   auto* tape = reinterpret_cast<Tape*>(self);
   Py_CLEAR(tape->reopen);
   Py_CLEAR(tape->due);
+  Py_CLEAR(tape->threads);
   return 0;
 }
 
@@ -217,15 +226,16 @@ void tape_dealloc(PyObject* self) {
   Py_DECREF(type);
 }
 
-// open(next, due_at, pressing): records get numbers from next on, and are due at a time of the
-// monotonic clock in nanoseconds, or at once.
+// open(next, due_at, pressing, threads): records get numbers from next on, and are due at a time of
+// the monotonic clock in nanoseconds, or at once; who writes is noted in a set, if it is one.
 PyObject* tape_open(PyObject* self, PyObject* arguments) {
   auto* tape = reinterpret_cast<Tape*>(self);
   unsigned long long next;
-  PyObject* due_at;
+  PyObject *due_at, *threads;
   int pressing;
-  if (!PyArg_ParseTuple(arguments, "KOp", &next, &due_at, &pressing))
+  if (!PyArg_ParseTuple(arguments, "KOpO", &next, &due_at, &pressing, &threads))
     return nullptr;
+  Py_XSETREF(tape->threads, PySet_Check(threads) ? Py_NewRef(threads) : nullptr);
   int overflow;
   tape->due_at = PyLong_AsLongLongAndOverflow(due_at, &overflow);
   if (overflow)

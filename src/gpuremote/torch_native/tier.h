@@ -7,6 +7,7 @@
 //     tape.cpp      records of ops, until the session in Python takes them
 //     storages.cpp  remote storages: names in place of memory, and who lets go of them
 //     kernels.cpp   ops: arguments -> key -> plan -> record and results
+//     engine.cpp    threads for gradients
 //     device.cpp    what torch wants to know of a device: guard, streams, generators, pinned memory
 //     module.cpp    the module gpuremote_torch
 //
@@ -95,6 +96,7 @@ struct Entry {
   Device* device;
   uint64_t number;  // the handle in the session
   uint64_t name;    // the address is name << SHIFT
+  uint64_t serial;  // no other storage has, or will have
   bool odd;         // there may be conjugated or negated views
   PyObject* owner;  // of the handle, if anything else is
 };
@@ -125,6 +127,9 @@ PyObject* set_devices(PyObject* module, PyObject* devices);
 PyObject* held(PyObject* module, PyObject* name);
 PyObject* set_odd(PyObject* module, PyObject* name);
 PyObject* disown(PyObject* module, PyObject* name);
+PyObject* anchors(PyObject* module, PyObject* home);
+PyObject* number_at(PyObject* module, PyObject* anchor);
+PyObject* rebind(PyObject* module, PyObject* arguments);
 PyObject* storage_tensor(PyObject* module, PyObject* arguments);
 PyObject* held_count(PyObject* module, PyObject* unused);
 int add_held(PyObject* module);
@@ -151,6 +156,8 @@ PyObject* counts(PyObject* module, PyObject* unused);
 
 void register_device();
 int current_device();
+// engine.cpp: as many threads for gradients, without the interpreter lock.
+void start_threads(size_t count);
 // The server's number of a generator of ours.
 uint64_t generator_number(const at::Generator& generator);
 PyObject* generator_of(PyObject* module, PyObject* generator);
