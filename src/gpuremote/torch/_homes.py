@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 import gpuremote
+from gpuremote import _clock
 from gpuremote.client.blocking import Session
 from gpuremote.errors import ConfigError
 from gpuremote.ops.torch_call import Views
@@ -31,6 +33,8 @@ __all__ = [
 ]
 
 DEFAULT = "local://?backend=torch"
+PATIENCE = 1.0
+"""Seconds until a thread that was started has its name."""
 
 
 class Home:
@@ -161,8 +165,11 @@ def _open() -> None:
 def _start_thread() -> None:
     """Have torch start its thread for gradients of a device, and say so where it does not."""
     torch.ones((), requires_grad=True).backward()
-    names = [Path(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task")]
-    if not any(name.read_text().startswith("pt_autograd") for name in names if name.exists()):
+    deadline = _clock.now() + PATIENCE
+    while not any(_thread_name(task).startswith("pt_autograd") for task in _tasks()):
+        if _clock.now() < deadline:
+            time.sleep(0.01)  # it gives itself its name
+            continue
         warnings.warn(
             "a backward ran in this process before gpuremote.torch was imported, and torch has no "
             "thread for the gradients of remote tensors: import gpuremote.torch first, or use its "
@@ -170,6 +177,18 @@ def _start_thread() -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+        break
+
+
+def _tasks() -> list[str]:
+    return os.listdir("/proc/self/task")
+
+
+def _thread_name(task: str) -> str:
+    try:
+        return Path(f"/proc/self/task/{task}/comm").read_text()
+    except OSError:
+        return ""  # it has ended
 
 
 def _session(url: str) -> Session:
