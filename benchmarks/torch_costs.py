@@ -1,8 +1,9 @@
 """What PyTorch on a remote device costs, beside PyTorch here: `python -m benchmarks.torch_costs`.
 
-Everything in one run, with one thread at either end and client and server on a core each: the
-client's time per small op; a training step of a transformer layer; the same through an emulated
-way. Counted beside it: plans that were not known, bytes, round trips.
+Everything in one run, with one thread at either end and client and server on a core each, for the
+part in C++ and the one in Python in turn: the client's time per small op; a training step of a
+transformer layer, op by op, with torch.compile and captured; the same through an emulated way.
+Counted beside it: plans that were not known, bytes, messages, round trips.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +31,7 @@ Tensor = torch.Tensor
 ROUNDS: Final = 9
 DELAY: Final = 30
 """Milliseconds of round trip of the emulated way."""
+TIERS: Final = ("cpp", "python")
 STEPS: Final = 10
 """After so many the loss is read."""
 
@@ -35,29 +39,61 @@ STEPS: Final = 10
 def main() -> None:
     parser = argparse.ArgumentParser(description="what PyTorch on a remote device costs")
     parser.add_argument("--out", help="a file for the figures as JSON")
+    parser.add_argument("--tier", choices=TIERS, help="only this part, in this process")
     options = parser.parse_args()
+    found = measure() if options.tier else both()
+    text = json.dumps(found, indent=2, ensure_ascii=False)
+    print(text)
+    if options.out:
+        Path(options.out).write_text(text + "\n")
+
+
+def both() -> dict[str, Any]:
+    """Each part in a process of its own, as a process has one of them."""
+    found: dict[str, Any] = {"torch": torch.__version__, "load": os.getloadavg()[0]}
+    for tier in TIERS:
+        command = [sys.executable, "-m", "benchmarks.torch_costs", "--tier", tier]
+        environment = os.environ | {"GPUREMOTE_TORCH_TIER": tier}
+        done = subprocess.run(
+            command, env=environment, check=True, stdout=subprocess.PIPE, timeout=600
+        )
+        found[tier] = json.loads(done.stdout)
+    return found
+
+
+def measure() -> dict[str, Any]:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the server; several threads on a core spin
-    found: dict[str, Any] = {"torch": torch.__version__, "load": os.getloadavg()[0]}
+    found: dict[str, Any] = {}
     with device_server("--backend", "torch", "--warm", "1", "--insecure") as server:
         gpuremote.torch.connect(f"{server.url}?transport=shm")
         apart(_homes.home().session.worker_pid)
         found["op, µs"] = {device: op_costs(device) for device in ("cpu", "remote")}
         found["chain of 20,000 ops, µs per op"] = chain()
-        found["transformer layer, ms per step"] = {d: layer(d) for d in ("cpu", "remote")}
-        found["counted per step"] = counted()
+        found["transformer layer, ms per step"] = {
+            "cpu": layer("cpu"),
+            "remote": layer("remote"),
+            "remote, compiled": layer("remote", how=compiled),
+            "remote, captured": layer("remote", how=captured),
+        }
+        found["counted per step"] = {
+            "op by op": counted(step_of("remote")),
+            "compiled": counted(compiled("remote")),
+            "captured": counted(captured("remote")),
+        }
         gpuremote.torch.close()
         relay = RelayProcess(server.port, DELAY)
         try:
             gpuremote.torch.connect(f"gpu://127.0.0.1:{relay.port}?transport=tcp&lanes=1")
             apart(_homes.home().session.worker_pid)
-            found[f"step through {DELAY} ms, ms"] = layer("remote", reads=True)
+            found[f"step through {DELAY} ms, ms"] = {
+                "op by op": layer("remote", reads=True),
+                "captured": layer("remote", reads=True, how=captured),
+            }
         finally:
             gpuremote.torch.close()
             relay.close()
-    print(json.dumps(found, indent=2, ensure_ascii=False))
-    if options.out:
-        Path(options.out).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    return found
 
 
 def apart(worker: int) -> None:
@@ -119,11 +155,18 @@ def chain() -> dict[str, float]:
     return {"client": round(median(issued), 2), "in all": round(median(total), 2)}
 
 
-def step_of(device: str) -> Callable[[], Tensor]:
+def parts(device: str) -> tuple[nn.Module, Any, Tensor]:
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True).to(device)
-    optimiser = torch.optim.AdamW(model.parameters())
-    data = torch.randn(2, 16, 64).to(device)
+    optimiser = torch.optim.AdamW(model.parameters(), capturable=device != "cpu")
+    return model, optimiser, torch.randn(2, 16, 64).to(device)
+
+
+def step_of(device: str) -> Callable[[], Tensor]:
+    model, optimiser, data = parts(device)
+    if device != "cpu":
+        # As a program would have it that does not capture.
+        optimiser = torch.optim.AdamW(model.parameters())
 
     def step() -> Tensor:
         optimiser.zero_grad()
@@ -135,11 +178,49 @@ def step_of(device: str) -> Callable[[], Tensor]:
     return step
 
 
-def layer(device: str, *, reads: bool = False) -> dict[str, float]:
+def compiled(device: str) -> Callable[[], Tensor]:
+    """Forward, backward and optimiser are a graph each."""
+    model, optimiser, data = parts(device)
+
+    def forward(x: Tensor) -> Tensor:
+        loss: Tensor = model(x).square().mean()
+        return loss
+
+    forward_graph: Any = torch.compile(forward, backend="gpuremote")
+    update: Any = torch.compile(optimiser.step, backend="gpuremote")
+
+    def step() -> Tensor:
+        optimiser.zero_grad()
+        loss: Tensor = forward_graph(data)
+        loss.backward()
+        update()
+        return loss
+
+    return step
+
+
+def captured(device: str) -> Callable[[], Tensor]:
+    """All of it is one record."""
+    model, optimiser, data = parts(device)
+
+    def whole(x: Tensor) -> Tensor:
+        optimiser.zero_grad()
+        loss: Tensor = model(x).square().mean()
+        loss.backward()
+        optimiser.step()
+        return loss
+
+    step = gpuremote.torch.capture(whole)
+    return lambda: step(data)
+
+
+def layer(
+    device: str, *, reads: bool = False, how: Callable[[str], Callable[[], Tensor]] = step_of
+) -> dict[str, float]:
     """Time until the call returns, and of a step in all; with ``reads`` the loss is looked at after
     every ``STEPS`` steps, else at the end of all."""
-    step = step_of(device)
-    for _ in range(5):
+    step = how(device)
+    for _ in range(6):
         step().item()
     issued, total = [], []
     for _ in range(ROUNDS):
@@ -155,9 +236,8 @@ def layer(device: str, *, reads: bool = False) -> dict[str, float]:
     return {"client": round(median(issued), 3), "in all": round(median(total), 3)}
 
 
-def counted() -> dict[str, float]:
-    step = step_of("remote")
-    for _ in range(5):
+def counted(step: Callable[[], Tensor]) -> dict[str, float]:
+    for _ in range(6):
         step()
     settle("remote")
     session = _homes.home().session
@@ -171,6 +251,7 @@ def counted() -> dict[str, float]:
         "ops": ops / STEPS,
         "plans that were not known": after.plans - before.plans,
         "bytes per op": round((after.bytes_sent - before.bytes_sent) / ops, 1),
+        "messages": (after.messages_sent - before.messages_sent) / STEPS,
         "round trips": sum(after.round_trips.values()) - sum(before.round_trips.values()),
     }
 

@@ -25,8 +25,6 @@ from gpuremote.testing.servers import device_server
 PROCESSES: Final = 2
 SAMPLES: Final = 4
 """Of a pair, spread over all there are."""
-GRADIENTS: Final = 2
-"""Of these, with gradients."""
 LIMIT: Final = 40.0
 """Seconds for all samples of a pair."""
 DTYPES: Final = ("float32", "int64")
@@ -36,10 +34,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="torch's database of ops on a remote device")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--forward", action="store_true", help="no gradients")
+    parser.add_argument(
+        "--samples", type=int, default=SAMPLES, help="of a pair, half with gradients"
+    )
     parser.add_argument("--only", default="", help="ops whose name begins so")
     parser.add_argument("--json", default="", help="where to write what was found")
     options = parser.parse_args()
-    found = run(options.dtypes.split(","), forward=options.forward, only=options.only)
+    most = options.samples, 0 if options.forward else (options.samples + 1) // 2
+    found = run(options.dtypes.split(","), most, only=options.only)
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
     for one in found["pairs"]:
@@ -49,13 +51,14 @@ def main() -> int:
     return 0
 
 
-def run(dtypes: list[str], *, forward: bool = False, only: str = "") -> dict[str, Any]:
-    """Run every op; what became of each pair, and how many of each kind."""
+def run(dtypes: list[str], most: tuple[int, int], *, only: str = "") -> dict[str, Any]:
+    """Run every op, with so many samples of a pair and so many of these with gradients; what became
+    of each pair, and how many of each kind."""
     begin = time.monotonic()
     # The server starts while this process loads the database.
     with device_server("--backend", "torch", "--warm", str(PROCESSES)) as server:
         os.environ["GPUREMOTE_URL"] = server.url
-        pairs = _run_all(_names(dtypes, only), not forward)
+        pairs = _run_all(_names(dtypes, only), most)
     totals: dict[str, Any] = dict(Counter(one["state"] for one in pairs))
     totals["seconds"] = round(time.monotonic() - begin, 1)
     for key in ("samples", "gradients", "bad"):
@@ -64,8 +67,8 @@ def run(dtypes: list[str], *, forward: bool = False, only: str = "") -> dict[str
     return {"totals": totals, "pairs": pairs}
 
 
-def _run_all(names: list[tuple[int, str, str]], gradients: bool) -> list[dict[str, Any]]:
-    children = [_Child(gradients) for _ in range(PROCESSES)]
+def _run_all(names: list[tuple[int, str, str]], most: tuple[int, int]) -> list[dict[str, Any]]:
+    children = [_Child(most) for _ in range(PROCESSES)]
     pairs: list[dict[str, Any]] = []
     try:
         while names or any(child.busy for child in children):
@@ -81,7 +84,7 @@ def _run_all(names: list[tuple[int, str, str]], gradients: bool) -> list[dict[st
                 elif child.late:
                     pairs.append(child.fail("hang", f"no end within {LIMIT} s"))
                 if child.ended:
-                    children[k] = _Child(gradients)
+                    children[k] = _Child(most)
     finally:
         for child in children:
             child.end()
@@ -92,10 +95,10 @@ class _Child:
     """A process that runs the samples of one pair after the other. It is forked, with the database
     loaded and no session open."""
 
-    def __init__(self, gradients: bool) -> None:
+    def __init__(self, most: tuple[int, int]) -> None:
         context = multiprocessing.get_context("fork")
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_child, args=(theirs, gradients))
+        self._process = context.Process(target=_child, args=(theirs, most))
         self._process.start()
         theirs.close()
         self._given: tuple[int, str, str] | None = None
@@ -161,7 +164,7 @@ def _names(dtypes: list[str], only: str) -> list[tuple[int, str, str]]:
     return found[::-1]
 
 
-def _child(pipe: Connection[Any, Any], gradients: bool) -> None:
+def _child(pipe: Connection[Any, Any], most: tuple[int, int]) -> None:
     import torch
     from torch.testing._internal.common_methods_invocations import op_db
 
@@ -172,23 +175,23 @@ def _child(pipe: Connection[Any, Any], gradients: bool) -> None:
     try:
         while True:
             index, name, dtype = pipe.recv()
-            found = _pair(op_db[index], getattr(torch, dtype), gradients)
+            found = _pair(op_db[index], getattr(torch, dtype), most)
             pipe.send({"op": name, "dtype": dtype, **found})
     except (EOFError, BrokenPipeError):
         gpuremote.torch.close()
 
 
-def _pair(op: Any, dtype: Any, gradients: bool) -> dict[str, Any]:
-    wanted = gradients and op.supports_autograd and dtype.is_floating_point
+def _pair(op: Any, dtype: Any, most: tuple[int, int]) -> dict[str, Any]:
+    wanted = op.supports_autograd and dtype.is_floating_point
     counts: Counter[str] = Counter()
     why = ""
     try:
         every = list(op.sample_inputs("cpu", dtype, requires_grad=wanted))
-        samples = every[:: -(-len(every) // SAMPLES) or 1]
+        samples = every[:: -(-len(every) // most[0]) or 1]
     except Exception as error:
         return {"state": "skip", "why": f"no samples: {error}"}
     for number, sample in enumerate(samples):
-        both = wanted and number < GRADIENTS
+        both = wanted and number < most[1]
         try:
             here = _outcome(op, sample, both)
         except Exception:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from gpuremote._types import Shape
 from gpuremote.errors import (
+    ConfigError,
     GpuRemoteError,
     IndexOutOfBounds,
     OpFailed,
@@ -71,6 +72,20 @@ class Backend(abc.ABC):
 
     def __init__(self, devices: int = 0) -> None:
         self._wanted = devices
+
+    def permit(self, namespaces: Mapping[str, str], weights: str) -> None:
+        """What the operator allows beside the catalogue: ops of other namespaces, each with the
+        module that makes them, and files of weights in a folder.
+
+        Raises
+        ------
+        ConfigError
+            This backend has neither, or there is no such module.
+        """
+        if namespaces or weights:
+            raise ConfigError(
+                f"--allow-ops and --weights are for the backend torch, not {self.name}"
+            )
 
     # -- what there is --------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import contextlib
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from gpuremote._types import Shape
 from gpuremote.backend.base import Backend, Compiled, DeviceInfo
-from gpuremote.backend.torch_calls import Block, compile_call, translate
+from gpuremote.backend.torch_calls import Block, Permits, compile_call, translate
 from gpuremote.errors import GpuRemoteError, UnsupportedOp
 from gpuremote.memory.device import DeviceTarget
 from gpuremote.ops.operands import DType
@@ -50,7 +50,7 @@ class AcceleratorTorchBackend(Backend):
         visible = int(self._module.device_count())
         count = min(self._wanted, visible) if self._wanted else visible
         self._devices = [self._describe(index) for index in range(count)]
-        self._namespaces: frozenset[str] = frozenset()
+        self._permits = Permits()
         # Staging that the device may still be reading, each with the event behind the copy.
         self._in_flight: deque[tuple[Any, torch.Tensor]] = deque()
         self._lock = threading.Lock()
@@ -87,10 +87,13 @@ class AcceleratorTorchBackend(Backend):
             op=plan.spec.name,
         )
 
+    def permit(self, namespaces: Mapping[str, str], weights: str) -> None:
+        self._permits = Permits(namespaces, weights)
+
     def compile_call(
         self, call: Call
     ) -> tuple[Callable[[Sequence[Any]], list[Block]], tuple[int, ...]]:
-        return compile_call(call, self._device(call.device), self._namespaces)
+        return compile_call(call, self._device(call.device), self._permits)
 
     def translate_error(self, error: BaseException) -> GpuRemoteError:
         return translate(error) or super().translate_error(error)

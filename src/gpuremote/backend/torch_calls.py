@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
 
-from gpuremote.backend.torch_random import generator, own_op
+from gpuremote.backend.torch_files import Weights
+from gpuremote.backend.torch_random import OWN, generator
 from gpuremote.errors import (
+    ConfigError,
     GpuRemoteError,
     InternalError,
     OpFailed,
@@ -18,7 +23,7 @@ from gpuremote.errors import (
 )
 from gpuremote.ops.torch_call import CONJ, NEG, Call, Result, View
 
-__all__ = ["Block", "compile_call", "find_op", "translate"]
+__all__ = ["Block", "Permits", "compile_call", "find_op", "translate"]
 
 NAMESPACES: Final = frozenset(("aten", "prims"))
 """Whose ops may run wherever torch does."""
@@ -186,8 +191,41 @@ def _plain(kind: Any) -> bool:
     )
 
 
+class Permits:
+    """What the operator of a server allows.
+
+    Parameters
+    ----------
+    namespaces : mapping
+        Namespaces of ops beside torch's own; of each the module that makes them, which is imported.
+    weights : str
+        A folder with files of weights; "": none.
+
+    Raises
+    ------
+    ConfigError
+        A module can't be imported.
+    """
+
+    def __init__(
+        self, namespaces: Mapping[str, str] = MappingProxyType({}), weights: str = ""
+    ) -> None:
+        for space, module in namespaces.items():
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise ConfigError(f"ops of {space!r}: {error}") from error
+        self.namespaces = frozenset(namespaces)
+        files = Weights(weights)
+        self.own: dict[str, Callable[..., Any]] = {
+            **OWN,
+            "gpuremote::weights_header": files.header,
+            "gpuremote::weights_read": files.read,
+        }
+
+
 def compile_call(
-    call: Call, device: torch.device, namespaces: frozenset[str]
+    call: Call, device: torch.device, permits: Permits
 ) -> tuple[Callable[[Sequence[Any]], list[Block]], tuple[int, ...]]:
     """A function that runs the call (it takes blocks and numbers in operand order, and gives the
     storages that the op makes), and which operands it writes to.
@@ -197,8 +235,8 @@ def compile_call(
     UnsupportedOp
         The op may not run here.
     """
-    own = own_op(call.name, device)
-    op = find_op(call.name, namespaces) if own is None else own
+    own = permits.own.get(call.name)
+    op = find_op(call.name, permits.namespaces) if own is None else partial(own, device)
     arguments = _Arguments(call, device)
     writes = _written(op, call)
     if None in call.sizes and own is None and all(o.__class__ is str for o in call.operands):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ import torch
 from gpuremote._types import Shape
 from gpuremote.backend.base import Compiled
 from gpuremote.backend.numpy_backend import NumpyBackend
-from gpuremote.backend.torch_calls import Block, compile_call, translate
+from gpuremote.backend.torch_calls import Block, Permits, compile_call, translate
 from gpuremote.errors import GpuRemoteError
 from gpuremote.memory.device import DeviceTarget
 from gpuremote.ops.operands import DType
@@ -41,7 +41,7 @@ class HostTorchBackend(NumpyBackend):
     def __init__(self, devices: int = 0) -> None:
         super().__init__(devices)
         self._device = torch.device("cpu")
-        self._namespaces: frozenset[str] = frozenset()
+        self._permits = Permits()
 
     @classmethod
     def probe(cls) -> tuple[bool, str]:
@@ -62,10 +62,13 @@ class HostTorchBackend(NumpyBackend):
         if most == resource.RLIM_INFINITY or wanted < most:
             resource.setrlimit(resource.RLIMIT_DATA, (wanted, most))
 
+    def permit(self, namespaces: Mapping[str, str], weights: str) -> None:
+        self._permits = Permits(namespaces, weights)
+
     def compile_call(
         self, call: Call
     ) -> tuple[Callable[[Sequence[Any]], list[Block]], tuple[int, ...]]:
-        return compile_call(call, self._device, self._namespaces)
+        return compile_call(call, self._device, self._permits)
 
     def block(self, array: Any) -> Block:
         if array.__class__ is Block:

@@ -6,14 +6,13 @@ A process serves one session, so they are kept here by device and number; 0 is t
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Final
 
 import torch
 
 from gpuremote.errors import LimitExceeded
 
-__all__ = ["generator", "own_op"]
+__all__ = ["OWN", "generator"]
 
 MOST: Final = 4096
 """Generators of a process."""
@@ -54,16 +53,10 @@ def _drop_generator(device: torch.device, number: int) -> None:
     _made.pop((device, number), None)
 
 
-_OWN: Final[dict[str, Callable[..., Any]]] = {
+OWN: Final[dict[str, Callable[..., Any]]] = {
     "gpuremote::manual_seed": _manual_seed,
     "gpuremote::get_rng_state": _get_rng_state,
     "gpuremote::set_rng_state": _set_rng_state,
     "gpuremote::drop_generator": _drop_generator,
 }
-"""What is no op of torch's, and has to come in turn with those."""
-
-
-def own_op(name: str, device: torch.device) -> Callable[..., Any] | None:
-    """The function of such an op on a device, or None."""
-    found = _OWN.get(name)
-    return None if found is None else partial(found, device)
+"""What is no op of torch's, and has to come in turn with those; each takes the device first."""

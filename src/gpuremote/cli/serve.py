@@ -108,6 +108,19 @@ def add_parser(commands: Any) -> None:
         metavar="HOST:PORT",
         help="how other servers reach this one, for copies between servers",
     )
+    parser.add_argument(
+        "--allow-ops",
+        action="append",
+        metavar="NAME[=MODULE]",
+        help="with --backend torch: a namespace of custom ops that sessions may run, and the "
+        "module that makes them (default: of the same name); may be given several times",
+    )
+    parser.add_argument(
+        "--weights",
+        default="",
+        metavar="FOLDER",
+        help="with --backend torch: safetensors files that sessions may load from here",
+    )
     parser.add_argument("--json", action="store_true", help="say where it listens as JSON")
     parser.add_argument("--verbose", action="store_true", help="log every session")
     parser.add_argument("--ready-fd", type=int, default=-1, help=argparse.SUPPRESS)
@@ -143,6 +156,8 @@ def run(options: argparse.Namespace) -> int:
         keyfile=options.keyfile or "",
         client_ca=options.client_ca or "",
         cafile=options.cafile or "",
+        allow_ops=tuple(options.allow_ops or ()),
+        weights=options.weights,
     )
     if server_options.cafile:
         TlsClient(server_options.cafile).context()  # workers would find out one by one

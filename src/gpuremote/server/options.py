@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from gpuremote.errors import ConfigError
 
@@ -42,6 +44,10 @@ class ServerOptions:
     cafile : str
         PEM file: whose certificates are trusted where this server's workers connect to another
         server; empty: ``certfile``, and where there is none the system's.
+    allow_ops : tuple of str
+        Namespaces of custom torch ops that sessions may run, ``NAME`` or ``NAME=MODULE``.
+    weights : str
+        Folder with safetensors files that sessions may load; empty: none.
     advertise : str
         ``HOST:PORT`` by which other servers reach this one; empty: what the client used.
     """
@@ -61,6 +67,8 @@ class ServerOptions:
     keyfile: str = ""
     client_ca: str = ""
     cafile: str = ""
+    allow_ops: tuple[str, ...] = ()
+    weights: str = ""
 
     def __post_init__(self) -> None:
         for name in ("devices", "memory_limit", "grace", "max_sessions", "warm", "drain"):
@@ -71,6 +79,11 @@ class ServerOptions:
         for name in ("keyfile", "client_ca"):
             if getattr(self, name) and not self.certfile:
                 raise ConfigError(f"{name} is given without certfile")
+        if self.weights and not Path(self.weights).is_dir():
+            raise ConfigError(f"weights: there is no folder {self.weights}")
+        for allowed in self.allow_ops:
+            if not re.fullmatch(r"\w+(=[\w.]+)?", allowed):
+                raise ConfigError(f"allow_ops: {allowed!r} is neither NAME nor NAME=MODULE")
 
     def worker_environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         """What a worker process finds there: the token, which a command line would show."""
@@ -100,4 +113,7 @@ class ServerOptions:
             self.client_ca,
             "--cafile",
             self.cafile or self.certfile,
+            "--weights",
+            self.weights,
+            *(part for allowed in self.allow_ops for part in ("--allow-ops", allowed)),
         ]

@@ -73,6 +73,8 @@ class Worker:
         self.channel = channel
         self.options = options
         self.backend = registry.create(options.backend, devices=options.devices)
+        pairs = [allowed.partition("=") for allowed in options.allow_ops]
+        self.backend.permit({name: module or name for name, _, module in pairs}, options.weights)
         self.state = SessionState()
         self._wake_main = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake_control = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -471,8 +473,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--devices", type=int, required=True)
     parser.add_argument("--memory-limit", type=int, required=True)
     parser.add_argument("--grace", type=float, required=True)
-    for name in ("--certfile", "--keyfile", "--client-ca", "--cafile"):
+    for name in ("--certfile", "--keyfile", "--client-ca", "--cafile", "--weights"):
         parser.add_argument(name, default="")
+    parser.add_argument("--allow-ops", action="append", default=[])
     parser.add_argument("--software", default="gpuremote")
     options = parser.parse_args(arguments)
     channel = socket.socket(fileno=options.channel)

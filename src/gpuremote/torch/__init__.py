@@ -10,8 +10,20 @@ without either one starts on this machine. Ops return at once. What waits is ask
 
 from gpuremote.torch._capture import Captured, capture
 from gpuremote.torch._homes import close, connect
-from gpuremote.torch._registration import register
+from gpuremote.torch._profile import Profile, profile
+from gpuremote.torch._registration import allow_ops, register
+from gpuremote.torch._weights import load_file
 
-__all__ = ["Captured", "capture", "close", "connect", "register"]
+__all__ = [
+    "Captured",
+    "Profile",
+    "allow_ops",
+    "capture",
+    "close",
+    "connect",
+    "load_file",
+    "profile",
+    "register",
+]
 
 register()

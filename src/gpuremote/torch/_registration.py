@@ -24,7 +24,7 @@ from gpuremote.torch._special import FRONTED, SPECIAL, VIEWS
 from gpuremote.torch._storages import handle_of
 from gpuremote.torch._tier import native
 
-__all__ = ["register"]
+__all__ = ["allow_ops", "register"]
 
 LEFT_TO_TORCH: Final = frozenset(
     (
@@ -48,6 +48,7 @@ LEFT_TO_TORCH: Final = frozenset(
 """Ops that torch does with others, or that mean nothing here."""
 
 _lock = threading.Lock()
+_allowed: set[str] = set()
 _libraries: list[Any] = []
 """Kept: what they registered goes with them."""
 
@@ -79,6 +80,34 @@ def register() -> None:
             _register_in_python(library, ours)
         else:
             _register_in_front(library, ours)
+
+
+def allow_ops(namespace: str) -> None:
+    """Let the custom ops of a namespace run on remote devices; the server has to allow them too
+    (``serve --allow-ops``).
+
+    Their Python or C++ has to be loaded on both sides, as what they give is found out here by the
+    rules that were registered for them (``torch.library.register_fake``).
+
+    Raises
+    ------
+    ValueError
+        There is no op of that namespace, or none that could travel.
+    """
+    with _lock:
+        if namespace in _allowed:
+            return
+        library: Any = torch.library.Library(namespace, "IMPL")
+        count = 0
+        for name in torch._C._dispatch_get_all_op_names():
+            op = _op(name) if name.startswith(f"{namespace}::") else None
+            if op is not None and _is_ours(name, op):
+                library.impl(name.partition("::")[2], Kernel(op), "PrivateUse1")
+                count += 1
+        if not count:
+            raise ValueError(f"there are no ops of the namespace {namespace!r} that could travel")
+        _libraries.append(library)
+        _allowed.add(namespace)
 
 
 def _name_device() -> None:
@@ -142,9 +171,10 @@ def _redispatch(op: Any, keys: Any) -> Any:
 
 def _op(name: str) -> Any:
     """The op of a dispatcher's name; None if Python does not see it."""
-    base, _, overload = name.partition("::")[2].partition(".")
+    space, _, rest = name.partition("::")
+    base, _, overload = rest.partition(".")
     try:
-        return getattr(getattr(torch.ops.aten, base), overload or "default")
+        return getattr(getattr(getattr(torch.ops, space), base), overload or "default")
     except AttributeError:
         return None
 

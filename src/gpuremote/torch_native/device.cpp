@@ -11,9 +11,11 @@
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/csrc/Generator.h>
+#include <torch/csrc/autograd/engine.h>
 
 #include <atomic>
 #include <map>
+#include <thread>
 
 namespace gpuremote {
 
@@ -311,6 +313,13 @@ class Hooks final : public at::PrivateUse1HooksInterface {
   }
 };
 
+// What Engine lets its subclasses see.
+struct Access : torch::autograd::Engine {
+  static auto& queues(torch::autograd::Engine& engine) {
+    return engine.*(&Access::device_ready_queues_);
+  }
+};
+
 DeviceIndex Guard::deviceCount() const noexcept {
   Interpreter lock;
   return static_cast<DeviceIndex>(count_devices());
@@ -340,6 +349,22 @@ PyObject* exchange_device(PyObject*, PyObject* index) {
   if (wanted >= 0)
     current = static_cast<DeviceIndex>(wanted);
   return PyLong_FromLong(before);
+}
+
+// torch's engine starts a thread for each device it knows of when it is used first, and never again.
+// Sessions may open later, to more devices.
+void start_threads(size_t count) {
+  auto& engine = torch::autograd::Engine::get_default_engine();
+  engine.initialize_device_threads_pool();
+  auto& queues = Access::queues(engine);
+  // Nobody else looks at these: a backward of the host's does not, and none of a remote device's
+  // can run before its session is open.
+  while (queues.size() < count) {
+    auto queue = std::make_shared<torch::autograd::ReadyQueue>();
+    const auto index = static_cast<int>(queues.size());
+    queues.push_back(queue);
+    std::thread([&engine, index, queue] { engine.thread_init(index, queue, true); }).detach();
+  }
 }
 
 void register_device() {

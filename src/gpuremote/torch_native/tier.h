@@ -6,8 +6,8 @@
 //
 //     tape.cpp      records of ops, until the session in Python takes them
 //     storages.cpp  remote storages: names in place of memory, and who lets go of them
-//     kernels.cpp   ops: arguments -> key -> plan -> record and results
-//     engine.cpp    threads for gradients
+//     keys.cpp      arguments of an op -> key
+//     kernels.cpp   key -> plan -> record and results
 //     device.cpp    what torch wants to know of a device: guard, streams, generators, pinned memory
 //     module.cpp    the module gpuremote_torch
 //
@@ -156,7 +156,7 @@ PyObject* counts(PyObject* module, PyObject* unused);
 
 void register_device();
 int current_device();
-// engine.cpp: as many threads for gradients, without the interpreter lock.
+// As many threads for gradients; without the interpreter lock.
 void start_threads(size_t count);
 // The server's number of a generator of ours.
 uint64_t generator_number(const at::Generator& generator);
