@@ -26,10 +26,10 @@ except ImportError:
 
 import gpuremote.torch
 
-TEXT = (Path(__file__).parents[1] / "LICENSE").read_text()
+TEXT = " ".join((Path(__file__).parents[1] / "LICENSE").read_text().split())
 LETTERS = sorted(set(TEXT))
 LENGTH = 48
-STEPS = 60
+STEPS = 90
 EVERY = 10
 """Steps after which the loss is looked at."""
 
@@ -62,7 +62,7 @@ def batches() -> torch.Tensor:
 
 def train(net: GPT2LMHeadModel, device: str, data: torch.Tensor) -> list[float]:
     net.to(device).train()
-    optimiser = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=5e-3)
     losses = []
     for step, batch in enumerate(data.to(device)):
         optimiser.zero_grad()

@@ -49,6 +49,21 @@ def test_torch_finds_the_device_by_itself_where_it_is_told(url: str) -> None:
     assert done.stdout.split() == ["True" if url else "False"] * 2
 
 
+def test_a_backward_of_the_host_opens_nothing() -> None:
+    """torch's engine asks for devices when it starts; no session opens for that."""
+    program = """
+import torch, gpuremote.torch
+from gpuremote.torch import _homes
+torch.ones((), requires_grad=True).backward()
+assert not _homes.opened()
+x = torch.ones(3, device="remote", requires_grad=True)
+(x * 2).sum().backward()
+assert x.grad.sum().item() == 6
+gpuremote.torch.close()
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=50)
+
+
 def test_a_backward_before_the_import() -> None:
     """torch has started its threads then, without one for a remote device."""
     program = """

@@ -320,9 +320,10 @@ struct Access : torch::autograd::Engine {
   }
 };
 
+// Python that asks opens the sessions. torch's engine asks too, without the interpreter lock and in
+// the midst of its start: it gets those that are open, and start_threads sees to the others.
 DeviceIndex Guard::deviceCount() const noexcept {
-  Interpreter lock;
-  return static_cast<DeviceIndex>(count_devices());
+  return static_cast<DeviceIndex>(PyGILState_Check() ? count_devices() : opened_devices());
 }
 
 }  // namespace

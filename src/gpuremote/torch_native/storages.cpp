@@ -5,6 +5,7 @@
 #include <ATen/EmptyTensor.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <array>
+#include <atomic>
 
 #include <structmember.h>
 #include <torch/csrc/Dtype.h>
@@ -125,6 +126,7 @@ RemoteAllocator allocator;
 
 // By index. Devices of sessions that were closed live on, as storages point to them.
 std::vector<Device*> devices;
+std::atomic<int> opened{0};
 
 }  // namespace
 
@@ -167,6 +169,10 @@ static bool open_sessions() noexcept {
   return true;
 }
 
+int opened_devices() noexcept {
+  return opened;
+}
+
 int count_devices() noexcept {
   if (!open_sessions())
     PyErr_Clear();
@@ -198,6 +204,7 @@ PyObject* set_devices(PyObject*, PyObject* list) {
   }
   Py_DECREF(items);
   devices = std::move(found);
+  opened = static_cast<int>(devices.size());
   if (!devices.empty()) {
     const size_t count = devices.size();
     Py_BEGIN_ALLOW_THREADS;

@@ -120,8 +120,10 @@ Entry* entry_named(uint64_t name);
 bool parse_form(PyObject* form, Form& found);
 // remote:index; opens the sessions. Throws if there is none. With the interpreter lock.
 Device* device_at(int index);
-// How many there are; opens the sessions. 0 where that fails.
+// How many there are; opens the sessions. 0 where that fails. With the interpreter lock.
 int count_devices() noexcept;
+// How many there are of sessions that are open.
+int opened_devices() noexcept;
 void register_allocator();
 PyObject* set_devices(PyObject* module, PyObject* devices);
 PyObject* held(PyObject* module, PyObject* name);
