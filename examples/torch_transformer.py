@@ -62,7 +62,7 @@ def batches() -> torch.Tensor:
 
 def train(net: GPT2LMHeadModel, device: str, data: torch.Tensor) -> list[float]:
     net.to(device).train()
-    optimiser = torch.optim.AdamW(net.parameters(), lr=5e-3)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=2e-3)
     losses = []
     for step, batch in enumerate(data.to(device)):
         optimiser.zero_grad()
