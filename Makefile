@@ -107,8 +107,10 @@ $(VENV)/.stamp-bench: pyproject.toml $(NATIVE) | $(VENV)/.stamp-venv
 $(VENV)/.stamp-test: pyproject.toml $(NATIVE) | $(VENV)/.stamp-venv
 	@echo "== setup: PyTorch for the tests ($(TORCH); large, downloaded once)"
 	@$(PIP) install '$(TORCH)'
-	@echo "== setup: gpuremote and what the tests need"
-	@$(PIP) install -e '.[test]'
-	@echo "== setup: the part of gpuremote.torch in C++ (once)"
-	@$(BIN)/gpuremote torch build
+	@echo "== setup: gpuremote and what the tests need; meanwhile its part in C++ is built"
+	@$(PIP) install -e .
+	@$(BIN)/gpuremote torch build >$(VENV)/torch-build.log 2>&1 & build=$$!; \
+		$(PIP) install -e '.[test]'; installed=$$?; \
+		wait $$build || { cat $(VENV)/torch-build.log >&2; exit 1; }; \
+		tail -n 1 $(VENV)/torch-build.log; exit $$installed
 	@touch $(VENV)/.stamp-demo $(VENV)/.stamp-bench $@

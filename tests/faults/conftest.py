@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -26,7 +27,12 @@ def tcp() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["asyncio", "blocking"])
+# The half of the suite on asyncio leaves the blocking driver to the other one.
+ONE_HALF = os.environ.get("GPUREMOTE_TEST_LOOP") == "asyncio"
+DRIVERS = ["asyncio"] if ONE_HALF else ["asyncio", "blocking"]
+
+
+@pytest.fixture(params=DRIVERS)
 def side(
     request: pytest.FixtureRequest, loop_factory: Callable[[], asyncio.AbstractEventLoop]
 ) -> Iterator[Side]:

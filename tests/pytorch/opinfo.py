@@ -2,6 +2,8 @@
 
     python -m tests.pytorch.opinfo [--dtypes float32,int64] [--forward] [--only NAME] [--json FILE]
 
+of the part that GPUREMOTE_TORCH_TIER names.
+
 Every op runs in a process that may crash or hang: that is charged to the op, and the rest goes on.
 A pair (op, dtype) counts where the host itself runs it.
 """
@@ -37,11 +39,12 @@ def main() -> int:
     parser.add_argument(
         "--samples", type=int, default=SAMPLES, help="of a pair, half with gradients"
     )
+    parser.add_argument("--every", type=int, default=1, help="only each so many-th pair")
     parser.add_argument("--only", default="", help="ops whose name begins so")
     parser.add_argument("--json", default="", help="where to write what was found")
     options = parser.parse_args()
     most = options.samples, 0 if options.forward else (options.samples + 1) // 2
-    found = run(options.dtypes.split(","), most, only=options.only)
+    found = run(options.dtypes.split(","), most, only=options.only, every=options.every)
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
     for one in found["pairs"]:
@@ -51,14 +54,16 @@ def main() -> int:
     return 0
 
 
-def run(dtypes: list[str], most: tuple[int, int], *, only: str = "") -> dict[str, Any]:
+def run(
+    dtypes: list[str], most: tuple[int, int], *, only: str = "", every: int = 1
+) -> dict[str, Any]:
     """Run every op, with so many samples of a pair and so many of these with gradients; what became
     of each pair, and how many of each kind."""
     begin = time.monotonic()
     # The server starts while this process loads the database.
     with device_server("--backend", "torch", "--warm", str(PROCESSES)) as server:
         os.environ["GPUREMOTE_URL"] = server.url
-        pairs = _run_all(_names(dtypes, only), most)
+        pairs = _run_all(_names(dtypes, only)[::every], most)
     totals: dict[str, Any] = dict(Counter(one["state"] for one in pairs))
     totals["seconds"] = round(time.monotonic() - begin, 1)
     for key in ("samples", "gradients", "bad"):

@@ -253,6 +253,36 @@ def test_tensors_of_two_devices_do_not_mix(device: torch.device) -> None:
     assert x[torch.tensor([0, 2])].tolist() == [1, 1]
 
 
+def test_the_default_dtype(device: torch.device) -> None:
+    """What numbers become in an op with integers; both ends have to agree, each time."""
+    x = torch.arange(3).to(device)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        torch.set_default_dtype(dtype)
+        try:
+            for found in (x * 0.5, x / 2, torch.sqrt(x), torch.ones(2, device=device)):
+                assert found.dtype == found.cpu().dtype == dtype
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_a_conjugate_that_was_saved(device: torch.device) -> None:
+    z = torch.randn(4, dtype=torch.complex64)
+    file = io.BytesIO()
+    torch.save(z.conj(), file)
+    z.to(device).clone()
+    file.seek(0)
+    found = torch.load(file, map_location="remote")
+    torch.testing.assert_close(found.cpu(), z.conj().resolve_conj())
+    torch.testing.assert_close(z.to(device).clone().cpu(), z)
+
+
+def test_set_beyond_the_storage(device: torch.device) -> None:
+    storage = torch.ones(2).to(device).untyped_storage()
+    with pytest.raises(RuntimeError, match="400 bytes of a remote storage of 8"):
+        torch.empty(0).to(device).set_(storage, 0, (100,), (1,))
+    assert torch.empty(0).to(device).set_(storage, 1, (1,), (1,)).tolist() == [1]
+
+
 def test_an_error_names_the_line(device: torch.device) -> None:
     singular = torch.zeros(3, 3).to(device)
     torch.linalg.cholesky_ex(singular, check_errors=False)

@@ -253,6 +253,34 @@ def test_memory_as_torch_asks() -> None:
     assert torch.accelerator.memory_allocated(3) == before
 
 
+def test_programs_on_other_devices() -> None:
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    compiled: Any = torch.compile(twice, backend="gpuremote")
+    weight = torch.ones(3, device="remote:3")
+    captured = gpuremote.torch.capture(lambda x: x + weight)
+    for k in range(4):
+        for index in (1, 3):
+            x = torch.full((3,), float(k), device=f"remote:{index}")
+            found = compiled(x)
+            assert (found.device.index, found.tolist()) == (index, [2 * k] * 3)
+        made = captured(torch.full((3,), float(k), device="remote:3"))
+        assert (made.device.index, made.tolist()) == (3, [k + 1] * 3)
+    assert captured.replays == 2
+
+
+def test_a_generator_of_another_device() -> None:
+    generator = torch.Generator("remote:0")
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.randn(3, device="remote:1", generator=generator).cpu()
+
+
+def test_a_generator_that_ends_with_an_error() -> None:
+    with pytest.raises(TypeError, match="dtype"):
+        torch.randn(3, device="remote", generator=torch.Generator("remote"), dtype="x")  # type: ignore[call-overload]
+
+
 def test_both_parts_write_the_same() -> None:
     """What was written in C++ is compared with what Python would have, when a call is learnt."""
     learnt, _ = native.counts()

@@ -13,9 +13,13 @@ import torch
 import gpuremote.torch
 from gpuremote.errors import GpuRemoteError, SessionLost
 from gpuremote.torch import _homes
+from gpuremote.torch._tier import native
 from tests.pytorch.device import remote_device
 
+ONCE = pytest.mark.skipif(native is None, reason="the same for both parts, and slow")
 
+
+@ONCE
 def test_a_killed_worker_is_an_error() -> None:
     with remote_device("&memory=256MiB") as device:
         _lose(device)
@@ -32,6 +36,7 @@ def _lose(device: torch.device) -> None:
     assert (torch.ones(3).to(device) + 1).sum().item() == 6
 
 
+@ONCE
 @pytest.mark.parametrize("url", ["", "local://?backend=torch"])
 def test_torch_finds_the_device_by_itself_where_it_is_told(url: str) -> None:
     program = "import sys, torch; print('gpuremote' in sys.modules, hasattr(torch, 'remote'))"
@@ -87,6 +92,7 @@ gpuremote.torch.close()
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=50)
 
 
+@ONCE
 def test_a_server_without_torch_says_so() -> None:
     gpuremote.torch.close()
     gpuremote.torch.connect("local://?backend=numpy")

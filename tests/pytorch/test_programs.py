@@ -209,6 +209,91 @@ def test_state_that_is_carried_from_call_to_call(device: torch.device) -> None:
     same(state["there"].cpu(), state["here"])
 
 
+def test_gradients_that_are_dropped_outside(device: torch.device) -> None:
+    """There is nothing left then to give the new ones to: it runs op by op, and says so."""
+    model = nn.Linear(3, 1).to(device)
+    data = torch.ones(2, 3, device=device)
+
+    def backward(x: Tensor) -> Tensor:
+        loss: Tensor = model(x).mean()
+        loss.backward()
+        return loss
+
+    captured = gpuremote.torch.capture(backward, strict=False)
+    told = 0
+    for _ in range(30):
+        model.zero_grad()
+        try:
+            captured(data)
+        except RuntimeWarning:
+            told += 1
+        else:
+            assert model.weight.grad is not None
+            same(model.weight.grad.cpu(), torch.ones(1, 3))
+    assert told == 1
+    assert "set_to_none=False" in captured.explain()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_result_that_is_kept_too(device: torch.device, late: bool) -> None:
+    state = [torch.zeros(3, device=device)]
+
+    def step(x: Tensor) -> Tensor:
+        before = state[0]
+        state[0] = before * 0.5 + x
+        return before if late else state[0]
+
+    captured = gpuremote.torch.capture(step)
+    x = torch.ones(3, device=device)
+    expected = torch.zeros(3)
+    for _ in range(4):
+        made = captured(x)
+        before, expected = expected, expected * 0.5 + 1
+        same(made.cpu(), before if late else expected)
+    with pytest.raises(UnsupportedOp, match="return a clone"):
+        captured(x)
+
+
+def test_an_argument_that_the_function_knows_too(device: torch.device) -> None:
+    weight = torch.ones(3, device=device)
+    captured = gpuremote.torch.capture(lambda x: x + weight)
+    for x in (weight, weight, weight, torch.zeros(3, device=device), torch.ones(3, device=device)):
+        same(captured(x).cpu(), x.cpu() + 1)
+    for k in range(4):
+        same(captured(torch.full((3,), float(k), device=device)).cpu(), torch.full((3,), k + 1.0))
+    assert captured.replays >= 2
+
+
+def test_a_tensor_of_an_earlier_call_and_the_one_before(device: torch.device) -> None:
+    first: list[Tensor] = []
+    last: list[Tensor] = [torch.zeros(())]
+
+    def step(x: Tensor) -> Tensor:
+        y = x * 2
+        if not first:
+            first.append(y)
+        last[0] = y
+        return first[0] + y
+
+    captured = gpuremote.torch.capture(step)
+    for k in range(8):
+        assert captured(torch.full((), float(k), device=device)).item() == 2 * k
+    assert captured.replays >= 3
+
+
+def test_a_program_of_many_ops(device: torch.device) -> None:
+    def work(x: Tensor) -> Tensor:
+        for _ in range(3000):
+            x = x + 1
+        return x
+
+    captured = gpuremote.torch.capture(work)
+    x = torch.zeros(2, device=device)
+    for _ in range(4):
+        assert captured(x).tolist() == [3000, 3000]
+    assert _ops(lambda: captured(x)) == 1
+
+
 def test_other_arguments_are_captured_by_themselves(device: torch.device) -> None:
     captured = gpuremote.torch.capture(lambda x, k: (x * k, x))
     for n in (2, 3):

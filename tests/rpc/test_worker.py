@@ -24,7 +24,8 @@ OPTIONS = argparse.Namespace(
     memory_limit=1 << 20,
     grace=30.0,
     software="gpuremote",
-    **dict.fromkeys(("certfile", "keyfile", "client_ca", "cafile"), ""),
+    allow_ops=[],
+    **dict.fromkeys(("certfile", "keyfile", "client_ca", "cafile", "weights"), ""),
 )
 HELLO = Hello(transports={"tcp": ""})
 REQUEST: dict[str, Any] = {

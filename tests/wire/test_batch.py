@@ -10,7 +10,7 @@ import pytest
 from gpuremote.errors import LimitExceeded, ProtocolError
 from gpuremote.wire import batch
 from gpuremote.wire.batch import FIRST_PLAN, PREFIX, Op, blob_record, decode, fixed_record
-from gpuremote.wire.caps import MAX_BATCH, MAX_BLOB, MAX_FREES
+from gpuremote.wire.caps import MAX_BATCH, MAX_BLOB, MAX_DEFINITION, MAX_FREES
 from gpuremote.wire.frames import pack_info
 
 
@@ -144,8 +144,12 @@ def test_caps() -> None:
     with pytest.raises(ProtocolError):
         records(PREFIX.pack(1) + struct.pack("<IIQ", Op.FREE, MAX_FREES + 1, 0) + bytes(64))
     with pytest.raises(ProtocolError):
-        records(PREFIX.pack(1) + struct.pack("<II", Op.DEFINE, MAX_BLOB + 1) + bytes(64))
+        records(PREFIX.pack(1) + struct.pack("<II", Op.PUT, MAX_BLOB + 1) + bytes(64))
+    with pytest.raises(ProtocolError):
+        records(PREFIX.pack(1) + struct.pack("<II", Op.DEFINE, MAX_DEFINITION + 1) + bytes(64))
     with pytest.raises(LimitExceeded):
-        blob_record(Op.DEFINE, blob=bytes(MAX_BLOB + 1))
+        blob_record(Op.PUT, blob=bytes(MAX_BLOB + 1))
+    with pytest.raises(LimitExceeded):
+        blob_record(Op.DEFINE, blob=bytes(MAX_DEFINITION + 1))
     with pytest.raises(ProtocolError):
         records(b"1234567")

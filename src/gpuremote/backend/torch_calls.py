@@ -244,6 +244,8 @@ def compile_call(
     operands = tuple(enumerate(call.operands))
     build = arguments.build
     run_op = getattr(op, "_op", op)
+    if call.default != "float32":
+        run_op = _by_default(run_op, _DTYPES[call.default])
 
     def tensors_of(values: Sequence[Any]) -> list[Any]:
         found = list(values)
@@ -260,10 +262,7 @@ def compile_call(
             tensors = tensors_of(values)
             args, keywords = build(tensors)
             run_op(*args, **keywords)
-            for k in writes:
-                if tensors[k].untyped_storage().nbytes() > values[k].nbytes:
-                    tensors[k].untyped_storage().resize_(values[k].nbytes)
-                    raise ShapeError("what the op writes does not fit in the storage it was given")
+            _check_written(writes, tensors, values)
             return []
 
         return run_in_place, writes
@@ -278,7 +277,10 @@ def compile_call(
         tensors = tensors_of(values)
         args, keywords = build(tensors)
         made = run_op(*args, **keywords)
-        if known:
+        if writes:
+            _check_written(writes, tensors, values)
+        # The size each time: that of some results depends on values.
+        if known and made.untyped_storage().nbytes() == size:
             return [Block(made, size, view)]  # type: ignore[arg-type]
         if single and made.__class__ is torch.Tensor and _as_said(made, view, size, tensors):
             known = True
@@ -286,6 +288,33 @@ def compile_call(
         return _blocks(call, made, tensors)
 
     return run, writes
+
+
+def _by_default(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    """The function, run with another default dtype."""
+
+    def run(*args: Any, **keywords: Any) -> Any:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            return function(*args, **keywords)
+        finally:
+            torch.set_default_dtype(before)
+
+    return run
+
+
+def _check_written(writes: Sequence[int], tensors: Sequence[Any], values: Sequence[Any]) -> None:
+    """
+    Raises
+    ------
+    ShapeError
+        The op has made a storage larger than what is counted; it is no longer.
+    """
+    for k in writes:
+        if tensors[k].untyped_storage().nbytes() > values[k].nbytes:
+            tensors[k].untyped_storage().resize_(values[k].nbytes)
+            raise ShapeError("what the op writes does not fit in the storage it was given")
 
 
 def _written(op: Any, call: Call) -> tuple[int, ...]:

@@ -443,6 +443,8 @@ class Issuer:
         self._staged = []
 
     def _free_dropped(self) -> None:
+        if self._tape is not None:
+            self._merge()  # before a number is given here
         dropped = self.dropped
         handles = [dropped.popleft() for _ in range(min(len(dropped), _FREES))]
         if max(handles) - min(handles) >= FREE_SPAN:
@@ -454,6 +456,8 @@ class Issuer:
         self.stats.freed += len(handles)
 
     def _drop_streams(self) -> None:
+        if self._tape is not None:
+            self._merge()
         for queue, op in (
             (self.dropped_events, Op.EVENT_DROP),
             (self.dropped_streams, Op.STREAM_DROP),

@@ -4,13 +4,14 @@ A handle names a *storage*; the tensors that an op takes are views of storages, 
 plan. Views are therefore made where they are used, and never travel by themselves. A plan travels
 once (:func:`encode`)::
 
-    ["torch", id, op, device, operands, arguments, sizes, results]
+    ["torch", id, op, device, operands, arguments, sizes, results, default]
 
 ``op`` is a schema's name with its overload (``"aten::add.Tensor"``). An operand is a
 :class:`View` or the code of a scalar; a call is the plan's id, the handle or the value of each,
 packed by ``Call.layout``. ``arguments`` is the argument list with places for the operands, see
 :class:`Slot`. ``sizes`` are the bytes of each storage that the op makes (None: known only when it
-has run), ``results`` the views of these that it gives.
+has run), ``results`` the views of these that it gives. ``default`` is the dtype that numbers get
+where nothing else says (``torch.set_default_dtype``).
 
 Nothing here imports torch: dtypes and the like travel by their names.
 """
@@ -81,6 +82,10 @@ DTYPES: Final = {
     "float8_e5m2fnuz": 1,
 }
 """Bytes of each dtype that may travel."""
+
+
+DEFAULTS: Final = ("float32", "float64", "float16", "bfloat16")
+"""What ``Call.default`` may be."""
 
 
 class View:
@@ -181,12 +186,15 @@ class Call:
         first element is one of ``TAGS``.
     sizes : tuple of int or None
     results : tuple of Result
+    default : str
+        The dtype that numbers get where nothing else says.
     layout : struct.Struct
         Packs a call.
     """
 
     __slots__ = (
         "arguments",
+        "default",
         "device",
         "id",
         "layout",
@@ -205,6 +213,7 @@ class Call:
         arguments: list[Any],
         sizes: tuple[int | None, ...],
         results: tuple[Result, ...],
+        default: str = "float32",
     ) -> None:
         self.id = ident
         self.name = name
@@ -213,6 +222,7 @@ class Call:
         self.arguments = arguments
         self.sizes = sizes
         self.results = results
+        self.default = default
         self.layout = struct.Struct(
             "<I" + "".join("Q" if isinstance(o, View) else SCALAR_FORMATS[o] for o in operands)
         )
@@ -242,6 +252,7 @@ def encode(call: Call) -> list[Any]:
             [r.storage, r.dtype, None if r.view is None else _encode_view(r.view)]
             for r in call.results
         ],
+        call.default,
     ]
 
 
@@ -272,10 +283,13 @@ def decode(obj: Any, views: Views) -> Call:
             [list(), dict()] as arguments,
             list(sizes),
             list(results),
+            str(default),
         ]:
             pass
         case _:
             raise ProtocolError("a malformed definition of a torch op")
+    if default not in DEFAULTS:
+        raise ProtocolError("a definition of a torch op with a default dtype that can't be")
     if not 0 <= ident < 1 << 32 or not 0 <= device < 1024 or len(name) > MAX_TEXT:
         raise ProtocolError("a definition of a torch op with numbers that can't be")
     if max(len(operands), len(sizes), len(results)) > MAX_OPERANDS:
@@ -292,6 +306,7 @@ def decode(obj: Any, views: Views) -> Call:
         arguments,
         tuple(sizes),
         tuple(_decode_result(result, sizes, views) for result in results),
+        default,
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-from gpuremote.torch._homes import Home
+from gpuremote.client.core import Core
+from gpuremote.torch._homes import opened
 from gpuremote.torch._storages import HELD, give_back
 from gpuremote.torch._tier import native
 
@@ -14,12 +15,15 @@ Anchor: TypeAlias = Any
 """What finds a storage as long as it lives, and does not keep it."""
 
 
-def anchors(home: Home) -> dict[int, Anchor]:
-    """Of every storage of a device that lives, by its handle."""
+def anchors(core: Core) -> dict[int, Anchor]:
+    """Of every storage of a session's devices that lives, by its handle."""
     if native is not None:
-        found: dict[int, Anchor] = native.anchors(home)
+        found: dict[int, Anchor] = {}
+        for home in opened():
+            if home.core is core:
+                found |= native.anchors(home)
         return found
-    return {held.number: held for held in list(HELD.values()) if held.home is home}
+    return {held.number: held for held in list(HELD.values()) if held.home.core is core}
 
 
 def number_at(anchor: Anchor) -> int | None:

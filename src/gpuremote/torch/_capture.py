@@ -13,7 +13,7 @@ import torch
 from torch.utils import _pytree
 
 from gpuremote.errors import UnsupportedOp
-from gpuremote.torch._anchors import Anchor, anchors, rebind
+from gpuremote.torch._anchors import Anchor, anchors, number_at, rebind
 from gpuremote.torch._homes import Home
 from gpuremote.torch._programs import (
     NotRecordable,
@@ -45,12 +45,14 @@ class _Run(NamedTuple):
 
 class _Replay(NamedTuple):
     """A program, and what its outputs become: results of the function, or the values of storages
-    that live on."""
+    that live on. ``fixed`` are arguments that had the same storage in both runs that agreed:
+    whether the function knows it from elsewhere too can't be told."""
 
     program: Program
     results: Results
     left: list[Anchor]
     shape: Any
+    fixed: dict[int, int]
 
 
 class Captured:
@@ -70,24 +72,23 @@ class Captured:
         self._tries: dict[Any, int] = {}
         self._replays: dict[Any, _Replay] = {}
         self._reason = "not called yet"
+        self._lost = 0
         self.replays = 0
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         values, shape = _pytree.tree_flatten((args, keywords))
         handles, key = _look(values, shape)
         known = self._replays.get(key)
-        if known is not None:
-            number = known.program.run(handles) if known.program.valid else None
+        if known is not None and all(handles[k] == h for k, h in known.fixed.items()):
+            number = self._start(key, known, handles)
             if number is not None:
                 self.replays += 1
                 return self._finish(known, number, values)
-            # A storage that it needs has ended, or the session begins anew.
-            self._forget(key)
         if self._tries.get(key, 0) >= TRIES or len(self._tries) > MOST:
-            return self._function(*args, **keywords)
+            return _pytree.tree_map(_detached, self._function(*args, **keywords))
         recording = Recording()
         with recording:
-            found = self._function(*args, **keywords)
+            found = _pytree.tree_map(_detached, self._function(*args, **keywords))
         self._learn(key, recording, handles, found)
         return found
 
@@ -95,10 +96,24 @@ class Captured:
         """Whether calls are replayed, and else why not."""
         return f"{self.replays} calls were one record; {self._reason}"
 
-    def _forget(self, key: Any) -> None:
+    def _start(self, key: Any, known: _Replay, handles: list[int]) -> int | None:
+        """Issue the program; None: it has to be made anew."""
+        # Gradients that were set to None, say: what they are now would have no place.
+        if known.program.valid and all(number_at(anchor) is not None for anchor in known.left):
+            number = known.program.run(handles)
+            if number is not None:
+                return number
         self._replays.pop(key, None)
         self._runs.pop(key, None)
-        self._tries.pop(key, None)
+        self._lost += known.program.valid
+        if self._lost >= TRIES:
+            self._tries[key] = TRIES
+            self._reason = (
+                "tensors that it leaves behind or needs are dropped between calls: do that in it, "
+                "or keep them (zero_grad(set_to_none=False))"
+            )
+            self._give_up()
+        return None
 
     def _finish(self, known: _Replay, number: int, values: Sequence[Any]) -> Any:
         home = known.program.home
@@ -106,7 +121,7 @@ class Captured:
         for k, anchor in enumerate(known.left):
             if not rebind(anchor, first + k):
                 home.core.dropped.append(first + k)
-        return _pytree.tree_unflatten(known.results.make(home, number, values), known.shape)
+        return _pytree.tree_unflatten(known.results.make(number, values), known.shape)
 
     def _learn(self, key: Any, recording: Recording, handles: list[int], found: Any) -> None:
         self._tries[key] = self._tries.get(key, 0) + 1
@@ -124,7 +139,7 @@ class Captured:
                 return
             _compare(before, run)
             self._replays[key] = _replay(before, run, found)
-            del self._runs[key]
+            self._tries[key] = 0
             self._reason = f"{len(run.calls)} ops are one record"
         except NotRecordable as error:
             self._reason = str(error)
@@ -150,9 +165,9 @@ def capture(function: Callable[..., Any], *, strict: bool = True) -> Captured:
     Parameters
     ----------
     function : callable
-        Its tensor arguments are on one remote device. What it returns are new tensors with each
-        call, without a graph for gradients. Other tensors that it leaves behind, such as gradients,
-        stay the same objects and get new values.
+        Its tensor arguments are on remote devices of one server. What it returns are new tensors
+        with each call, without a graph for gradients. Other tensors that it leaves behind, such as
+        gradients, stay the same objects and get new values.
     strict : bool
         Whether it is an error if the calls never agree; else a warning, and every call runs as it
         is.
@@ -218,7 +233,7 @@ def _compare(before: _Run, run: _Run) -> None:
                         "capturable=True)"
                     )
             elif _place(before, a) != _place(run, b) and not (
-                b in before.made and b not in run.made
+                a not in before.made and b in before.made and b not in run.made
             ):
                 raise NotRecordable(
                     f"{new.plan.name} (op {position}) takes another tensor in each run"
@@ -240,7 +255,8 @@ def _replay(before: _Run, run: _Run, found: Any) -> _Replay:
     gc.collect()  # what only a cycle keeps is not left behind
     values, shape = _pytree.tree_flatten(found)
     results = Results(values, run.given, run.made)
-    living = anchors(run.home)
+    living = anchors(run.home.core)
+    _check_results(before, run, values)
 
     def source(handle: int) -> Source:
         if handle in run.given:
@@ -255,4 +271,26 @@ def _replay(before: _Run, run: _Run, found: Any) -> _Replay:
 
     left = [h for h in run.made if h in living and h not in results.outputs]
     program = Program(run.home, run.calls, source, [*results.outputs, *left])
-    return _Replay(program, results, [living[h] for h in left], shape)
+    fixed = {k: h for h, k in run.given.items() if before.given.get(h) == k}
+    return _Replay(program, results, [living[h] for h in left], shape, fixed)
+
+
+def _check_results(before: _Run, run: _Run, values: Sequence[Any]) -> None:
+    """
+    Raises
+    ------
+    NotRecordable
+        A result is a tensor that lives elsewhere too: each call gives new ones.
+    """
+    tensors = [v for v in values if isinstance(v, torch.Tensor) and v.device.type == "remote"]
+    held = [handle_of(v).number for v in tensors]
+    for tensor, number in zip(tensors, held, strict=True):
+        storage = tensor.untyped_storage()
+        # One of the Python object, one of each tensor.
+        kept = torch._C._storage_Use_Count(storage._cdata) > 1 + held.count(number)
+        if number in before.made or (number in run.made and kept):
+            raise NotRecordable("it returns a tensor that it also keeps: return a clone of it")
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value

@@ -90,7 +90,7 @@ class _Compiled:
         if known is not None and known.program.valid:
             number = known.program.run(handles)
             if number is not None:
-                return known.results.make(known.program.home, number, arguments)
+                return known.results.make(number, arguments)
         if key is None or (known is None and key in self._known) or len(self._known) >= MOST:
             return self._graph(*arguments)
         return self._record(key, handles, arguments)
@@ -135,7 +135,7 @@ def _program(recording: Recording, handles: list[int], found: Any) -> _Known:
     if home is None:
         raise NotRecordable("there are no ops in it")
     given = {number: k for k, number in reversed(list(enumerate(handles))) if number >= 0}
-    constants = anchors(home)
+    constants = anchors(home.core)
 
     def source(handle: int) -> Source:
         if handle in given:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
+import torch
+
 from gpuremote.torch._homes import on_new_plans
 from gpuremote.torch._kernels import FIXED, NUMBER, TENSOR, Kernel
 from gpuremote.torch._storages import HELD, ODD, SHIFT, make_tensor
@@ -24,7 +26,7 @@ MOST_PLANS: Final = 4096
 _makers: dict[tuple[int, ...], Callable[..., Any]] = {}
 
 _TEXT: Final = """
-def make(run, plans, HELD, ODD, make_tensor, getframe):
+def make(run, plans, HELD, ODD, make_tensor, getframe, default):
     def kernel({names}, *rest, **keywords):
         if rest or keywords or ODD:
             return run(({names}, *rest), keywords)[1]
@@ -32,7 +34,7 @@ def make(run, plans, HELD, ODD, make_tensor, getframe):
 {look}
         except (AttributeError, KeyError):
             return run(({names},), keywords)[1]
-        key = ({key},)
+        key = (default(), {key},)
         plan = plans.get(key)
         if plan is None or plan.place is not h0.home:
             plan, made = run(({names},), keywords)
@@ -64,7 +66,9 @@ def fast(kernel: Kernel) -> Callable[..., Any]:
         maker = _makers[kinds] = _maker(kinds)
     plans: dict[Any, Any] = {}
     on_new_plans.append(plans.clear)
-    made: Callable[..., Any] = maker(kernel.run, plans, HELD, ODD, make_tensor, sys._getframe)
+    made: Callable[..., Any] = maker(
+        kernel.run, plans, HELD, ODD, make_tensor, sys._getframe, torch.get_default_dtype
+    )
     return made
 
 

@@ -218,7 +218,7 @@ class Kernel:
             place = found or place
         if place is None:
             place = home()
-        complete = (self, place, *key)
+        complete = (self, place, torch.get_default_dtype(), *key)
         core = place.core
         plan: Any = core.plans.get(complete)
         if plan is None:
@@ -256,7 +256,7 @@ class Kernel:
             key.append(value)
             return home(value.index) if value is not None and value.type == "remote" else None
         elif kind == GENERATOR:
-            key.append(None if value is None else value.device.type)
+            key.append(None if value is None else str(value.device))
             if value is not None:
                 values.append(_drawn_from(value))
             return None
@@ -338,6 +338,7 @@ class Kernel:
                 [[item for item, _ in positional], {n: item for n, (item, _) in named.items()}],
                 tuple(sizes),
                 tuple(results),
+                str(torch.get_default_dtype())[6:],
             )
             plan = CallPlan(call, place, fresh, returns, give, self._back if not fresh else -1)
             core.add_plan(key, plan, encode(call))
@@ -487,6 +488,10 @@ class _Template:
         if kind == GENERATOR:
             self._operands.append("i")
             kind_of = "generator" if value.device.type == "remote" else "seeded"
+            if kind_of == "generator" and value.device != self._place.device:
+                raise RuntimeError(
+                    f"Expected a '{self._place.device}' generator device but found '{value.device}'"
+                )
             return [kind_of, ["slot", len(self._operands) - 1]], None
         if kind in (NUMBER, NUMBERS):
             return self._number(value)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gpuremote.errors import LimitExceeded
 from gpuremote.ops.torch_call import Call, View
 from gpuremote.ops.torch_graph import MAX_NODES, Graph, Node, Ref, encode
 from gpuremote.torch import _homes
@@ -268,11 +269,16 @@ class Program:
         self.home = home
         core = home.core
         with core.lock:
+            known = len(core.plans)
+            ident = core.next_plan()
+            if len(core.plans) < known:
+                raise NotRecordable("there were too many plans")
             # The calls' plans are still there: nothing was issued since they were looked up.
-            self._graph = Graph(
-                core.next_plan(), len(given), nodes, tuple(numbers[h] for h in outputs)
-            )
-            core.add_plan(self, self._graph, encode(self._graph))
+            self._graph = Graph(ident, len(given), nodes, tuple(numbers[h] for h in outputs))
+            try:
+                core.add_plan(self, self._graph, encode(self._graph))
+            except LimitExceeded as error:
+                raise NotRecordable(f"it is too long: {error.message}") from None
 
     @property
     def valid(self) -> bool:
@@ -326,34 +332,34 @@ class Results:
         self, values: Sequence[Any], arguments: Mapping[int, int], made: Mapping[int, Any]
     ) -> None:
         self.outputs: list[int] = []
-        self._recipes: list[tuple[str, Any, Form | None]] = []
+        self._recipes: list[tuple[str, Any, Form | None, Home | None]] = []
         for value in values:
             if not isinstance(value, Tensor):
-                self._recipes.append(("same", value, None))
+                self._recipes.append(("same", value, None, None))
                 continue
             if value.device.type != "remote":
                 raise NotRecordable("it gives a tensor of the host")
             if value.is_conj() or value.is_neg():
                 raise NotRecordable("it gives a conjugated view")
-            number = handle_of(value).number
+            held = handle_of(value)
+            number, form, home = held.number, _form_of(value), held.home
             if number in made:
                 if number not in self.outputs:
                     self.outputs.append(number)
-                self._recipes.append(("new", self.outputs.index(number), _form_of(value)))
+                self._recipes.append(("new", self.outputs.index(number), form, home))
             elif number in arguments:
-                self._recipes.append(("argument", arguments[number], _form_of(value)))
+                self._recipes.append(("argument", arguments[number], form, home))
             else:
-                self._recipes.append(("same", value, None))
+                self._recipes.append(("same", value, None, None))
 
-    def make(self, home: Home, number: int, arguments: Sequence[Any]) -> list[Any]:
+    def make(self, number: int, arguments: Sequence[Any]) -> list[Any]:
         """The values of a run of which the first output is ``number``."""
         made: dict[int, Tensor] = {}
         found: list[Any] = []
-        for kind, what, form in self._recipes:
-            if kind == "same":
+        for kind, what, form, home in self._recipes:
+            if form is None or home is None:
                 found.append(what)
                 continue
-            assert form is not None
             if kind == "argument":
                 found.append(_like(arguments[what], form))
             elif what in made:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gpuremote.torch._homes import home
+from gpuremote.torch._storages import ODD, handle_of
 from gpuremote.torch._transfers import upload
 
 __all__ = ["teach_storages"]
@@ -30,3 +31,17 @@ def teach_storages() -> None:
         return upload(home(target.index), flat).untyped_storage()
 
     torch.storage._StorageBase.to = to  # type: ignore[method-assign]
+    _teach_metadata()
+
+
+def _teach_metadata() -> None:
+    """A tensor that was saved conjugated gets that by a flag, and not by an op."""
+    module: Any = torch._utils
+    plain = module.set_tensor_metadata
+
+    def set_metadata(tensor: torch.Tensor, metadata: Any) -> None:
+        plain(tensor, metadata)
+        if tensor.device.type == "remote" and (tensor.is_conj() or tensor.is_neg()):
+            ODD.add(handle_of(tensor).name)
+
+    module.set_tensor_metadata = set_metadata

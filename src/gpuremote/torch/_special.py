@@ -26,7 +26,6 @@ VIEWS: Final = (
     "aten::view_as_complex",
     "aten::_reshape_alias",
     "aten::unfold",
-    "aten::set_.source_Storage_storage_offset",
 )
 """Ops that only look at a tensor's layout: the host's kernels do that for any device."""
 
@@ -118,6 +117,24 @@ def _resize_(
     return self
 
 
+def _set_view(
+    self: torch.Tensor, source: Any, offset: int, size: Any, stride: Any = ()
+) -> torch.Tensor:
+    shape = tuple(size)
+    steps = tuple(stride) or torch.empty(shape, device="meta").stride()
+    last = sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
+    needed = 0 if 0 in shape else (offset + last + 1) * self.element_size()
+    if needed > source.nbytes():
+        # The host's kernel would make the storage larger, and copy what is no memory.
+        raise RuntimeError(
+            f"set_: a view of {needed} bytes of a remote storage of {source.nbytes()}; make a "
+            "larger tensor, or resize_ it"
+        )
+    op = aten.set_.source_Storage_storage_offset
+    made: torch.Tensor = op.redispatch(_HOST, self, source, offset, shape, steps)
+    return made
+
+
 def _set_tensor(self: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     return self.set_(
         source.untyped_storage(), source.storage_offset(), source.shape, source.stride()
@@ -170,6 +187,7 @@ SPECIAL: Final[dict[str, Callable[..., Any]]] = {
     "aten::_neg_view": _noted(aten._neg_view.default),
     "aten::equal": _equal,
     "aten::resize_": _resize_,
+    "aten::set_.source_Storage_storage_offset": _set_view,
     "aten::set_.source_Tensor": _set_tensor,
     "aten::set_.source_Storage": _set_storage,
     "aten::set_": _set_nothing,

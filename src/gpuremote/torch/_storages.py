@@ -83,20 +83,19 @@ class _Names:
         return int(native.held_count())
 
 
-class _OddNames:
-    """``ODD`` there."""
+class _EveryName:
+    """``ODD`` there: kernels in Python run for calls that are new, and may as well ask."""
 
     def add(self, name: int) -> None:
-        native.set_odd(name)
+        pass
 
     def __contains__(self, name: int) -> bool:
-        found = native.held(name)
-        return found is not None and bool(found.odd)
+        return True
 
 
 HELD: Final[Any] = {} if native is None else _Names()
 """Every storage that lives (``Held``), by its name."""
-ODD: Final[Any] = set() if native is None else _OddNames()
+ODD: Final[Any] = set() if native is None else _EveryName()
 """Names of storages of which there may be conjugated or negated views. Few, if any: the others
 need not be asked."""
 _arrays: dict[int, Any] = {}

@@ -144,7 +144,7 @@ def built() -> Path | None:
     except OSError:
         return None
     for place in (facts, found.parent.stat()):
-        if place.st_uid not in (0, os.getuid()) or place.st_mode & 0o002:
+        if place.st_uid not in (0, os.getuid()) or place.st_mode & 0o022:
             raise BuildFailed(
                 f"{found} is not loaded, as others than its user may write there; remove it"
             )
@@ -170,6 +170,7 @@ def build(progress: Progress = _nothing) -> Path:
     target = folder()
     try:
         target.mkdir(mode=0o755, parents=True, exist_ok=True)
+        target.chmod(0o755)
         with _alone(target):
             return built() or _compile(command, target, progress)
     except OSError as error:
@@ -213,6 +214,7 @@ def _compile(command: str, target: Path, progress: Progress) -> Path:
         names = ("c10", "torch_cpu", "torch", "torch_python")
         link = [command, "-shared", *map(str, objects), "-o", str(made)]
         _run_all([[*link, *libraries, *(f"-l{name}" for name in names)]])
+        made.chmod(0o755)
         return made.replace(target / made.name)
 
 

@@ -53,6 +53,19 @@ class Answer {
   PyObject* object_;
 };
 
+// Holds the interpreter lock, and keeps the exception that is set: for what ends in its midst.
+class Quietly {
+ public:
+  Quietly() { PyErr_Fetch(&type_, &value_, &traceback_); }
+  ~Quietly() { PyErr_Restore(type_, value_, traceback_); }
+  Quietly(const Quietly&) = delete;
+  Quietly& operator=(const Quietly&) = delete;
+
+ private:
+  Interpreter lock_;
+  PyObject *type_, *value_, *traceback_;
+};
+
 PyObject* ask_event(const char* action, int index, void* event, uint64_t other = 0) {
   return PyObject_CallFunction(callbacks.event, "siKK", action, index,
                                static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(event)),
@@ -110,7 +123,7 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
   void destroyEvent(void* event, const DeviceIndex) const noexcept override {
     if (event == nullptr || !Py_IsInitialized())
       return;
-    Interpreter lock;
+    Quietly lock;
     PyObject* done = ask_event("drop", 0, event);
     if (done == nullptr)
       PyErr_Clear();
@@ -151,7 +164,7 @@ class RemoteGenerator final : public c10::GeneratorImpl {
   ~RemoteGenerator() override {
     if (number_ == 0 || !Py_IsInitialized())
       return;
-    Interpreter lock;
+    Quietly lock;
     PyObject* done = ask("drop", Py_NewRef(Py_None));
     if (done == nullptr)
       PyErr_Clear();
@@ -228,7 +241,7 @@ void end_pinned(void* context) {
     pinned.erase(reinterpret_cast<uintptr_t>(view->buf));
   }
   if (Py_IsInitialized()) {
-    Interpreter lock;
+    Quietly lock;
     PyBuffer_Release(view);
   }
   delete view;

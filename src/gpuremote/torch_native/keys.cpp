@@ -2,6 +2,8 @@
 
 #include "keys.h"
 
+#include <c10/core/DefaultDtype.h>
+
 #include <cstring>
 
 namespace gpuremote {
@@ -68,12 +70,11 @@ bool look_at_tensor(const at::Tensor& tensor, int argument, Walk& walk) {
   walk.device = entry->device;
   const auto sizes = impl->sizes();
   const auto strides = impl->strides();
-  words.push_back(REMOTE | dtype << 8 | sizes.size() << 16);
+  const uint64_t flags = static_cast<uint64_t>(tensor.is_conj()) | uint64_t{tensor.is_neg()} << 1;
+  words.push_back(REMOTE | dtype << 8 | sizes.size() << 16 | flags << 48);
   words.append(sizes.begin(), sizes.end());
   words.append(strides.begin(), strides.end());
   words.push_back(static_cast<uint64_t>(impl->storage_offset()));
-  if (entry->odd)
-    words.push_back(static_cast<uint64_t>(tensor.is_conj()) | uint64_t{tensor.is_neg()} << 1);
   walk.values.push_back({'Q', argument, entry->number, 0});
   return true;
 }
@@ -131,6 +132,8 @@ bool look(const c10::FunctionSchema& schema, const std::vector<int>& kinds, cons
           Walk& walk) {
   const size_t count = kinds.size();
   const c10::IValue* arguments = stack.data() + (stack.size() - count);
+  // What numbers become in an op with integers.
+  walk.words.push_back(static_cast<uint64_t>(c10::get_default_dtype_as_scalartype()));
   for (size_t k = 0; k < count; k++) {
     const c10::IValue& value = arguments[k];
     const int argument = static_cast<int>(k);
@@ -188,7 +191,7 @@ bool look(const c10::FunctionSchema& schema, const std::vector<int>& kinds, cons
           const at::Generator generator = value.toGenerator();
           if (generator.device().type() != c10::kPrivateUse1)
             return false;
-          walk.words.push_back(DRAWS);
+          walk.words.push_back(DRAWS | static_cast<uint64_t>(generator.device().index()) << 8);
           walk.values.push_back({'q', argument, generator_number(generator), 0});
         }
         break;

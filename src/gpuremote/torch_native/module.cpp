@@ -25,7 +25,6 @@ PyMethodDef methods[] = {
     {"device", exchange_device, METH_O, nullptr},
     {"held", held, METH_O, nullptr},
     {"held_count", held_count, METH_NOARGS, nullptr},
-    {"set_odd", set_odd, METH_O, nullptr},
     {"disown", disown, METH_O, nullptr},
     {"anchors", anchors, METH_O, nullptr},
     {"number_at", number_at, METH_O, nullptr},

@@ -46,7 +46,7 @@ void end_entry(void* context) {
 }
 
 c10::DataPtr name_storage(Device* device, uint64_t number, PyObject* owner) {
-  auto* entry = new Entry{device, number, 0, 0, false, owner};
+  auto* entry = new Entry{device, number, 0, 0, owner};
   {
     std::lock_guard<std::mutex> guard(names_mutex);
     entry->serial = ++serials;
@@ -223,7 +223,6 @@ struct HeldObject {
   PyObject_HEAD
   PyObject* home;
   unsigned long long number, name;
-  char odd;
 };
 
 PyTypeObject* held_type;
@@ -239,7 +238,6 @@ PyMemberDef held_members[] = {
     {"home", T_OBJECT_EX, offsetof(HeldObject, home), READONLY, nullptr},
     {"number", T_ULONGLONG, offsetof(HeldObject, number), READONLY, nullptr},
     {"name", T_ULONGLONG, offsetof(HeldObject, name), READONLY, nullptr},
-    {"odd", T_BOOL, offsetof(HeldObject, odd), READONLY, nullptr},
     {nullptr, 0, 0, 0, nullptr},
 };
 
@@ -273,19 +271,7 @@ PyObject* held(PyObject*, PyObject* name) {
   made->home = Py_NewRef(entry->device->home);
   made->number = entry->number;
   made->name = entry->name;
-  made->odd = entry->odd;
   return reinterpret_cast<PyObject*>(made);
-}
-
-// set_odd(name): from now on ask its views whether they are conjugated or negated.
-PyObject* set_odd(PyObject*, PyObject* name) {
-  unsigned long long wanted = PyLong_AsUnsignedLongLong(name);
-  if (PyErr_Occurred())
-    return nullptr;
-  Entry* entry = entry_named(wanted);
-  if (entry != nullptr)
-    entry->odd = true;
-  Py_RETURN_NONE;
 }
 
 // disown(name): the handle of a storage that no longer gives it back.

@@ -97,7 +97,6 @@ struct Entry {
   uint64_t number;  // the handle in the session
   uint64_t name;    // the address is name << SHIFT
   uint64_t serial;  // no other storage has, or will have
-  bool odd;         // there may be conjugated or negated views
   PyObject* owner;  // of the handle, if anything else is
 };
 
@@ -127,7 +126,6 @@ int opened_devices() noexcept;
 void register_allocator();
 PyObject* set_devices(PyObject* module, PyObject* devices);
 PyObject* held(PyObject* module, PyObject* name);
-PyObject* set_odd(PyObject* module, PyObject* name);
 PyObject* disown(PyObject* module, PyObject* name);
 PyObject* anchors(PyObject* module, PyObject* home);
 PyObject* number_at(PyObject* module, PyObject* anchor);

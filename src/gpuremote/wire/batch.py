@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 from gpuremote._types import BytesLike
 from gpuremote.errors import LimitExceeded, ProtocolError
-from gpuremote.wire.caps import MAX_BATCH, MAX_BLOB, MAX_FREES
+from gpuremote.wire.caps import MAX_BATCH, MAX_BLOB, MAX_DEFINITION, MAX_FREES
 from gpuremote.wire.frames import unpack_info
 
 __all__ = [
@@ -136,13 +136,17 @@ def blob_record(op: Op, *values: int, blob: bytes) -> bytes:
     Raises
     ------
     LimitExceeded
-        The part is over ``MAX_BLOB``.
+        The part is over ``MAX_BLOB``, of a definition ``MAX_DEFINITION``.
     """
-    if len(blob) > MAX_BLOB:
+    if len(blob) > _most(op):
         raise LimitExceeded(
-            f"{len(blob)} bytes in one {op.name} record, at most {MAX_BLOB} are allowed"
+            f"{len(blob)} bytes in one {op.name} record, at most {_most(op)} are allowed"
         )
     return _WITH_KIND[op].pack(op, *values) + _BLOB.pack(len(blob)) + blob
+
+
+def _most(op: int) -> int:
+    return MAX_DEFINITION if op == Op.DEFINE else MAX_BLOB
 
 
 def free_record(handles: list[int]) -> bytes:
@@ -226,7 +230,8 @@ def _decode_fixed(
         raise ProtocolError("a batch that ends within a record")
     length: int = _BLOB.unpack_from(body, offset)[0]
     offset += _BLOB.size
-    if length > MAX_BLOB or size - offset < length:
+    most = _most(kind)
+    if length > most or size - offset < length:
         raise ProtocolError(f"record {number} announces {length} bytes that are not there")
-    blob = unpack_info(memoryview(body)[offset : offset + length], MAX_BLOB)
+    blob = unpack_info(memoryview(body)[offset : offset + length], most)
     return (*values, blob), offset + length

@@ -19,6 +19,8 @@ INLINE_PAYLOAD: Final = 16 * KiB
 MAX_BLOB: Final = 24 * KiB
 """Bytes of one variable part in a batch (plan definition, small array, address of a peer)."""
 
+MAX_DEFINITION: Final = 768 * KiB
+"""Bytes of a plan's definition: a graph can be of many ops."""
 MAX_FREES: Final = 65536
 """Handles in one FREE record."""
 

@@ -1,0 +1,145 @@
+"""A training step of the size of GPT-2 small, here and on a remote device: `python -m
+benchmarks.torch_gpt2`.
+
+On a machine with a GPU, with a server on it that has it:
+
+    gpuremote serve --backend torch
+    python -m benchmarks.torch_gpt2 --local cuda --url gpu://127.0.0.1:7700 --batch 8 --length 1024
+
+Without options the processors of this machine, with one thread at either end, on a core each. Steps
+of the two alternate, so that what else the machine does hits both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+import gpuremote.torch
+from benchmarks.torch_costs import apart
+from gpuremote.testing.servers import device_server
+from gpuremote.torch import _homes
+
+Tensor = torch.Tensor
+WIDTH: Final = 768
+LAYERS: Final = 12
+WORDS: Final = 50257
+
+
+class Gpt2(nn.Module):
+    """124 million parameters: twelve layers of width 768, the head tied to the embedding."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH)
+        self.places = nn.Embedding(length, WIDTH)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                WIDTH, 12, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(LAYERS)
+        )
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.head.weight = self.words.weight
+        mask = torch.full((length, length), float("-inf")).triu(1)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.words(x) + self.places.weight
+        for layer in self.layers:
+            made = layer(made, src_mask=self.mask, is_causal=True)
+        found: Tensor = self.head(self.norm(made))
+        return found
+
+
+def step_of(device: str, batch: int, length: int) -> Callable[[], Tensor]:
+    torch.manual_seed(0)
+    model = Gpt2(length).to(device)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    data = torch.randint(WORDS, (batch, length)).to(device)
+
+    def step() -> Tensor:
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(model(data).flatten(0, 1), data.flatten())
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    return step
+
+
+def timed(step: Callable[[], Tensor], count: int) -> tuple[float, list[float]]:
+    """Seconds of ``count`` steps, with the losses read at their end."""
+    begin = time.perf_counter()
+    losses = torch.stack([step() for _ in range(count)]).tolist()
+    return time.perf_counter() - begin, losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="a step of the size of GPT-2 small")
+    parser.add_argument("--local", default="cpu", help="device here (default %(default)s)")
+    parser.add_argument("--url", help="a server (default: one is started)")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="of a round")
+    parser.add_argument("--out", help="a file for the figures as JSON")
+    options = parser.parse_args()
+    if options.local == "cpu":
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the server
+    with ExitStack() as stack:
+        url = options.url
+        if url is None:
+            url = stack.enter_context(
+                device_server("--backend", "torch", "--warm", "1", "--insecure")
+            ).url
+        gpuremote.torch.connect(url)
+        stack.callback(gpuremote.torch.close)
+        home = _homes.home()
+        if options.url is None:
+            apart(home.session.worker_pid)
+        found = measure(options)
+        found["torch"] = torch.__version__
+        found["server"] = home.session.devices[0].model
+        found["load"] = os.getloadavg()[0]
+    text = json.dumps(found, indent=2, ensure_ascii=False)
+    print(text)
+    if options.out:
+        Path(options.out).write_text(text + "\n")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    steps = {
+        name: step_of(name, options.batch, options.length) for name in (options.local, "remote")
+    }
+    losses: dict[str, list[float]] = {name: timed(step, 2)[1] for name, step in steps.items()}
+    ratios, times = [], {name: list[float]() for name in steps}
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            seconds, found = timed(step, options.steps)
+            times[name].append(seconds / options.steps)
+            losses[name] += found
+        ratios.append(times["remote"][-1] / times[options.local][-1])
+    return {
+        "step, s": {name: round(median(found), 4) for name, found in times.items()},
+        "remote / local": round(median(ratios), 3),
+        "of each round": [round(ratio, 3) for ratio in ratios],
+        "last loss": {name: round(found[-1], 4) for name, found in losses.items()},
+        "batch, length": [options.batch, options.length],
+    }
+
+
+if __name__ == "__main__":
+    main()
