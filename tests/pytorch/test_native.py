@@ -245,6 +245,7 @@ def test_what_is_copied_keeps_its_device() -> None:
 
 
 def test_memory_as_torch_asks() -> None:
+    gc.collect()
     before = torch.accelerator.memory_allocated(3)
     x = torch.zeros(1000, device="remote:3")
     assert torch.accelerator.memory_allocated(3) == before + 4000

@@ -190,6 +190,7 @@ def test_replaying_leaves_nothing(device: torch.device) -> None:
     held, memory = len(HELD), REMOTE.memory_allocated()
     for _ in range(200):
         step(data)
+    gc.collect()
     REMOTE.synchronize()
     assert (len(HELD), REMOTE.memory_allocated()) == (held, memory)
 
