@@ -231,7 +231,8 @@ def layer(
         issued.append((time.perf_counter() - begin) * 1e3 / STEPS)
         if reads:
             loss.item()
-        settle(device)
+        else:
+            settle(device)
         total.append((time.perf_counter() - begin) * 1e3 / STEPS)
     return {"client": round(median(issued), 3), "in all": round(median(total), 3)}
 
