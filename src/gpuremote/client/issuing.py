@@ -55,8 +55,6 @@ class Tape(Protocol):
         last, the records, and where the ops were issued. None: there was nothing.
     freed : list of int
         To read it empties it: handles that were dropped.
-    waiting : int
-        Records.
     """
 
     @property
@@ -64,9 +62,6 @@ class Tape(Protocol):
 
     @property
     def freed(self) -> list[int]: ...
-
-    @property
-    def waiting(self) -> int: ...
 
     def open(self, next_: int, due_at: int, pressing: bool, threads: set[int] | None, /) -> None:
         """Open it: records are numbered from ``next_`` on, and sent at a time (nanoseconds of

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gpuremote.errors import OutOfDeviceMemory, ProtocolError
+from gpuremote.ops.meta import Meta
 from gpuremote.ops.torch_graph import Graph, decode, last_uses
 from gpuremote.server.execute import Executable
 from gpuremote.server.storage import STALLED, Slot, Storage
@@ -51,17 +52,17 @@ class GraphExecutable(Executable):
         self.step = graph.step
         self.name = f"graph of {len(graph.nodes)} ops"
         self.run = run_graph
-        calls = [plans[node.plan] for node in graph.nodes]
-        assert all(isinstance(call, TorchExecutable) for call in calls)
+        # What else there is was refused when the definition was read.
+        calls = [cast(TorchExecutable, plans[node.plan]) for node in graph.nodes]
         ends = last_uses(graph, [call.n_out for call in calls])
         self._steps = [
             (call.function, _operands(node.operands), call.n_out, tuple(end), call.name)
             for call, node, end in zip(calls, graph.nodes, ends, strict=True)
         ]
-        sizes = [meta for call in calls for meta in call.metas]  # type: ignore[attr-defined]
+        sizes = [cast(Meta, meta) for call in calls for meta in call.metas]
         self.metas = tuple(sizes[value - graph.inputs] for value in graph.outputs)
-        self._written = [
-            {node.operands[k] for k in call.writes}  # type: ignore[attr-defined]
+        self._written: list[set[Any]] = [
+            {node.operands[k] for k in call.writes}
             for call, node in zip(calls, graph.nodes, strict=True)
         ]
         self.writes = self.written_by(len(calls))

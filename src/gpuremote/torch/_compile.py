@@ -68,7 +68,8 @@ def _boxed(graph: Any, _: Sequence[Any]) -> Callable[..., Any]:
         arguments.clear()  # so that what is no longer needed ends
         return compiled(*given)
 
-    boxed._boxed_call = True  # type: ignore[attr-defined]
+    marked: Any = boxed
+    marked._boxed_call = True
     return boxed
 
 

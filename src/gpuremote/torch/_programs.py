@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -153,8 +153,8 @@ def _told(home: Home, body: bytes) -> None:
             recording.bodies[home].append(body)
 
 
-_QUIET = frozenset((Op.DEFINE, Op.FREE))
-_WHY = {
+_QUIET: Final = frozenset((Op.DEFINE, Op.FREE))
+_WHY: Final[Mapping[Any, str]] = {
     Op.GET: "it waits for a value",
     Op.META: "the shapes in it depend on values",
     Op.SYNC: "it waits for the device",
@@ -176,8 +176,7 @@ def _calls(home: Home, bodies: Sequence[bytes]) -> list[Recorded]:
                 found += _inlined(plan, number, fields[1:], plans, -1 - (len(found) << 24))
             elif plan not in _QUIET:
                 name = plan.name if isinstance(plan, Op) else str(plan)
-                why = _WHY.get(plan) if isinstance(plan, int) else None  # type: ignore[call-overload]
-                raise NotRecordable(why or f"there is a record of kind {name} in it")
+                raise NotRecordable(_WHY.get(plan, f"there is a record of kind {name} in it"))
     return found
 
 

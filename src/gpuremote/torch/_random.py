@@ -8,10 +8,10 @@ from typing import Any, Final
 
 import torch
 
-from gpuremote.ops.torch_call import Call, Operand, Result, encode
 from gpuremote.torch import _homes
 from gpuremote.torch._homes import Home
 from gpuremote.torch._inference import view_of
+from gpuremote.torch._own import UNKNOWN, issue_own
 from gpuremote.torch._storages import form_of, handle_of, make_tensor
 from gpuremote.torch._transfers import download, upload
 from gpuremote.wire.batch import Op
@@ -39,12 +39,12 @@ def seed_one(place: Home, number: int) -> None:
 def _seed(place: Home, generator: int, number: int) -> None:
     # As torch.manual_seed takes them: the same 64 bits.
     signed = (number & _MASK) - (number & (1 << 63))
-    _issue(place, "gpuremote::manual_seed", ("i", "i"), (generator, signed))
+    issue_own(place, "gpuremote::manual_seed", ("i", "i"), (generator, signed))
 
 
 def get_state(place: Home, generator: int = 0) -> torch.Tensor:
     """The generator's state, as a tensor of bytes on the host; waits for it."""
-    number = _issue(place, "gpuremote::get_rng_state", ("i",), (generator,), result=True)
+    number = issue_own(place, "gpuremote::get_rng_state", ("i",), (generator,), size=UNKNOWN)
     core = place.core
     (length,), _ = core.wait(core.ask(Op.META, number, kind="shape"))
     state = make_tensor(place, number, form_of(torch.uint8, (length,), (1,), 0, length))
@@ -56,7 +56,7 @@ def set_state(place: Home, state: torch.Tensor, generator: int = 0) -> None:
     there = upload(place, state)
     view = view_of(there, place.views)
     values = (handle_of(there).number, generator)
-    _issue(place, "gpuremote::set_rng_state", (view, "i"), values)
+    issue_own(place, "gpuremote::set_rng_state", (view, "i"), values)
 
 
 def serve_generator(action: str, index: int, generator: int, value: Any) -> Any:
@@ -71,32 +71,12 @@ def serve_generator(action: str, index: int, generator: int, value: Any) -> Any:
     while _dropped:
         other, number = _dropped.popleft()
         if other in _homes.opened():
-            _issue(other, "gpuremote::drop_generator", ("i",), (number,))
+            issue_own(other, "gpuremote::drop_generator", ("i",), (number,))
     if action == "seed":
         return _seed(place, generator, value)
     if action == "get":
         return get_state(place, generator).numpy().tobytes()
     return set_state(place, torch.frombuffer(bytearray(value), dtype=torch.uint8), generator)
-
-
-def _issue(
-    place: Home,
-    name: str,
-    operands: tuple[Operand, ...],
-    values: tuple[Any, ...],
-    *,
-    result: bool = False,
-) -> int:
-    core = place.core
-    key = (name, place, operands)
-    plan: Any = core.plans.get(key)
-    if plan is None:
-        with core.lock:
-            arguments = [[["slot", k] for k in range(len(operands))], {}]
-            sizes, results = ((None,), (Result(0, None, ""),)) if result else ((), ())
-            plan = Call(core.next_plan(), name, place.number, operands, arguments, sizes, results)
-            core.add_plan(key, plan, encode(plan))
-    return core.record_call(plan, values)
 
 
 def _start(place: Home) -> None:

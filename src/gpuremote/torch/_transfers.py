@@ -57,8 +57,8 @@ def upload(place: Home, tensor: torch.Tensor, *, waits: bool = True) -> torch.Te
     return made
 
 
-def carry(place: Home, tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a remote tensor on another remote device; its bytes go from server to server."""
+def _whole(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The tensor, or a copy there, that is all of its storage; and its bytes."""
     source = tensor.detach()
     if source.is_conj() or source.is_neg():
         source = source.resolve_conj().resolve_neg()
@@ -69,6 +69,12 @@ def carry(place: Home, tensor: torch.Tensor) -> torch.Tensor:
         or source.untyped_storage().nbytes() != nbytes
     ):
         source = source.clone(memory_format=torch.contiguous_format)
+    return source, nbytes
+
+
+def carry(place: Home, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a remote tensor on another remote device; its bytes go from server to server."""
+    source, nbytes = _whole(tensor)
     held = handle_of(source)
     core = held.home.core
     meta = core.metas.get((nbytes,), _BYTES, held.home.number)
@@ -80,16 +86,7 @@ def carry(place: Home, tensor: torch.Tensor) -> torch.Tensor:
 
 def download(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a remote tensor on the host, laid out alike if that is dense; waits for it."""
-    source = tensor.detach()
-    if source.is_conj() or source.is_neg():
-        source = source.resolve_conj().resolve_neg()
-    nbytes = source.numel() * source.element_size()
-    if (
-        source.storage_offset()
-        or not is_dense(source)
-        or source.untyped_storage().nbytes() != nbytes
-    ):
-        source = source.clone(memory_format=torch.contiguous_format)
+    source, nbytes = _whole(tensor)
     found = torch.empty_strided(source.shape, source.stride(), dtype=source.dtype)
     held = handle_of(source)
     core = held.home.core

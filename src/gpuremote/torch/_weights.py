@@ -11,14 +11,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 
 from gpuremote.errors import InvalidBuffer
-from gpuremote.ops.torch_call import Call, Result, encode
 from gpuremote.torch._homes import Home, home
+from gpuremote.torch._own import UNKNOWN, issue_own
 from gpuremote.torch._storages import form_of, make_tensor
 from gpuremote.torch._transfers import download, upload
 from gpuremote.wire.batch import Op
@@ -136,7 +136,7 @@ def _send(
 
 
 def _header_there(place: Home, name: str) -> bytes:
-    number = _issue(place, "gpuremote::weights_header", [name], (), (None,))
+    number = issue_own(place, "gpuremote::weights_header", arguments=[name], size=UNKNOWN)
     core = place.core
     (length,), _ = core.wait(core.ask(Op.META, number, kind="shape"))
     bytes_ = form_of(torch.uint8, (length,), (1,), 0, length)
@@ -147,33 +147,18 @@ def _read(place: Home, name: str, one: _Entry, advance: Callable[[int], None]) -
     if not one.nbytes:
         return torch.empty(one.shape, dtype=one.dtype, device=place.device)
     arguments = [name, ["slot", 0], one.nbytes]
-    number = _issue(place, "gpuremote::weights_read", arguments, (one.begin,), (one.nbytes,))
+    number = issue_own(
+        place,
+        "gpuremote::weights_read",
+        ("i",),
+        (one.begin,),
+        arguments=arguments,
+        size=one.nbytes,
+    )
     advance(one.nbytes)
     stride = torch.empty(one.shape, device="meta").stride()
     made: Tensor = make_tensor(place, number, form_of(one.dtype, one.shape, stride, 0, one.nbytes))
     return made
-
-
-def _issue(
-    place: Home,
-    name: str,
-    arguments: list[Any],
-    values: tuple[int, ...],
-    sizes: tuple[int | None, ...],
-) -> int:
-    core = place.core
-    key = (name, place, *map(str, arguments))
-    plan: Any = core.plans.get(key)
-    if plan is None:
-        (size,) = sizes
-        view = None if size is None else place.views.get("uint8", (size,), (1,))
-        result = Result(0, view, "" if view is None else "uint8")
-        with core.lock:
-            kinds = ("i",) * len(values)
-            ident = core.next_plan()
-            plan = Call(ident, name, place.number, kinds, [arguments, {}], sizes, (result,))
-            core.add_plan(key, plan, encode(plan))
-    return core.record_call(plan, values)
 
 
 @contextmanager

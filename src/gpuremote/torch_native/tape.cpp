@@ -288,12 +288,6 @@ PyObject* tape_freed(PyObject* self, void*) {
   return freed_numbers(**reinterpret_cast<Tape*>(self)->freed);
 }
 
-// Records that wait, and those that are numbered.
-PyObject* tape_waiting(PyObject* self, void*) {
-  auto* tape = reinterpret_cast<Tape*>(self);
-  return PyLong_FromSize_t(tape->open ? tape->places->issued.size() : 0);
-}
-
 PyMethodDef tape_methods[] = {
     {"open", tape_open, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
@@ -303,7 +297,6 @@ PyGetSetDef tape_getset[] = {
     // Properties, and not methods: Ctrl-C comes after a call, and what was taken would be lost.
     {"taken", tape_taken, nullptr, nullptr, nullptr},
     {"freed", tape_freed, nullptr, nullptr, nullptr},
-    {"waiting", tape_waiting, nullptr, nullptr, nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 
