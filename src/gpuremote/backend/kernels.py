@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
-from gpuremote.backend import kernels_linalg
+from gpuremote.backend import kernels_linalg, kernels_random
 from gpuremote.errors import ShapeError
 from gpuremote.ops.creation import arange_length
 from gpuremote.ops.indexing import rebuild
@@ -92,6 +92,11 @@ def _imag(xp: Any, plan: Plan) -> Kernel:
 def _astype(_xp: Any, plan: Plan) -> Kernel:
     dtype = plan.bounds[0].dtype
     return lambda x: x.astype(dtype)
+
+
+def _view(_xp: Any, plan: Plan) -> Kernel:
+    dtype = plan.bounds[0].dtype
+    return lambda x: x.view(dtype)
 
 
 def _copy(_xp: Any, _plan: Plan) -> Kernel:
@@ -355,6 +360,7 @@ MAKERS: dict[str, Maker] = {
     "cumulative_sum": _running("cumsum", 0),
     "cumulative_prod": _running("cumprod", 1),
     **kernels_linalg.MAKERS,
+    **kernels_random.MAKERS,
     "reshape": _to_shape("reshape"),
     "broadcast_to": _to_shape("broadcast_to"),
     "permute_dims": _named("transpose"),
@@ -362,6 +368,7 @@ MAKERS: dict[str, Maker] = {
         name: _named(name)
         for name in ("squeeze", "expand_dims", "flip", "roll", "repeat", "tile", "diagonal")
     },
+    "view": _view,
     "tril": _tril("tril"),
     "triu": _tril("triu"),
     "sort": _sort,

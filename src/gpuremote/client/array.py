@@ -197,7 +197,7 @@ class RemoteArray:
             axis = tuple(k for k, length in enumerate(self.shape) if length == 1)
         return self._apply("squeeze", axis=axis)
 
-    def astype(self, dtype: npt.DTypeLike, copy: bool = True) -> Self:
+    def astype(self, dtype: npt.DTypeLike, *, copy: bool = True) -> Self:
         """Cast; with ``copy=False`` an array that has the dtype already is returned as it is."""
         wanted = check_dtype(dtype)
         if not copy and wanted == self.dtype:
@@ -210,40 +210,40 @@ class RemoteArray:
     # -- reductions -----------------------------------------------------------------------------
 
     def sum(
-        self, axis: Axis = None, dtype: npt.DTypeLike | None = None, keepdims: bool = False
+        self, axis: Axis = None, dtype: npt.DTypeLike | None = None, *, keepdims: bool = False
     ) -> Self:
         return self._apply("sum", **_reduction(axis, keepdims, dtype))
 
     def prod(
-        self, axis: Axis = None, dtype: npt.DTypeLike | None = None, keepdims: bool = False
+        self, axis: Axis = None, dtype: npt.DTypeLike | None = None, *, keepdims: bool = False
     ) -> Self:
         return self._apply("prod", **_reduction(axis, keepdims, dtype))
 
-    def mean(self, axis: Axis = None, keepdims: bool = False) -> Self:
+    def mean(self, axis: Axis = None, *, keepdims: bool = False) -> Self:
         return self._apply("mean", **_reduction(axis, keepdims))
 
-    def max(self, axis: Axis = None, keepdims: bool = False) -> Self:
+    def max(self, axis: Axis = None, *, keepdims: bool = False) -> Self:
         return self._apply("max", **_reduction(axis, keepdims))
 
-    def min(self, axis: Axis = None, keepdims: bool = False) -> Self:
+    def min(self, axis: Axis = None, *, keepdims: bool = False) -> Self:
         return self._apply("min", **_reduction(axis, keepdims))
 
-    def all(self, axis: Axis = None, keepdims: bool = False) -> Self:
+    def all(self, axis: Axis = None, *, keepdims: bool = False) -> Self:
         return self._apply("all", **_reduction(axis, keepdims))
 
-    def any(self, axis: Axis = None, keepdims: bool = False) -> Self:
+    def any(self, axis: Axis = None, *, keepdims: bool = False) -> Self:
         return self._apply("any", **_reduction(axis, keepdims))
 
-    def var(self, axis: Axis = None, ddof: float = 0, keepdims: bool = False) -> Self:
+    def var(self, axis: Axis = None, *, ddof: float = 0, keepdims: bool = False) -> Self:
         return self._apply("var", correction=ddof, **_reduction(axis, keepdims))
 
-    def std(self, axis: Axis = None, ddof: float = 0, keepdims: bool = False) -> Self:
+    def std(self, axis: Axis = None, *, ddof: float = 0, keepdims: bool = False) -> Self:
         return self._apply("std", correction=ddof, **_reduction(axis, keepdims))
 
-    def argmax(self, axis: int | None = None, keepdims: bool = False) -> Self:
+    def argmax(self, axis: int | None = None, *, keepdims: bool = False) -> Self:
         return self._apply("argmax", **_reduction(axis, keepdims))
 
-    def argmin(self, axis: int | None = None, keepdims: bool = False) -> Self:
+    def argmin(self, axis: int | None = None, *, keepdims: bool = False) -> Self:
         return self._apply("argmin", **_reduction(axis, keepdims))
 
     def cumsum(self, axis: int | None = None) -> Self:

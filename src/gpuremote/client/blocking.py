@@ -4,6 +4,7 @@ socket."""
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, Self
 
@@ -165,6 +166,16 @@ class BlockingDevice(Device[BlockingArray]):
         if wait is not None:
             self._driver.wait(wait, timeout)
         return arrays
+
+    @property
+    def xp(self) -> Any:
+        """NumPy's and CuPy's functions (``gpuremote.cupy``), with what they make on this device.
+
+        Arrays that the device makes from here on are that namespace's too.
+        """
+        # By name: the front end is above this package.
+        front = importlib.import_module("gpuremote.cupy._namespace")
+        return front.namespace_of(self)
 
     def synchronize(self, timeout: float | None = None) -> None:
         """Wait until everything issued so far has been executed; raises what failed."""

@@ -33,7 +33,10 @@ def inplace(spec: OpSpec, x: A, *others: Any) -> A:
 
 
 def apply(
-    spec: OpSpec, operands: Sequence[Any], params: Mapping[str, Any] = NO_PARAMS
+    spec: OpSpec,
+    operands: Sequence[Any],
+    params: Mapping[str, Any] = NO_PARAMS,
+    array_type: type[RemoteArray] | None = None,
 ) -> list[Any]:
     """Issue any op; its results as arrays (none for an op in place).
 
@@ -43,8 +46,12 @@ def apply(
         Arrays of one session and device, and scalars.
     params : mapping
         What does not change from call to call.
+    array_type : type, optional
+        Of the results; by default that of the first array.
     """
     core, cls, device = _home(spec, operands)
+    if array_type is not None:
+        cls = array_type
     kinds: list[Meta | str] = []
     values: list[Any] = []
     for operand in operands:

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from gpuremote.errors import UnsupportedOp
-from gpuremote.ops import creation, linalg, manipulation, reductions, selection, ufuncs
+from gpuremote.ops import (
+    counting,
+    creation,
+    fft,
+    functions,
+    linalg,
+    manipulation,
+    products,
+    random,
+    reductions,
+    selection,
+    ufuncs,
+)
 from gpuremote.ops.spec import VARIES, OpSpec, table
 
 __all__ = ["CATALOGUE", "VARIES", "OpSpec", "find"]
 
 CATALOGUE: dict[str, OpSpec] = table(
     spec
-    for group in (ufuncs, reductions, linalg, manipulation, creation, selection)
+    for group in (
+        ufuncs,
+        reductions,
+        linalg,
+        manipulation,
+        creation,
+        selection,
+        functions,
+        counting,
+        products,
+        fft,
+        random,
+    )
     for spec in group.SPECS
 )
 """Every op by name."""

@@ -14,6 +14,7 @@ from gpuremote.ops.operands import Operand, array_operand
 from gpuremote.ops.shapes import (
     bool_param,
     broadcast,
+    dtype_param,
     dtypes_of,
     int_param,
     is_int,
@@ -254,6 +255,14 @@ def _take_along_axis(operands: Sequence[Operand], params: Params) -> Inferred:
     return (((*others[:axis], indices.shape[axis], *others[axis + 1 :]), x.dtype),)
 
 
+def _view(operands: Sequence[Operand], params: Params) -> Inferred:
+    x = array_operand(operands)
+    dtype = dtype_param(params)
+    if dtype is None or dtype.itemsize != x.dtype.itemsize:
+        raise DTypeError(f"{x.dtype} can't be read as {dtype}: they differ in size")
+    return ((x.shape, dtype),)
+
+
 def _spec(name: str, infer: Infer, *params: str, view: bool = False) -> OpSpec:
     return OpSpec(name, infer, params=frozenset(params), view=view)
 
@@ -266,6 +275,7 @@ SPECS: list[OpSpec] = [
     _spec("expand_dims", _moved(_expand_dims), "axis", view=True),
     _spec("flip", _moved(_flip), "axis", view=True),
     _spec("diagonal", _moved(_diagonal), "offset", "axis1", "axis2", view=True),
+    _spec("view", _view, "dtype", view=True),
     _spec("roll", _moved(_roll), "shift", "axis"),
     _spec("repeat", _moved(_repeat), "repeats", "axis"),
     _spec("tile", _moved(_tile), "reps"),

@@ -45,6 +45,12 @@ class OpSpec:
         The shape of the result depends on values, so the client asks the server for it.
     indexed : bool
         ``params["index"]`` is an index template, whose integers are operands.
+    path : str
+        Where the function that does it is in a namespace like NumPy's (``"linalg.eig"``). Empty:
+        ``backend.kernels`` knows how.
+    names : tuple of str
+        Keywords of the last operands, for a function that can be called without them; which of
+        them are there is in ``params["given"]``.
     """
 
     name: str
@@ -55,6 +61,8 @@ class OpSpec:
     inplace: bool = False
     data_dependent: bool = False
     indexed: bool = False
+    path: str = ""
+    names: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"OpSpec({self.name!r})"

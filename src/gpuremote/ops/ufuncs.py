@@ -68,6 +68,13 @@ UNARY: dict[str, np.ufunc] = {
     "logical_not": np.logical_not,
     "bitwise_invert": np.invert,
     "conj": np.conjugate,
+    "rint": np.rint,
+    "cbrt": np.cbrt,
+    "deg2rad": np.deg2rad,
+    "rad2deg": np.rad2deg,
+    "fabs": np.fabs,
+    "spacing": np.spacing,
+    "bitwise_count": np.bitwise_count,
 }
 """Ufuncs of one operand; ``ufunc.__name__`` is its name in NumPy and CuPy."""
 
@@ -102,6 +109,13 @@ BINARY: dict[str, np.ufunc] = {
     "bitwise_xor": np.bitwise_xor,
     "bitwise_left_shift": np.left_shift,
     "bitwise_right_shift": np.right_shift,
+    "fmod": np.fmod,
+    "float_power": np.float_power,
+    "logaddexp2": np.logaddexp2,
+    "ldexp": np.ldexp,
+    "heaviside": np.heaviside,
+    "gcd": np.gcd,
+    "lcm": np.lcm,
 }
 """Ufuncs of two operands, of which one may be a scalar; each has an in-place variant ``name_``."""
 

@@ -1,0 +1,166 @@
+"""Every name of the namespace, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from gpuremote.cupy import (
+    _composed,
+    _creation,
+    _dispatch,
+    _elementwise,
+    _home,
+    _indexing,
+    _manipulation,
+    _namespace,
+    _printing,
+    _products,
+    _selection,
+    _statistics,
+    _types,
+    cuda,
+    fft,
+    linalg,
+    random,
+    testing,
+)
+from gpuremote.cupy._array import FUNCTIONS, ndarray
+from gpuremote.cupy._missing import missing
+
+__all__ = ["NAMES"]
+
+_ALIASES: Final = {
+    "abs": "absolute",
+    "acos": "arccos",
+    "acosh": "arccosh",
+    "asin": "arcsin",
+    "asinh": "arcsinh",
+    "atan": "arctan",
+    "atan2": "arctan2",
+    "atanh": "arctanh",
+    "bitwise_invert": "invert",
+    "bitwise_left_shift": "left_shift",
+    "bitwise_not": "invert",
+    "bitwise_right_shift": "right_shift",
+    "conj": "conjugate",
+    "degrees": "rad2deg",
+    "mod": "remainder",
+    "pow": "power",
+    "radians": "deg2rad",
+    "round_": "round",
+    "true_divide": "divide",
+    # Names that NumPy had before its second version, and CuPy still has.
+    "Inf": "inf",
+    "Infinity": "inf",
+    "NaN": "nan",
+    "PINF": "inf",
+    "alltrue": "all",
+    "complex_": "complex128",
+    "cfloat": "complex128",
+    "cumproduct": "cumprod",
+    "float_": "float64",
+    "fromDlpack": "from_dlpack",
+    "infty": "inf",
+    "product": "prod",
+    "row_stack": "vstack",
+    "singlecomplex": "complex64",
+    "sometrue": "any",
+    "trapz": "trapezoid",
+}
+"""Names of the standard's, and such as NumPy had before its second version and CuPy still has."""
+
+_INTERNAL: Final = frozenset({"FROM_NUMPY", "array_of", "info", "operand"})
+
+
+def _collected() -> dict[str, Any]:
+    found: dict[str, Any] = {name: getattr(np, name) for name in _types.FROM_NUMPY}
+    found |= _elementwise.UFUNCS
+    for module in (
+        _creation,
+        _statistics,
+        _manipulation,
+        _selection,
+        _products,
+        _composed,
+        _indexing,
+        _printing,
+        _types,
+    ):
+        found |= {name: getattr(module, name) for name in module.__all__ if name not in _INTERNAL}
+    return found | {alias: found[name] for alias, name in _ALIASES.items()}
+
+
+def _described(names: Mapping[str, Any]) -> None:
+    """Functions that do what NumPy's do say so, and no more."""
+    for name, value in names.items():
+        if callable(value) and not isinstance(value, type) and not value.__doc__:
+            value.__doc__ = f"As ``numpy.{name}``, on the device."
+
+
+def array_namespace_info() -> _types.info:
+    """What the standard lets a library ask: devices, dtypes, capabilities."""
+    return _types.info()
+
+
+def get_array_module(*args: Any) -> Any:
+    """This namespace if one of the arguments is an array of it, else NumPy."""
+    for arg in args:
+        if isinstance(arg, ndarray):
+            return arg.__array_namespace__()
+    return np
+
+
+NAMES: Final[dict[str, Any]] = _collected()
+_described(NAMES)
+FUNCTIONS |= {name: value for name, value in NAMES.items() if callable(value)}
+FUNCTIONS |= {
+    "array_function": _dispatch.array_function,
+    "array_ufunc": _dispatch.array_ufunc,
+    "namespace_of": _namespace.namespace_of,
+}
+_dispatch.learn(np, NAMES)
+_dispatch.learn(np.linalg, vars(linalg))
+_dispatch.learn(np.fft, vars(fft))
+NAMES.update(
+    {
+        "DataSource": np.lib.npyio.DataSource,
+        "NAN": np.nan,
+        "NINF": -np.inf,
+        "NZERO": -0.0,
+        "PZERO": 0.0,
+        "__array_api_version__": "2024.12",
+        "__array_namespace_info__": array_namespace_info,
+        "bool": np.bool_,
+        "close": _home.close,
+        "cuda": cuda,
+        "fft": fft,
+        "get_array_module": get_array_module,
+        "get_default_memory_pool": cuda.MemoryPool,
+        "get_default_pinned_memory_pool": cuda.MemoryPool,
+        "is_available": cuda.is_available,
+        "linalg": linalg,
+        "missing": missing,
+        "ndarray": ndarray,
+        "random": random,
+        "session": _home.session,
+        "testing": testing,
+        **{
+            name: getattr(np.exceptions, name)
+            for name in (
+                "AxisError",
+                "ComplexWarning",
+                "ModuleDeprecationWarning",
+                "RankWarning",
+                "TooHardError",
+                "VisibleDeprecationWarning",
+            )
+        },
+        "ufunc": _elementwise.ufunc,
+        "use": _home.use,
+        "using": _home.using,
+    }
+)
+"""Every name of ``gpuremote.cupy``."""

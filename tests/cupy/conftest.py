@@ -1,0 +1,24 @@
+"""The namespace for the tests of a file, on a server of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import gpuremote.cupy
+from gpuremote.testing.servers import device_server
+from tests.conftest import LOOP
+
+
+@pytest.fixture(scope="module", autouse=True)
+def xp(pytestconfig: pytest.Config) -> Iterator[Any]:
+    uvloop = pytestconfig.stash[LOOP][0].startswith("uvloop")
+    with device_server("--warm", "1", "--devices", "2") as running:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("GPUREMOTE_URL", running.url)
+            patch.setenv("GPUREMOTE_TRANSPORT", "shm" if uvloop else "tcp")
+            gpuremote.cupy.session()  # now, or its sockets were the first test's
+        yield gpuremote.cupy
+        gpuremote.cupy.close()
