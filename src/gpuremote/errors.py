@@ -25,6 +25,7 @@
     ├── OpError
     │   ├── UnsupportedOp
     │   ├── ShapeError (ValueError)
+    │   │   └── AxisError (an IndexOutOfBounds too)
     │   ├── DTypeError (TypeError)
     │   ├── DeviceMismatch (ValueError)
     │   ├── IndexOutOfBounds (IndexError)
@@ -50,6 +51,7 @@ from typing import ClassVar
 
 __all__ = [
     "AuthenticationFailed",
+    "AxisError",
     "BuildFailed",
     "ConfigError",
     "ConnectionFailed",
@@ -322,6 +324,12 @@ class IndexOutOfBounds(OpError, IndexError):
     """An index outside the array."""
 
     code = 205
+
+
+class AxisError(ShapeError, IndexOutOfBounds):
+    """An axis that the array does not have."""
+
+    code = 210
 
 
 class InvalidHandle(OpError):

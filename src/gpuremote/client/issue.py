@@ -100,6 +100,8 @@ def _issue(
     if plan is None:
         plan = core.plan(key, spec, kinds, dict(params), device)
     number = core.call(plan, values)
+    if spec.inplace:
+        core.writes += 1
     # Without known outputs (an index with integers, a shape that depends on values) the caller
     # puts the right meta in; the bound has the right dtype and number of axes.
     outputs = plan.outputs if plan.outputs is not None else plan.bounds

@@ -19,6 +19,7 @@ from gpuremote.cupy import (
     _printing,
     _products,
     _selection,
+    _sets,
     _statistics,
     _types,
     cuda,
@@ -72,7 +73,7 @@ _ALIASES: Final = {
 }
 """Names of the standard's, and such as NumPy had before its second version and CuPy still has."""
 
-_INTERNAL: Final = frozenset({"FROM_NUMPY", "array_of", "info", "operand"})
+_INTERNAL: Final = frozenset({"FROM_NUMPY", "array_of", "info", "operand", "settled"})
 
 
 def _collected() -> dict[str, Any]:
@@ -83,6 +84,7 @@ def _collected() -> dict[str, Any]:
         _statistics,
         _manipulation,
         _selection,
+        _sets,
         _products,
         _composed,
         _indexing,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +29,6 @@ __all__ = [
     "extract",
     "fill_diagonal",
     "flatnonzero",
-    "in1d",
-    "intersect1d",
-    "isin",
     "ix_",
     "lexsort",
     "mask_indices",
@@ -49,8 +46,7 @@ __all__ = [
     "scatter_min",
     "searchsorted",
     "select",
-    "setdiff1d",
-    "setxor1d",
+    "settled",
     "sort",
     "sort_complex",
     "take",
@@ -60,12 +56,6 @@ __all__ = [
     "tril_indices_from",
     "triu_indices",
     "triu_indices_from",
-    "union1d",
-    "unique",
-    "unique_all",
-    "unique_counts",
-    "unique_inverse",
-    "unique_values",
     "unravel_index",
     "where",
 ]
@@ -303,125 +293,6 @@ def flatnonzero(a: Any) -> ndarray:
 def argwhere(a: Any) -> ndarray:
     x = array_of(a)
     return settled(x, "argwhere", x)
-
-
-def isin(
-    element: Any,
-    test_elements: Any,
-    assume_unique: bool = False,
-    invert: bool = False,
-) -> ndarray:
-    x, y = array_of(element), array_of(test_elements)
-    return single("isin", x, y, invert=bool(invert) or None)
-
-
-def in1d(ar1: Any, ar2: Any, assume_unique: bool = False, invert: bool = False) -> ndarray:
-    return isin(ar1, ar2, invert=invert).ravel()
-
-
-# -- sets; each waits for the number of its elements --------------------------------------------
-
-
-class UniqueAllResult(NamedTuple):
-    values: ndarray
-    indices: ndarray
-    inverse_indices: ndarray
-    counts: ndarray
-
-
-class UniqueCountsResult(NamedTuple):
-    values: ndarray
-    counts: ndarray
-
-
-class UniqueInverseResult(NamedTuple):
-    values: ndarray
-    inverse_indices: ndarray
-
-
-def _unique(
-    ar: Any, flags: tuple[bool, bool, bool], axis: int | None, equal_nan: bool
-) -> list[ndarray]:
-    x = array_of(ar)
-    names = ("return_index", "return_inverse", "return_counts")
-    found = several(
-        "unique",
-        (x,),
-        axis=integers(axis),
-        equal_nan=None if equal_nan else False,
-        **{name: True for name, flag in zip(names, flags, strict=True) if flag},
-    )
-    values = x._settle(found[0])
-    at = 0 if axis is None else operator.index(axis)
-    metas, device = x._core.metas, x._meta.device
-    rest = iter(found[1:])
-    for name, flag in zip(names, flags, strict=True):
-        if flag:
-            one = next(rest)
-            # The inverse has the length of what was given, the others that of the values.
-            shape = one.shape if name == "return_inverse" else (values.shape[at],)
-            one._meta = metas.get(shape, one.dtype, device)
-    return [values, *found[1:]]
-
-
-def unique(
-    ar: Any,
-    return_index: bool = False,
-    return_inverse: bool = False,
-    return_counts: bool = False,
-    axis: int | None = None,
-    *,
-    equal_nan: bool = True,
-    sorted: bool = True,
-) -> Any:
-    found = _unique(ar, (return_index, return_inverse, return_counts), axis, equal_nan)
-    return found[0] if len(found) == 1 else tuple(found)
-
-
-def unique_all(x: Any, /) -> UniqueAllResult:
-    return UniqueAllResult(*_unique(x, (True, True, True), None, False))
-
-
-def unique_counts(x: Any, /) -> UniqueCountsResult:
-    return UniqueCountsResult(*_unique(x, (False, False, True), None, False))
-
-
-def unique_inverse(x: Any, /) -> UniqueInverseResult:
-    return UniqueInverseResult(*_unique(x, (False, True, False), None, False))
-
-
-def unique_values(x: Any, /) -> ndarray:
-    return _unique(x, (False, False, False), None, False)[0]
-
-
-def union1d(ar1: Any, ar2: Any) -> ndarray:
-    x, y = array_of(ar1), array_of(ar2)
-    return settled(x, "union1d", x, y)
-
-
-def intersect1d(
-    ar1: Any, ar2: Any, assume_unique: bool = False, return_indices: bool = False
-) -> Any:
-    x, y = array_of(ar1), array_of(ar2)
-    if not return_indices:
-        return settled(x, "intersect1d", x, y, assume_unique=bool(assume_unique) or None)
-    x, y = x.ravel(), y.ravel()
-    values = settled(x, "intersect1d", x, y, assume_unique=bool(assume_unique) or None)
-    places = []
-    for array in (x, y):
-        order = argsort(array)
-        places.append(take(order, searchsorted(take(array, order), values)))
-    return (values, *places)
-
-
-def setdiff1d(ar1: Any, ar2: Any, assume_unique: bool = False) -> ndarray:
-    x, y = array_of(ar1), array_of(ar2)
-    return settled(x, "setdiff1d", x, y, assume_unique=bool(assume_unique) or None)
-
-
-def setxor1d(ar1: Any, ar2: Any, assume_unique: bool = False) -> ndarray:
-    x, y = array_of(ar1), array_of(ar2)
-    return settled(x, "setxor1d", x, y, assume_unique=bool(assume_unique) or None)
 
 
 # -- indices ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpuremote._types import Shape
-from gpuremote.errors import DTypeError, ShapeError
+from gpuremote.errors import AxisError, DTypeError, ShapeError
 from gpuremote.ops.meta import DTYPES
 from gpuremote.ops.operands import DType, Kind, sample
 from gpuremote.ops.spec import Params
@@ -65,7 +65,7 @@ def normal_axis(axis: Any, ndim: int) -> int:
     if not is_int(axis):
         raise ShapeError(f"axis {axis!r} is not an integer")
     if not -ndim <= axis < ndim:
-        raise ShapeError(f"axis {axis} does not exist: the array has {ndim} axes")
+        raise AxisError(f"axis {axis} does not exist: the array has {ndim} axes")
     return int(axis) + ndim if axis < 0 else int(axis)
 
 
