@@ -82,6 +82,15 @@ class Array:
     def __mul__(self, other: Any) -> Any:
         return self.cupy.multiply(self, other)
 
+    def __add__(self, other: Any) -> Any:
+        return self.cupy.add(self, other)
+
+    def __mod__(self, other: Any) -> Any:
+        return self.cupy.remainder(self, other)
+
+    def __sub__(self, other: Any) -> Any:
+        return self.cupy.subtract(self, other)
+
     def __rsub__(self, other: Any) -> Any:
         return self.cupy.subtract(other, self)
 
@@ -216,7 +225,8 @@ class CupyDouble:
         self.linalg = _Functions(self, np.linalg, ABSENT_LINALG)
         self.random = SimpleNamespace(
             Philox4x3210=np.random.Philox,
-            Generator=lambda bits: _Generator(self, np.random.Generator(bits)),
+            Generator=_GeneratorClass(self),
+            RandomState=_StateClass(self),
         )
         self._functions = _Functions(self, np, ABSENT)
 
@@ -293,15 +303,55 @@ class _StreamClass:
 
 
 class _Generator:
-    def __init__(self, cupy: CupyDouble, generator: np.random.Generator) -> None:
+    """CuPy's, which takes less than NumPy's: no NumPy scalars, and arrays of 8 bytes an element.
+
+    The counts of integers that it can't draw are those which it passes on as something else.
+    """
+
+    def __init__(self, cupy: CupyDouble, source: Any) -> None:
         self._cupy = cupy
-        self._generator = generator
+        self._source = source
 
-    def random(self, shape: Any, dtype: Any) -> Array:
-        return self._cupy.adopt(self._generator.random(shape, dtype))
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._source, name)
 
-    def standard_normal(self, shape: Any, dtype: Any) -> Array:
-        return self._cupy.adopt(self._generator.standard_normal(shape, dtype))
+        def call(*args: Any, **kwargs: Any) -> Array:
+            for value in args:
+                wide = isinstance(value, Array) and value.dtype.itemsize == 8
+                assert wide or type(value) in (int, float, tuple, str, np.dtype), value
+            return self._cupy.adopt(method(*map(self._cupy.host, args), **kwargs))
+
+        return call
+
+    def integers(self, low: int, high: int, size: Any, dtype: Any, endpoint: bool) -> Array:
+        assert type(low) is type(high) is int
+        last = high - low
+        assert last < 1 << 31 or 1 << 32 <= last < 1 << 63
+        return self._cupy.adopt(self._source.integers(low, high, size, dtype, endpoint))
+
+
+class _GeneratorClass:
+    def __init__(self, cupy: CupyDouble) -> None:
+        self._cupy = cupy
+
+    def __call__(self, bits: Any) -> _Generator:
+        return _Generator(self._cupy, np.random.Generator(bits))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("vonmises", "zipf"):
+            raise AttributeError(name)
+        return getattr(np.random.Generator, name)
+
+
+class _StateClass:
+    def __init__(self, cupy: CupyDouble) -> None:
+        self._cupy = cupy
+
+    def __call__(self, seed: int) -> _Generator:
+        return _Generator(self._cupy, np.random.RandomState(seed % (1 << 32)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np.random.RandomState, name)
 
 
 class _Functions:

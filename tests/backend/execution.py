@@ -19,7 +19,7 @@ from tests.ops.case import METAS, Array, Case
 from tests.ops.cases import CASES
 from tests.ops.references import reference, results
 
-RANDOM = {"random_uniform", "random_normal", "empty"}
+RANDOM = {"random_uniform", "random_normal", "random_draw", "empty"}
 NUMPY_ERRORS = (TypeError, ValueError, IndexError, OverflowError, ArithmeticError)
 
 

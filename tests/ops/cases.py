@@ -348,6 +348,45 @@ def randoms() -> Iterator[Case]:
     yield Case((1,), {"shape": (2,)})
 
 
+def draws() -> Iterator[Case]:
+    for method, parameters in _DRAWN.items():
+        for shape, seed in itertools.product(((), (3,), (2, 3), (0,)), (0, 5, -1, (1 << 63) + 1)):
+            yield Case((seed, *parameters), {"method": method, "shape": shape})
+        arrays = [np.full((3,), value) for value in parameters]
+        yield Case((1, *arrays), {"method": method, "shape": (2, 3)})
+        if arrays:
+            yield Case((1, arrays[0], *parameters[1:]), {"method": method, "shape": (3,)})
+            yield Case((1, *arrays), {"method": method, "shape": (2,)})
+            yield Case(
+                (1, *(np.array(value) for value in parameters)), {"method": method, "shape": ()}
+            )
+    for dtype in ALL:
+        yield Case((1,), {"method": "random", "shape": (2,), "dtype": dtype})
+        yield Case((1, 2, 5), {"method": "integers", "shape": (2,), "dtype": dtype})
+    yield Case((1, -2, 5), {"method": "integers", "shape": (2,), "dtype": "i1"})
+    for low, high in ((-(1 << 63), (1 << 63) - 1), (0, (1 << 32) - 1), (-5, 1 << 40), (3, 3)):
+        yield Case((1, low, high), {"method": "integers", "shape": (2, 2)})
+    yield Case((1, 1j), {"method": "poisson", "shape": (2,)})
+    yield Case((1,), {"method": "spawn", "shape": (2,)})
+
+
+_DRAWN: dict[str, tuple[Any, ...]] = {
+    "random": (),
+    "standard_normal": (),
+    "standard_exponential": (),
+    "standard_gamma": (2.0,),
+    "beta": (2.0, 3.0),
+    "vonmises": (0.5, 2.0),
+    "integers": (-3, 8),
+    "binomial": (5, 0.5),
+    "geometric": (0.5,),
+    "hypergeometric": (5, 4, 3),
+    "logseries": (0.5,),
+    "poisson": (2.5,),
+    "zipf": (2.5,),
+}
+
+
 # -- the tables --------------------------------------------------------------------------------
 
 
@@ -392,7 +431,8 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "svd": lambda: matrices({}, {"full_matrices": False}),
     **dict.fromkeys(["svdvals", "inv", "det", "slogdet", "qr_r"], matrices),
     **dict.fromkeys(["eigh", "eigvalsh"], lambda: matrices({}, {"uplo": "U"})),
-    "qr": lambda: matrices({}, {"mode": "complete"}),
+    **dict.fromkeys(["eig", "eigvals"], matrices),
+    "qr": lambda: matrices({}, {"mode": "complete"}, {"mode": "raw"}),
     "cholesky": lambda: (
         case
         for case in matrices({}, {"upper": True})
@@ -466,6 +506,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "linspace": linspaces,
     "eye": eyes,
     **dict.fromkeys(["random_uniform", "random_normal"], randoms),
+    "random_draw": draws,
     "getitem": lambda: getitems(BASIC),
     "getitem_advanced": lambda: getitems(ADVANCED),
     "getitem_mask": lambda: getitems(MASKS),

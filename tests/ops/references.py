@@ -51,6 +51,25 @@ def _random(seed: int, shape: Any, dtype: str = "f8") -> Any:
     return np.zeros(shape, dtype)  # Only shape and dtype are compared.
 
 
+def _draw(seed: int, *parameters: Any, method: str, shape: Any, dtype: str | None = None) -> Any:
+    """Other numbers than the ones drawn: only shape and dtype are compared."""
+    more: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    if method == "integers":
+        more["endpoint"] = True
+    return getattr(np.random.default_rng(0), method)(*parameters, size=shape, **more)
+
+
+def _complex(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What NumPy gives in real numbers where it can."""
+
+    def run(x: Array) -> Any:
+        found = function(x)
+        parts = found if isinstance(found, tuple) else (found,)
+        return tuple(part.astype(np.result_type(part, np.complex64)) for part in parts)
+
+    return run
+
+
 def _inplace(ufunc: np.ufunc) -> Callable[..., Any]:
     return lambda x, y: ufunc(x, y, out=x)
 
@@ -98,6 +117,9 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "eye": lambda n_rows, n_cols=None, k=0, dtype="f8": np.eye(n_rows, n_cols, k, dtype),
     "random_uniform": _random,
     "random_normal": _random,
+    "random_draw": _draw,
+    "eig": _complex(np.linalg.eig),
+    "eigvals": _complex(np.linalg.eigvals),
     "fill_": lambda x, value: x.fill(value),
     "unique_values": np.unique,
 }

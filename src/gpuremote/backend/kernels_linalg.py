@@ -69,6 +69,19 @@ def _symmetric(name: str) -> Maker:
     return make
 
 
+def _complex(name: str) -> Maker:
+    """What NumPy gives as real numbers where the values allow it, as the plan says."""
+
+    def make(xp: Any, plan: Plan) -> Kernel:
+        function = getattr(xp.linalg, name)
+        dtype = plan.bounds[0].dtype
+        if len(plan.bounds) == 1:
+            return lambda x: function(x).astype(dtype, copy=False)
+        return lambda x: tuple(part.astype(dtype, copy=False) for part in function(x))
+
+    return make
+
+
 def _qr(xp: Any, plan: Plan) -> Kernel:
     return partial(xp.linalg.qr, mode=plan.params.get("mode", "reduced"))
 
@@ -87,7 +100,9 @@ def _cholesky(xp: Any, plan: Plan) -> Kernel:
 
 def _pinv(xp: Any, plan: Plan) -> Kernel:
     function: Kernel = xp.linalg.pinv
-    rtol = plan.params.get("rtol")
+    rtol, (out,) = plan.params.get("rtol"), plan.bounds
+    if not out.size:  # NumPy's are of the operand's dtype, be it of integers.
+        return lambda _x: xp.empty(out.shape, out.dtype)
     return function if rtol is None else lambda x: function(x, rtol)
 
 
@@ -140,6 +155,8 @@ MAKERS: dict[str, Maker] = {
     "svdvals": _svdvals,
     "eigh": _symmetric("eigh"),
     "eigvalsh": _symmetric("eigvalsh"),
+    "eig": _complex("eig"),
+    "eigvals": _complex("eigvals"),
     "qr": _qr,
     "qr_r": _qr_r,
     "cholesky": _cholesky,

@@ -143,8 +143,10 @@ def _eigvalsh(stack: Shape, _m: int, n: int, params: Params) -> tuple[Shape, ...
 
 def _qr(stack: Shape, m: int, n: int, params: Params) -> tuple[Shape, ...]:
     mode = params.get("mode", "reduced")
-    if mode not in ("reduced", "complete"):
-        raise ShapeError(f"parameter mode has to be 'reduced' or 'complete', not {mode!r}")
+    if mode not in ("reduced", "complete", "raw"):
+        raise ShapeError(f"parameter mode has to be reduced, complete or raw, not {mode!r}")
+    if mode == "raw":  # what LAPACK gives: columns first
+        return (*stack, n, m), (*stack, min(m, n))
     k = m if mode == "complete" else min(m, n)
     return (*stack, m, k), (*stack, k, n)
 
@@ -158,6 +160,30 @@ def _pinv(stack: Shape, m: int, n: int, params: Params) -> tuple[Shape, ...]:
     if params.get("rtol") is not None:
         number_param(params, "rtol", 0.0)
     return ((*stack, n, m),)
+
+
+def _eig(stack: Shape, _m: int, n: int, _params: Params) -> tuple[Shape, ...]:
+    return (*stack, n), (*stack, n, n)
+
+
+def _complex(function: Callable[..., Any]) -> Callable[..., Any]:
+    """NumPy's function with complex results, which it gives only where the values ask for it."""
+
+    def run(x: Any) -> Any:
+        found = function(x)
+        parts = found if isinstance(found, tuple) else (found,)
+        return tuple(np.asarray(part) + np.complex64(0) for part in parts)
+
+    return run
+
+
+def _cond(operands: Sequence[Operand], params: Params) -> Inferred:
+    x = array_operand(operands)
+    p = params.get("p", 2)
+    _check_order(p)
+    stack, m, n = _matrices(x, square=p not in (2, -2))
+    _refuse_no_elements((*stack, m, n), tuple(range(x.ndim)))
+    return ((stack, dtypes_of(np.linalg.cond, x.dtype, ndim=2, p=p)[0]),)
 
 
 def _solve(operands: Sequence[Operand], _params: Params) -> Inferred:
@@ -188,13 +214,18 @@ def _refuse_no_elements(shape: Shape, axes: tuple[int, ...]) -> None:
         raise ShapeError(f"shape {shape} has no elements along axis {axes}")
 
 
+def _check_order(order: Any) -> None:
+    if order not in ("fro", "nuc", 1, -1, 2, -2, np.inf, -np.inf) or isinstance(order, bool):
+        raise ShapeError(f"no matrix norm of ord {order!r}")
+
+
 def _matrix_norm(operands: Sequence[Operand], params: Params) -> Inferred:
     x = array_operand(operands)
     order = params.get("ord", "fro")
-    if order not in ("fro", "nuc", 1, -1, 2, -2, np.inf, -np.inf) or isinstance(order, bool):
-        raise ShapeError(f"no matrix norm of ord {order!r}")
+    _check_order(order)
     stack, m, n = _matrices(x)
-    _refuse_no_elements((m, n), (0, 1))
+    if order not in ("fro", "nuc"):  # these are sums, also of nothing
+        _refuse_no_elements((m, n), (0, 1))
     shape = (*stack, 1, 1) if bool_param(params, "keepdims") else stack
     return ((shape, dtypes_of(np.linalg.norm, x.dtype, ndim=2, ord=order)[0]),)
 
@@ -222,6 +253,15 @@ SPECS: list[OpSpec] = [
     ),
     _spec("eigh", _decomposition(np.linalg.eigh, _eigh, square=True), "uplo", n_out=2),
     _spec("eigvalsh", _decomposition(np.linalg.eigvalsh, _eigvalsh, square=True), "uplo"),
+    _spec("eig", _decomposition(_complex(np.linalg.eig), _eig, square=True), n_out=2),
+    _spec(
+        "eigvals",
+        _decomposition(
+            _complex(np.linalg.eigvals),
+            lambda stack, _m, n, _params: ((*stack, n),),
+            square=True,
+        ),
+    ),
     _spec("qr", _decomposition(np.linalg.qr, _qr), "mode", n_out=2),
     _spec(
         "qr_r",
@@ -241,4 +281,5 @@ SPECS: list[OpSpec] = [
     _spec("solve", _solve),
     _spec("norm", _norm, "ord", "axis", "keepdims"),
     _spec("matrix_norm", _matrix_norm, "ord", "keepdims"),
+    OpSpec("linalg.cond", _cond, params=frozenset(["p"]), path="linalg.cond"),
 ]
