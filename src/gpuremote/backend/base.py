@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from gpuremote._types import Shape
+from gpuremote.backend.fused import Chain, Fused
 from gpuremote.errors import (
     ConfigError,
     GpuRemoteError,
@@ -112,6 +113,15 @@ class Backend(abc.ABC):
         UnsupportedOp
             The backend lacks the op.
         """
+
+    def piece(self, plan: Plan) -> Any:
+        """What :meth:`fuse` takes for calls of this plan; None: they can't be part of a chain."""
+        return None
+
+    def fuse(self, chain: Chain) -> Fused | None:
+        """A function that runs a chain of elementwise ops as one, with the same bits as result;
+        None: it can't be done."""
+        return None
 
     def compile_call(self, call: Call) -> tuple[Callable[[Sequence[Any]], Any], tuple[int, ...]]:
         """A function that runs a call of a torch op, and which operands it writes to.

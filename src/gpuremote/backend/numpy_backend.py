@@ -15,6 +15,7 @@ from gpuremote._types import Shape
 from gpuremote.backend.array_namespace import ArrayNamespaceBackend
 from gpuremote.backend.base import Compiled, DeviceInfo
 from gpuremote.backend.blocks import BlockPool
+from gpuremote.backend.fused import Blocked, Chain, Fused, Piece, Scratch
 from gpuremote.errors import InvalidBuffer
 from gpuremote.memory.device import DeviceTarget
 from gpuremote.memory.host import host_memory
@@ -67,6 +68,7 @@ class NumpyBackend(ArrayNamespaceBackend):
     def __init__(self, devices: int = 0) -> None:
         super().__init__(np, devices or 1)
         self._blocks = BlockPool()
+        self._scratch = Scratch()
         self._devices = [
             DeviceInfo(i, "cpu", platform.machine() or "cpu", host_memory())
             for i in range(self._wanted)
@@ -106,6 +108,15 @@ class NumpyBackend(ArrayNamespaceBackend):
         return lambda arguments: run(
             [*arguments[:first], *(_private(argument) for argument in arguments[first:])]
         )
+
+    def piece(self, plan: Plan) -> Piece | None:
+        return Piece.of(plan)
+
+    def fuse(self, chain: Chain) -> Fused | None:
+        try:
+            return Blocked(chain, self._scratch)
+        except LookupError:
+            return None
 
     def send_view(self, array: Any) -> tuple[memoryview, bool]:
         private = not array.flags.c_contiguous

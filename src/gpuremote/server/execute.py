@@ -23,7 +23,7 @@ from gpuremote.server.storage import STALLED, Failure, Slot, Storage
 if TYPE_CHECKING:
     from gpuremote.server.session import WorkerSession
 
-__all__ = ["Executable", "run_plan"]
+__all__ = ["Executable", "poison_op", "run_plan"]
 
 
 class Executable:
@@ -84,8 +84,14 @@ class Executable:
             self.simple = self.outputs[0]
 
     @staticmethod
-    def from_wire(blob: Any, metas: MetaTable, backend: Backend, devices: int) -> Executable:
-        """Build from a DEFINE record.
+    def from_wire(
+        blob: Any,
+        metas: MetaTable,
+        backend: Backend,
+        devices: int,
+        make: Callable[[Plan, Callable[[Sequence[Any]], Any]], Executable],
+    ) -> Executable:
+        """Build from a DEFINE record; ``make`` gives the executable of a plan and its function.
 
         Raises
         ------
@@ -97,7 +103,7 @@ class Executable:
             raise ProtocolError(f"plan {outline.id} is for device {outline.device}, of {devices}")
         try:
             plan = plan_of(outline, metas)
-            return Executable(plan, backend.compile(plan))
+            return make(plan, backend.compile(plan))
         except OpError as error:
             return RefusedPlan(outline, error)
 
@@ -165,7 +171,7 @@ def run_plan(
                 # Read after the value: a slot that is being filled has no failure.
                 if operand.failure is None:
                     return operand
-                _poison(op, operands, outs, operand.failure)
+                poison_op(op, operands, outs, operand.failure)
                 return None
             values.append(value)
         else:
@@ -183,12 +189,12 @@ def run_plan(
         else:
             _run_general(session, op, operands, values, outs)
     except Exception as error:
-        _poison(op, operands, outs, session.failed(number, op.name, error))
+        poison_op(op, operands, outs, session.failed(number, op.name, error))
     session.ops_executed += 1
     return None
 
 
-def _poison(op: Executable, operands: list[Any], outs: list[Slot], failure: Failure) -> None:
+def poison_op(op: Executable, operands: list[Any], outs: list[Slot], failure: Failure) -> None:
     for slot in outs:
         slot.poison(failure)
     if op.inplace and isinstance(operands[0], Slot):

@@ -32,6 +32,7 @@ from gpuremote.rpc.peer import Peer
 from gpuremote.server.answers import Answers
 from gpuremote.server.arrivals import Arrival
 from gpuremote.server.execute import Executable
+from gpuremote.server.fusion import Fusion
 from gpuremote.server.ordering import Ordering
 from gpuremote.server.storage import STALLED, Failure, Quota, Slot, Storage
 from gpuremote.server.torch_graph import GraphExecutable
@@ -98,6 +99,7 @@ class WorkerSession:
         self.quota = Quota(memory_limit)
         self.goodbye = False
         self.metas = MetaTable()
+        self.fusion = Fusion(backend)
         self._views = Views()
         self.ops_executed = 0
         self.answers = Answers(self)
@@ -289,7 +291,9 @@ class WorkerSession:
                 blob, self._views, self.metas, self.backend, self._devices
             )
         else:
-            executable = Executable.from_wire(blob, self.metas, self.backend, self._devices)
+            executable = Executable.from_wire(
+                blob, self.metas, self.backend, self._devices, self.fusion.executable
+            )
         if executable.ident < FIRST_PLAN or executable.ident in self._plans:
             raise ProtocolError(f"plan {executable.ident} can't be defined")
         self._plans[executable.ident] = executable
@@ -525,6 +529,7 @@ class WorkerSession:
         """Counters of this session on the server; bytes where not said otherwise."""
         return {
             "ops": self.ops_executed,
+            "ops_fused": self.fusion.ops,
             "records": self.peer.turn - 1,
             "handles": len(self._table),
             "plans": len(self._plans),

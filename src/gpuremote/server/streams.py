@@ -72,6 +72,8 @@ class Stream:
         The backend's stream.
     closing : bool
         The client has dropped it: it ends with its queue.
+    unfused : int
+        Number up to which ops are run one by one, as some of them failed together.
     wake : callable
         Makes whoever runs it look again whether the head can run.
 
@@ -81,7 +83,7 @@ class Stream:
         Shared by the streams of a session: what each of those that stand still waits for.
     """
 
-    __slots__ = ("closing", "device", "ident", "native", "queue", "waiting", "wake")
+    __slots__ = ("closing", "device", "ident", "native", "queue", "unfused", "waiting", "wake")
 
     def __init__(
         self,
@@ -95,6 +97,7 @@ class Stream:
         self.device = device
         self.native = native
         self.closing = False
+        self.unfused = 0
         self.queue: deque[Item] = deque()
         self.waiting = waiting
         self.wake = wake

@@ -1,0 +1,383 @@
+"""Chains of elementwise ops, run block by block: what passes from op to op stays in the cache.
+
+Each op of a chain runs on a block of some 128 KiB, then the next op on the same block, and so on
+to the end; then comes the next block. Results that nobody can name any more exist as one block
+only.
+
+Bit for bit this gives what the ops give one after the other, though NumPy's loops do not treat all
+elements alike: the last few of a call may take another path than those before them (and round
+differently), one element alone is no vector, and what has to be cast goes through a buffer of 8192
+elements. So every block but the last is a multiple of 8192 elements, and the last is never shorter:
+each element then lies in its call as it would in a call for the whole array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuremote.backend.kernels import MAKERS
+from gpuremote.ops.meta import Meta
+from gpuremote.ops.operands import WEAK
+from gpuremote.ops.plan import Plan
+from gpuremote.ops.ufuncs import BINARY, UNARY
+
+__all__ = ["SMALLEST", "Blocked", "Chain", "Fused", "Piece", "Scratch", "Step", "can_fail"]
+
+SMALLEST: Final = 256 << 10
+"""Bytes of a result below which looking at the chain takes as long as it saves."""
+BLOCK: Final = 128 << 10
+"""Bytes of a block, of the widest dtype in the chain; some of them fit into an L2 cache. Twice as
+many where a chain goes over one block only."""
+GRAIN: Final = 8192
+"""Elements: NumPy's own buffer, and a multiple of every vector."""
+REGISTERS: Final = 16
+"""Blocks that a chain may need at a time."""
+
+Fused: TypeAlias = Callable[[Sequence[Any], Sequence[Any]], None]
+"""Runs a chain: takes its inputs and the arrays for its results, of which each is C-contiguous."""
+
+_Array: TypeAlias = npt.NDArray[Any]
+_Frame: TypeAlias = list[Any]
+_DType: TypeAlias = np.dtype[Any]
+
+
+class Step(NamedTuple):
+    """One op of a chain.
+
+    Attributes
+    ----------
+    piece : object
+        What the backend made of its plan.
+    operands : tuple of int
+        From 0 on the result of that step, else -1, -2, ... the first, second, ... input. Inputs
+        are numbered as they first occur.
+    """
+
+    piece: Any
+    operands: tuple[int, ...]
+
+
+class Chain(NamedTuple):
+    """Elementwise ops on arrays of one shape, and what of them is wanted.
+
+    Attributes
+    ----------
+    steps : list of Step
+    kept : list of int
+        Steps whose results are wanted, in order.
+    """
+
+    steps: list[Step]
+    kept: list[int]
+
+
+_UFUNCS: Final[dict[str, np.ufunc]] = {
+    **UNARY,
+    **BINARY,
+    **{f"{name}_": ufunc for name, ufunc in BINARY.items()},
+}
+_EXACT: Final = frozenset(
+    {"add", "subtract", "multiply", "divide", "maximum", "minimum"}
+    | {"negative", "abs", "square", "sqrt"}
+)
+"""Rounded the same way by every loop there is, so it does not matter which one NumPy takes."""
+_CASTS: Final = frozenset(("astype", "copy"))
+_OTHERS: Final = frozenset(("where", "clip", "round"))
+"""No ufuncs in NumPy: a block comes as an array of its own."""
+
+
+def can_fail(plan: Plan) -> bool:
+    """Whether values decide if it raises: an integer to a negative power, an int that is too big
+    for the array's dtype."""
+    if plan.spec.name.rstrip("_") in ("power", "ldexp"):
+        return True
+    inexact = any(isinstance(o, Meta) and o.dtype.kind in "fc" for o in plan.operands)
+    return not inexact and any(operand in ("i", "I") for operand in plan.operands)
+
+
+class Piece:
+    """A plan as part of a chain: all that does not depend on where in the chain.
+
+    Attributes
+    ----------
+    ufunc : numpy.ufunc or None
+    kernel : callable or None
+        In place of a ufunc: gives a block as an array of its own. None for a cast.
+    unary : bool
+        It has one operand.
+    inplace : bool
+        It writes to its first operand.
+    dtype : numpy.dtype
+        Of what it writes.
+    itemsize : int
+        Of the widest of its dtypes.
+    overwrites : bool
+        The result may take the place of an operand, so that less goes through the cache.
+    values : tuple
+        For each operand that is no array of the chain's shape, what to make of the value before
+        the first block: a dtype or None; ARRAY for all others.
+    """
+
+    ARRAY: Final = object()
+
+    __slots__ = (
+        "dtype",
+        "inplace",
+        "itemsize",
+        "kernel",
+        "overwrites",
+        "ufunc",
+        "unary",
+        "values",
+    )
+
+    def __init__(self, plan: Plan, result: Meta) -> None:
+        name = plan.spec.name
+        dtypes = [result.dtype, *(o.dtype for o in plan.operands if isinstance(o, Meta))]
+        self.ufunc = _UFUNCS.get(name)
+        self.kernel = MAKERS[name](np, plan) if name in _OTHERS else None
+        self.unary = len(plan.operands) == 1
+        self.inplace = plan.spec.inplace
+        self.dtype = result.dtype
+        self.itemsize = max(dtype.itemsize for dtype in dtypes)
+        self.overwrites = (
+            name in _EXACT
+            and self.dtype.kind in "fiu"
+            and all(dtype == self.dtype for dtype in dtypes)
+        )
+        self.values = tuple(
+            Piece.ARRAY if isinstance(o, Meta) and o.ndim else _loop_dtype(plan, position)
+            for position, o in enumerate(plan.operands)
+        )
+
+    @staticmethod
+    def of(plan: Plan) -> Piece | None:
+        """The piece of a plan; None if a call of it can't be part of a chain: it has to work
+        element by element on whole arrays (and scalars), and on enough of them."""
+        name = plan.spec.name
+        if name not in _UFUNCS and name not in _CASTS and name not in _OTHERS:
+            return None
+        result = plan.operands[0] if plan.spec.inplace else plan.result
+        if (
+            not isinstance(result, Meta)
+            or result.nbytes < SMALLEST
+            or result.size < GRAIN
+            or any(
+                isinstance(operand, Meta) and operand.ndim and operand.shape != result.shape
+                for operand in plan.operands
+            )
+        ):
+            return None
+        return Piece(plan, result)
+
+    def step(self, places: list[int], out: int) -> tuple[Any, int, int | None, int]:
+        """What to do for each block, once it is known where operands and result lie."""
+        if self.ufunc is not None:
+            return (self.ufunc, places[0], None if self.unary else places[1], out)
+        kernel = self.kernel
+        if kernel is None:
+            (source,) = places
+
+            def cast(frame: _Frame) -> None:
+                np.copyto(frame[out], frame[source], "unsafe")
+
+            return (cast, _FRAME, None, out)
+
+        def other(frame: _Frame) -> None:
+            frame[out][...] = kernel(*[frame[place] for place in places])
+
+        return (other, _FRAME, None, out)
+
+
+_FRAME: Final = 1 << 30
+"""In place of an operand: the function takes the frame."""
+
+
+def _loop_dtype(plan: Plan, position: int) -> _DType | None:
+    """What a ufunc casts a Python number to; done once, not for each block.
+
+    None: it is an array already, or what the ufunc does with it depends on its value.
+    """
+    ufunc = _UFUNCS.get(plan.spec.name)
+    code = plan.operands[position]
+    if ufunc is None or code not in ("i", "f") or ufunc.nin != 2:
+        return None
+    other = plan.operands[1 - position]
+    if not isinstance(other, Meta) or other.dtype.kind not in "fc":
+        return None
+    kinds: list[Any] = [other.dtype, other.dtype, None]
+    kinds[position] = type(WEAK[code])
+    if plan.spec.inplace:
+        kinds[2] = other.dtype
+    dtype: _DType = ufunc.resolve_dtypes(tuple(kinds))[position]
+    return dtype if dtype == other.dtype else None
+
+
+class Scratch:
+    """Memory for blocks, used again; for any number of threads."""
+
+    def __init__(self) -> None:
+        self._spare: list[npt.NDArray[np.uint8]] = []
+
+    def take(self) -> npt.NDArray[np.uint8]:
+        """Room for the last block too, which is shorter than two."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return np.empty(4 * BLOCK, np.uint8)
+
+    def give(self, memory: list[npt.NDArray[np.uint8]]) -> None:
+        if len(self._spare) < REGISTERS:
+            self._spare += memory
+
+
+class Blocked:
+    """A chain as NumPy runs it.
+
+    Its values lie in a frame: whatever steps write to from the beginning on, the inputs from the
+    end on. A step takes its operands from there by place, so what changes from block to block is
+    what the frame holds.
+
+    Parameters
+    ----------
+    chain : Chain
+    scratch : Scratch
+
+    Raises
+    ------
+    LookupError
+        It needs more blocks at a time than there may be.
+    """
+
+    def __init__(self, chain: Chain, scratch: Scratch) -> None:
+        self._scratch = scratch
+        self._views: dict[tuple[int, _DType], int] = {}
+        """Places that lie in scratch, by the number of the memory and the dtype."""
+        self._arrays: list[int] = []
+        """Places that are blocks of inputs."""
+        self._values: list[tuple[int, _DType | None]] = []
+        """Places that are the same for each block, and what to make of the input."""
+        self._results: list[int] = []
+        self._steps: list[tuple[Any, int, int | None, int]] = []
+        """A ufunc, the places of its operands, and where it writes to. Or a function of the frame,
+        and _FRAME."""
+        self._registers = 0
+        self._places = 0
+        self._inputs = 0
+        self._read(chain)
+
+    def _read(self, chain: Chain) -> None:
+        steps, kept = chain.steps, set(chain.kept)
+        last: dict[int, int] = {}
+        for number, (_, operands) in enumerate(steps):
+            for operand in operands:
+                last[operand] = number
+        places: list[int] = []
+        held: dict[int, int] = {}
+        """Registers of results that are still to be read."""
+        free: list[int] = []
+        itemsize, again = 1, False
+        for number, (piece, operands) in enumerate(steps):
+            if piece.itemsize > itemsize:
+                itemsize = piece.itemsize
+            at = []
+            ending = []
+            for position, operand in enumerate(operands):
+                if operand >= 0:
+                    at.append(places[operand])
+                    if last[operand] == number and operand in held:
+                        ending.append(held.pop(operand))
+                    continue
+                at.append(operand)
+                if -operand > self._inputs:
+                    self._enter(operand, piece.values[position])
+                elif piece.values[position] is Piece.ARRAY:
+                    again = True
+            if piece.inplace:
+                out = at[0]
+            elif number in kept:
+                out = self._place()
+                self._results.append(out)
+            else:
+                if ending and piece.overwrites:
+                    register = ending.pop()
+                else:
+                    # Not one that it reads from: where they meet, NumPy may leave its vectors.
+                    register = free.pop() if free else self._register()
+                out = self._view(register, piece.dtype)
+                if number in last:
+                    held[number] = register
+                else:
+                    ending.append(register)
+            places.append(out)
+            self._steps.append(piece.step(at, out))
+            if ending:
+                free += ending
+        size = BLOCK if self._registers + again > 1 else 2 * BLOCK
+        self._block = GRAIN * max(1, size // GRAIN // itemsize)
+
+    def _enter(self, operand: int, value: Any) -> None:
+        self._inputs += 1
+        if value is Piece.ARRAY:
+            self._arrays.append(operand)
+        else:
+            self._values.append((operand, value))
+
+    def _view(self, register: int, dtype: _DType) -> int:
+        view = (register, dtype)
+        place = self._views.get(view)
+        if place is None:
+            place = self._views[view] = self._place()
+        return place
+
+    def _place(self) -> int:
+        self._places += 1
+        return self._places - 1
+
+    def _register(self) -> int:
+        if self._registers == REGISTERS:
+            raise LookupError("too many blocks")
+        self._registers += 1
+        return self._registers - 1
+
+    def __call__(self, inputs: Sequence[Any], results: Sequence[_Array]) -> None:
+        frame: _Frame = [None] * (self._places + self._inputs)
+        for place, dtype in self._values:
+            value = inputs[-1 - place]
+            frame[place] = value if dtype is None else np.asarray(value, dtype)
+        moving = [(place, inputs[-1 - place].reshape(-1)) for place in self._arrays]
+        moving += [
+            (place, result.reshape(-1))
+            for place, result in zip(self._results, results, strict=True)
+        ]
+        block, steps, size = self._block, self._steps, moving[0][1].size
+        count = max(1, size // block)
+        most = size - (count - 1) * block
+        memory = [self._scratch.take() for _ in range(self._registers)]
+        views = [
+            (place, memory[register][: most * dtype.itemsize].view(dtype))
+            for (register, dtype), place in self._views.items()
+        ]
+        for place, view in views:
+            frame[place] = view[:block]
+        for start in range(0, count * block, block):
+            end = start + block
+            if end == count * block:
+                # The last one, with what is left over.
+                end = size
+                for place, view in views:
+                    frame[place] = view
+            for place, flat in moving:
+                frame[place] = flat[start:end]
+            for function, x, y, out in steps:
+                if y is not None:
+                    function(frame[x], frame[y], out=frame[out])
+                elif x != _FRAME:
+                    function(frame[x], out=frame[out])
+                else:
+                    function(frame)
+        self._scratch.give(memory)
