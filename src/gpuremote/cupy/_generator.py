@@ -52,6 +52,8 @@ def _parameters(values: Sequence[Any], size: Any) -> tuple[list[Any], Shape]:
     """The parameters of a distribution, and the shape of what is drawn."""
     found = [operand(value) for value in values]
     for value in found:
+        if type(value) is float or type(value) is int:
+            continue
         kind = getattr(value, "dtype", None) or np.result_type(type(value))
         if kind.kind not in "biuf":
             raise DTypeError(f"a parameter of a distribution has to be real, not {kind}")
