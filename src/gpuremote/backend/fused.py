@@ -92,11 +92,13 @@ _OTHERS: Final = frozenset(("where", "clip", "round"))
 
 def can_fail(plan: Plan) -> bool:
     """Whether values decide if it raises: an integer to a negative power, an int that is too big
-    for the array's dtype."""
-    if plan.spec.name.rstrip("_") in ("power", "ldexp"):
-        return True
-    inexact = any(isinstance(o, Meta) and o.dtype.kind in "fc" for o in plan.operands)
-    return not inexact and any(operand in ("i", "I") for operand in plan.operands)
+    for what it is cast to."""
+    name = plan.spec.name.rstrip("_")
+    dtypes = [o.dtype for o in (*plan.operands, *plan.bounds) if isinstance(o, Meta)]
+    inexact = any(dtype.kind in "fc" for dtype in dtypes)
+    if name == "power":
+        return not inexact
+    return ("i" in plan.operands or "I" in plan.operands) and (name == "ldexp" or not inexact)
 
 
 class Piece:
@@ -231,8 +233,7 @@ class Scratch:
             return np.empty(4 * BLOCK, np.uint8)
 
     def give(self, memory: list[npt.NDArray[np.uint8]]) -> None:
-        if len(self._spare) < REGISTERS:
-            self._spare += memory
+        self._spare += memory[: max(0, REGISTERS - len(self._spare))]
 
 
 class Blocked:
