@@ -101,6 +101,7 @@ class Array:
 
     def get(self, stream: Stream, out: Any) -> Any:
         assert self.host.flags.c_contiguous
+        assert out.shape == self.shape
         stream.give(lambda: np.copyto(out, self.host))
         return out
 

@@ -15,6 +15,7 @@ import numpy as np
 from gpuremote._types import Shape
 from gpuremote.backend.array_namespace import ArrayNamespaceBackend
 from gpuremote.backend.base import Compiled, DeviceInfo
+from gpuremote.backend.cupy_order import Order
 from gpuremote.errors import InvalidBuffer
 from gpuremote.memory.cuda import CudaDriver, CudaError, cuda_driver
 from gpuremote.memory.device import DeviceMemory, DeviceTarget
@@ -55,6 +56,7 @@ class CupyBackend(ArrayNamespaceBackend):
         # Staging that the device may still be reading, each with the event behind the copy.
         self._in_flight: deque[tuple[Any, memoryview]] = deque()
         self._lock = threading.Lock()
+        self._order = Order(cuda)
         self._driver = _driver_beside_cupy() if cupy is None else driver
 
     @classmethod
@@ -86,24 +88,36 @@ class CupyBackend(ArrayNamespaceBackend):
 
     def compile(self, plan: Plan) -> Compiled:
         function = super().compile(plan)
+        order = self._order
+
+        def run(arguments: Sequence[Any]) -> Sequence[Any] | None:
+            if order.active:
+                found: Sequence[Any] | None = order.run(function, arguments)
+                return found
+            return function(arguments)
+
         if len(self._devices) == 1:
-            return function
+            return run
         device = self._cuda.Device(plan.device)
 
         def on_device(arguments: Sequence[Any]) -> Sequence[Any] | None:
             with device:
-                return function(arguments)
+                return run(arguments)
 
         return on_device
 
     def empty(self, shape: Shape, dtype: DType, device: int) -> Any:
         with self._cuda.Device(device):
-            return self.xp.empty(shape, dtype)
+            array = self.xp.empty(shape, dtype)
+            if self._order.active:
+                self._order.leave(self._cuda.get_current_stream(), (), (array,))
+            return array
 
     def copy_to_device(self, array: Any, device: int) -> Any:
         with self._cuda.Device(device):
             # Across devices CuPy orders the copy behind the source's stream and ours.
-            return self.xp.array(array)
+            made = self._order.run(lambda given: [self.xp.array(given[0])], [array])
+            return made[0]
 
     def _staging(self, nbytes: int) -> memoryview:
         """Page-locked host memory, so that the device copies from it directly."""
@@ -162,6 +176,7 @@ class CupyBackend(ArrayNamespaceBackend):
                 part = array.reshape(-1).view(np.uint8)[offset : offset + view.nbytes]
                 part.set(np.frombuffer(view, np.uint8), stream=stream)
             event = stream.record()
+            self._order.leave(stream, (array,), ())
         with self._lock:
             self._in_flight.append((event, view))
 
@@ -170,8 +185,11 @@ class CupyBackend(ArrayNamespaceBackend):
         if view.nbytes:
             with array.device:
                 stream = self._cuda.get_current_stream()
+                self._order.enter(stream, (array,))
                 out = np.frombuffer(view, array.dtype).reshape(array.shape)
-                self.xp.ascontiguousarray(array).get(stream=stream, out=out)
+                # Which gives an array without axes one.
+                flat = self.xp.ascontiguousarray(array).reshape(array.shape)
+                flat.get(stream=stream, out=out)
                 stream.synchronize()
         return view, True
 
@@ -180,6 +198,7 @@ class CupyBackend(ArrayNamespaceBackend):
             return self.send_view(array)
         with array.device:
             stream = self._cuda.get_current_stream()
+            self._order.enter(stream, (array,))
             private = not array.flags.c_contiguous
             flat = self.xp.ascontiguousarray(array) if private else array
             # A card does not wait for streams.
@@ -193,7 +212,9 @@ class CupyBackend(ArrayNamespaceBackend):
 
     def create_stream(self, device: int) -> Any:
         with self._cuda.Device(device):
-            return device, self._cuda.Stream(non_blocking=True)
+            stream = self._cuda.Stream(non_blocking=True)
+            self._order.begin(stream)
+            return device, stream
 
     def activate(self, stream: Any) -> AbstractContextManager[Any]:
         return contextlib.nullcontext() if stream is None else self._active(*stream)
