@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 
+from gpuremote.backend.torch_attention import choose_attention
 from gpuremote.backend.torch_files import Weights
 from gpuremote.backend.torch_random import OWN, generator
 from gpuremote.errors import (
@@ -219,6 +220,7 @@ class Permits:
         files = Weights(weights)
         self.own: dict[str, Callable[..., Any]] = {
             **OWN,
+            "gpuremote::choose_attention": choose_attention,
             "gpuremote::weights_header": files.header,
             "gpuremote::weights_read": files.read,
         }
@@ -359,7 +361,8 @@ def _as_said(
 
 def _blocks(call: Call, made: Any, tensors: Sequence[Any]) -> list[Block]:
     """The storages of any results."""
-    flat = _flatten(made)
+    # Numbers among the results are known to the client by torch's rules.
+    flat = [one for one in _flatten(made) if one is None or isinstance(one, torch.Tensor)]
     if len(flat) != len(call.results):
         raise InternalError(
             f"{call.name} gave {len(flat)} results and {len(call.results)} were expected"

@@ -52,8 +52,8 @@ class Home:
     kind : str
         What torch calls the device there: results are predicted for it.
     views : Views
-    plans : dict
-        Plans by op and key.
+    choices : dict
+        Which kernel computes attention there, by kind of call.
     """
 
     def __init__(self, index: int, session: Session, number: int, facts: dict[str, Any]) -> None:
@@ -64,6 +64,7 @@ class Home:
         self.kind = str(facts.get("device_type", "cpu"))
         self.device = torch.device("remote", index)
         self.views = Views()
+        self.choices: dict[Any, int] = {}
 
     def __repr__(self) -> str:
         return f"<remote:{self.index} {self.session.devices[self.number].name}>"

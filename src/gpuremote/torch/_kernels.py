@@ -40,7 +40,7 @@ _CODES: Final = {bool: "b", int: "i", float: "f", complex: "c"}
 
 Returned: TypeAlias = tuple[str, int] | tuple[str, int, int]
 """What an op gives: ``("new", k)``, its result k; ``("list", first, count)``, a list of results;
-``("given", k)``, its argument k."""
+``("given", k)``, its argument k; ``("number", n)``, a number that its rules tell."""
 
 
 class CallPlan:
@@ -357,6 +357,8 @@ class Kernel:
             elif value is None or isinstance(value, Tensor):
                 returns.append(("new", len(flat)))
                 flat.append(value)
+            elif value.__class__ is int:
+                returns.append(("number", value))
             else:
                 raise TypeError(f"{self.name} gives a {type(value).__name__}")
         sizes, results = results_of(flat, place.views)
@@ -386,6 +388,8 @@ class Kernel:
             kind, at, *count = item
             if kind == "new":
                 return fresh[at]
+            if kind == "number":
+                return at
             if kind == "list":
                 return list(fresh[at : at + count[0]])
             return keywords[names[at]] if names[at] in keywords else args[at]

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 
+from gpuremote.torch._attention import ATTENTION
 from gpuremote.torch._homes import current, home
 from gpuremote.torch._kernels import Kernel
 from gpuremote.torch._storages import ODD, handle_of
@@ -42,6 +43,7 @@ def _copy_(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False)
     if not _is_remote(self):
         return self.copy_(download(source))
     if not _is_remote(source):
+        source = source.cpu()  # from whichever device of this host
         if not source.dim():
             return aten.fill_.Tensor(self, source) if self.numel() else self
         source = upload(handle_of(self).home, source, waits=not non_blocking)
@@ -170,11 +172,6 @@ def _may_take_data(self: torch.Tensor, other: torch.Tensor) -> bool:
     return self.layout == other.layout == torch.strided
 
 
-def _math(*_: Any, **__: Any) -> int:
-    """Attention in plain ops, of which each has a rule."""
-    return 0
-
-
 FRONTED: Final = {"aten::copy_": _copy.kinds, "aten::_to_copy": _to_copy.kinds}
 """Those of the special ops that the part in C++ does itself where they are within one device; with
 the kinds of their arguments."""
@@ -193,5 +190,5 @@ SPECIAL: Final[dict[str, Callable[..., Any]]] = {
     "aten::set_": _set_nothing,
     "aten::is_pinned": _never,
     "aten::_has_compatible_shallow_copy_type": _may_take_data,
-    "aten::_fused_sdp_choice": _math,
+    **ATTENTION,
 }

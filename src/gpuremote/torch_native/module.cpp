@@ -16,6 +16,7 @@ PyObject* use(PyObject*, PyObject* arguments) {
     Py_INCREF(function);
   register_allocator();
   register_device();
+  register_attention();
   Py_RETURN_NONE;
 }
 

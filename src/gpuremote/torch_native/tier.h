@@ -9,6 +9,7 @@
 //     keys.cpp      arguments of an op -> key
 //     kernels.cpp   key -> plan -> record and results
 //     device.cpp    what torch wants to know of a device: guard, streams, generators, pinned memory
+//     attention.cpp has torch ask which kernel attention takes
 //     module.cpp    the module gpuremote_torch
 //
 // Locks: tapes and plans are touched with the interpreter lock held, and only then. What a storage
@@ -155,6 +156,7 @@ PyObject* counts(PyObject* module, PyObject* unused);
 // -- device.cpp -------------------------------------------------------------------------------
 
 void register_device();
+void register_attention();
 int current_device();
 // As many threads for gradients; without the interpreter lock.
 void start_threads(size_t count);

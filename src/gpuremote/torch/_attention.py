@@ -1,0 +1,153 @@
+"""Attention on servers with CUDA: by the kernel that torch would choose there.
+
+Which one that is depends on the card, the shapes and what the program allows
+(``torch.nn.attention.sdpa_kernel``), so the server is asked, once for each kind of call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+
+from gpuremote.ops.torch_call import Operand
+from gpuremote.torch._homes import Home
+from gpuremote.torch._inference import view_of
+from gpuremote.torch._kernels import Kernel
+from gpuremote.torch._own import issue_own
+from gpuremote.torch._storages import form_of, handle_of, make_tensor
+from gpuremote.torch._transfers import download
+
+__all__ = ["ATTENTION"]
+
+aten: Final = torch.ops.aten
+Tensor = torch.Tensor
+MATH, FLASH, OVERRIDEABLE = 0, 1, 4
+"""Of torch's ``SDPBackend``. For a device that it does not know torch takes FLASH for the CPU's
+kernel, so CUDA's goes by the op that is there for devices of others."""
+NONE: Final = 255
+"""There is no kernel that is allowed; torch says so."""
+
+_flash: Final = Kernel(aten._scaled_dot_product_flash_attention.default)
+_flash_backward: Final = Kernel(aten._scaled_dot_product_flash_attention_backward.default)
+_cudnn: Final = Kernel(aten._scaled_dot_product_cudnn_attention.default)
+_efficient: Final = Kernel(aten._efficient_attention_forward.default)
+_cudnn_backward: Final = Kernel(aten._scaled_dot_product_cudnn_attention_backward.default)
+
+
+def _allowed() -> tuple[bool, ...]:
+    """Flash, efficient, math, cuDNN: what the program allows."""
+    get: Any = torch._C
+    return (
+        get._get_flash_sdp_enabled(),
+        get._get_mem_efficient_sdp_enabled(),
+        get._get_math_sdp_enabled(),
+        get._get_cudnn_sdp_enabled(),
+    )
+
+
+def _choose(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> int:
+    """Kernel of ``aten::_fused_sdp_choice``."""
+    held = handle_of(query)
+    place = held.home
+    if place.kind != "cuda":
+        return MATH  # plain ops, of which each has a rule
+    tensors = [query, key, value, *([] if attn_mask is None else [attn_mask])]
+    views = tuple(view_of(tensor, place.views) for tensor in tensors)
+    grad = torch.is_grad_enabled()
+    wanted = tuple(grad and tensor.requires_grad for tensor in tensors)
+    options = (dropout_p, is_causal, scale, enable_gqa, wanted, _allowed())
+    found = place.choices.get((views, options))
+    if found is None:
+        handles = [handle_of(tensor) for tensor in tensors]
+        if any(handle.home is not place for handle in handles):
+            return MATH  # whose ops say what is wrong with that
+        found = _ask(place, views, [handle.number for handle in handles], options)
+        if found == FLASH:
+            # Its kernel takes multiples of eight only; elsewhere torch pads what it is given.
+            found = OVERRIDEABLE if query.shape[-1] % 8 == 0 else MATH
+        place.choices[views, options] = found
+    return -1 if found == NONE else found
+
+
+def _ask(
+    place: Home, views: tuple[Operand, ...], handles: list[int], options: tuple[Any, ...]
+) -> int:
+    dropout, causal, scale, gqa, wanted, allowed = options
+    slots: list[Any] = [["slot", k] for k in range(len(views))]
+    if len(slots) == 3:
+        slots.append(None)
+    fixed = [dropout, causal, scale, gqa, ["list", *wanted], ["list", *allowed]]
+    name = "gpuremote::choose_attention"
+    number = issue_own(place, name, views, handles, arguments=[*slots, *fixed], size=1)
+    answer = make_tensor(place, number, form_of(torch.uint8, (1,), (1,), 0, 1))
+    return int(download(answer).item())
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    _debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> Any:
+    # Chosen only where there is no bias.
+    arguments = (query, key, value, dropout_p, is_causal, False)
+    return _flash.run(arguments, {"scale": scale})[1]
+
+
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _bias: Tensor | None,
+    _wanted: Any,
+    *rest: Any,
+    scale: float | None = None,
+) -> Any:
+    arguments = (grad_out, query, key, value, *rest)
+    return (*_flash_backward.run(arguments, {"scale": scale})[1], None)
+
+
+def _cudnn_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    _sums: bool,
+    *rest: Any,
+    scale: float | None = None,
+) -> Any:
+    # Always with the sums: without, torch gives nothing where its rules say that there is a tensor.
+    arguments = (query, key, value, attn_bias, True, *rest)
+    return _cudnn.run(arguments, {"scale": scale})[1]
+
+
+def _as_it_is(kernel: Kernel) -> Callable[..., Any]:
+    return lambda *args, **keywords: kernel.run(args, keywords)[1]
+
+
+ATTENTION: Final[dict[str, Callable[..., Any]]] = {
+    "aten::_fused_sdp_choice": _choose,
+    "aten::_scaled_dot_product_fused_attention_overrideable": _forward,
+    "aten::_scaled_dot_product_fused_attention_overrideable_backward": _backward,
+    "aten::_scaled_dot_product_cudnn_attention": _cudnn_forward,
+    "aten::_efficient_attention_forward": _as_it_is(_efficient),
+    "aten::_scaled_dot_product_cudnn_attention_backward": _as_it_is(_cudnn_backward),
+}
