@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gpuremote.torch
 from gpuremote.errors import GpuRemoteError
+from gpuremote.ops.torch_call import Views
+from gpuremote.torch._inference import results_of
 from tests.pytorch.device import remote_device
 
 Tensor = torch.Tensor
@@ -176,6 +178,29 @@ def test_what_is_fast_elsewhere(device: torch.device) -> None:
     signal = torch.randn(8)
     torch.testing.assert_close(torch.fft.rfft(signal.to(device)).cpu(), torch.fft.rfft(signal))
     assert torch.accelerator.current_accelerator() == torch.device("remote")
+
+
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
+def test_batch_norm_in_mixed_precision(device: torch.device, lower: torch.dtype) -> None:
+    """Its statistics are wider than its input."""
+    found: list[list[Tensor]] = []
+    for place in (torch.device("cpu"), device):
+        torch.manual_seed(0)
+        model, data = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 3, 6, 6)
+        model.to(place)
+        with torch.autocast(place.type, lower):
+            made = model(data.to(place))
+        made.float().square().sum().backward()
+        found.append([made.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])  # type: ignore[union-attr]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-2, atol=1e-2)
+
+
+def test_a_rule_that_keeps_a_layout_that_repeats_itself() -> None:
+    made = torch.empty(3, device="meta").expand(2, 3)
+    sizes, (result,) = results_of([made], Views())
+    assert result.view is not None
+    assert (sizes, result.view.stride) == ([24], (3, 1))
 
 
 def test_sessions_can_be_opened_anew() -> None:

@@ -1,6 +1,6 @@
 """torch on an accelerator: CUDA, and by the same interface XPU, NPU, MLU, MUSA and HPU.
 
-Not yet run on any. Its tests use the host's processors in place of one.
+Run on CUDA only (``tests/gpu``); elsewhere its tests use the host's processors in place of one.
 """
 
 from __future__ import annotations
@@ -132,8 +132,13 @@ class AcceleratorTorchBackend(Backend):
     def send_view(self, array: Any) -> tuple[memoryview, bool]:
         staged = self._staging(array.nbytes)
         if array.nbytes:
-            staged.copy_(array.flat(), non_blocking=True)
-            self._module.current_stream(array.tensor.device).synchronize()
+            flat = array.flat()
+            if flat.device.type == self._kind:
+                staged.copy_(flat, non_blocking=True)
+                self._module.current_stream(flat.device).synchronize()
+            else:
+                # On the host: a generator's state, what attention says of its random numbers.
+                staged.copy_(flat)
         view: memoryview = staged.numpy().data
         return view, True
 

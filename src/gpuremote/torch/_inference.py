@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -25,6 +25,11 @@ from gpuremote.torch._homes import before_open
 
 __all__ = ["Unpredictable", "fake_of", "infer", "mode", "results_of"]
 
+STATISTICS: Final = (
+    torch.ops.aten.native_batch_norm.default,
+    torch.ops.aten._native_batch_norm_legit.default,
+)
+"""Ops that give them beside what they normalise."""
 _modes: list[FakeTensorMode] = []
 _making = threading.Lock()
 _inferring = threading.RLock()
@@ -110,7 +115,8 @@ def infer(op: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
     """
     try:
         with _undisturbed():
-            return op(*arguments, **keywords)
+            made = op(*arguments, **keywords)
+            return _as_hosts_do(arguments, made) if op in STATISTICS else made
     except (
         DynamicOutputShapeException,
         DataDependentOutputException,
@@ -118,6 +124,16 @@ def infer(op: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
         NotImplementedError,
     ) as error:
         raise Unpredictable(str(error)) from error
+
+
+def _as_hosts_do(arguments: Any, made: Any) -> Any:
+    """On a host the statistics have the dtype of the parameters where these are wider than the
+    input (autocast); torch's rules say that they have the input's."""
+    source, *parameters = (one for one in arguments[:5] if isinstance(one, torch.Tensor))
+    wide = next((one.dtype for one in parameters if one.dtype != source.dtype), None)
+    if source.device.type != "cpu" or wide is None:
+        return made
+    return (made[0], *(one.to(wide) for one in made[1:]))
 
 
 def results_of(made: Sequence[Any], views: Views) -> tuple[list[int], list[Result]]:
@@ -142,12 +158,13 @@ def results_of(made: Sequence[Any], views: Views) -> tuple[list[int], list[Resul
 
 
 def view_of(tensor: torch.Tensor, views: Views, *, plain: bool = False) -> View:
-    """A tensor as a view; ``plain``: as one that is neither conjugated nor negated."""
-    flags = 0 if plain else (CONJ if tensor.is_conj() else 0) | (NEG if tensor.is_neg() else 0)
-    return views.get(
-        str(tensor.dtype)[6:],
-        tuple(tensor.shape),
-        tuple(tensor.stride()),
-        int(tensor.storage_offset()),
-        flags,
-    )
+    """A tensor as a view; ``plain``: as a result, neither conjugated nor negated."""
+    shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+    if plain:
+        flags = 0
+        if 0 in stride and any(n > 1 and not step for n, step in zip(shape, stride, strict=True)):
+            # Some of torch's rules copy the layout of an operand that repeats itself; ops do not.
+            stride = tuple(torch.empty(shape, device="meta").stride())
+    else:
+        flags = (CONJ if tensor.is_conj() else 0) | (NEG if tensor.is_neg() else 0)
+    return views.get(str(tensor.dtype)[6:], shape, stride, int(tensor.storage_offset()), flags)

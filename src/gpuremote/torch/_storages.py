@@ -48,6 +48,10 @@ _HOST: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 """The host's kernels: those that look at a tensor's layout only work for any device."""
 
 
+_SWAPS: Final = hasattr(torch.UntypedStorage, "_swap_data_ptr_")
+"""torch 2.11 has no such thing: the storage that a tensor was made with gets another address."""
+
+
 class Held(weakref.ref[Any]):
     """A storage, as long as it lives.
 
@@ -143,7 +147,7 @@ def _make_tensor(home: Home, number: int, form: Form, array: Any = None) -> torc
     if array is not None:
         _arrays[name] = array
     address = _construct(name << SHIFT, home.device, nbytes)
-    if plain:
+    if plain and _SWAPS:
         storage: Any = tensor.untyped_storage()
         storage._swap_data_ptr_(address)
     else:

@@ -36,12 +36,13 @@ def host_bytes(tensor: torch.Tensor) -> Any:
 
 
 def upload(place: Home, tensor: torch.Tensor, *, waits: bool = True) -> torch.Tensor:
-    """A copy of a tensor of the host on a remote device, laid out alike if that is dense.
+    """A copy of a tensor of this host, whichever device it is on, on a remote device; laid out
+    alike if that is dense.
 
     Without ``waits`` one in pinned memory may still be on its way at the end, and is kept until it
     has arrived; whatever lies elsewhere may be changed as soon as this returns.
     """
-    host = tensor.detach().resolve_conj().resolve_neg()
+    host = tensor.detach().cpu().resolve_conj().resolve_neg()
     if not is_dense(host):
         host = host.contiguous()
     memory = host_bytes(host)
