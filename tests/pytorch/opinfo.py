@@ -2,7 +2,12 @@
 
     python -m tests.pytorch.opinfo [--dtypes float32,int64] [--forward] [--only NAME] [--json FILE]
 
-of the part that GPUREMOTE_TORCH_TIER names.
+of the part that GPUREMOTE_TORCH_TIER names. On a machine with a GPU, where the server has it too:
+
+    python -m tests.pytorch.opinfo --processes 12
+    python -m tests.pytorch.opinfo --processes 12 --forward --against cuda
+
+(no gradients there: torch has one accelerator in a process, and that is ``remote``).
 
 Every op runs in a process that may crash or hang: that is charged to the op, and the rest goes on.
 A pair (op, dtype) counts where the host itself runs it.
@@ -20,7 +25,7 @@ import warnings
 from collections import Counter
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from gpuremote.testing.servers import device_server
 
@@ -41,10 +46,19 @@ def main() -> int:
     )
     parser.add_argument("--every", type=int, default=1, help="only each so many-th pair")
     parser.add_argument("--only", default="", help="ops whose name begins so")
+    parser.add_argument("--against", default="cpu", help="device here to compare with")
+    parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--json", default="", help="where to write what was found")
     options = parser.parse_args()
     most = options.samples, 0 if options.forward else (options.samples + 1) // 2
-    found = run(options.dtypes.split(","), most, only=options.only, every=options.every)
+    found = run(
+        options.dtypes.split(","),
+        most,
+        only=options.only,
+        every=options.every,
+        against=options.against,
+        processes=options.processes,
+    )
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
     for one in found["pairs"]:
@@ -55,15 +69,22 @@ def main() -> int:
 
 
 def run(
-    dtypes: list[str], most: tuple[int, int], *, only: str = "", every: int = 1
+    dtypes: list[str],
+    most: tuple[int, int],
+    *,
+    only: str = "",
+    every: int = 1,
+    against: str = "cpu",
+    processes: int = PROCESSES,
 ) -> dict[str, Any]:
     """Run every op, with so many samples of a pair and so many of these with gradients; what became
     of each pair, and how many of each kind."""
     begin = time.monotonic()
     # The server starts while this process loads the database.
-    with device_server("--backend", "torch", "--warm", str(PROCESSES)) as server:
+    with device_server("--backend", "torch", "--warm", str(processes)) as server:
         os.environ["GPUREMOTE_URL"] = server.url
-        pairs = _run_all(_names(dtypes, only)[::every], most)
+        names = _names(dtypes, only, against)[::every]
+        pairs = _run_all(names, _Task(most, against), processes)
     totals: dict[str, Any] = dict(Counter(one["state"] for one in pairs))
     totals["seconds"] = round(time.monotonic() - begin, 1)
     for key in ("samples", "gradients", "bad"):
@@ -72,8 +93,18 @@ def run(
     return {"totals": totals, "pairs": pairs}
 
 
-def _run_all(names: list[tuple[int, str, str]], most: tuple[int, int]) -> list[dict[str, Any]]:
-    children = [_Child(most) for _ in range(PROCESSES)]
+class _Task(NamedTuple):
+    """What every process does: with so many samples of a pair, and so many of these with gradients,
+    beside that device of this host."""
+
+    most: tuple[int, int]
+    against: str
+
+
+def _run_all(
+    names: list[tuple[int, str, str]], task: _Task, processes: int
+) -> list[dict[str, Any]]:
+    children = [_Child(task) for _ in range(processes)]
     pairs: list[dict[str, Any]] = []
     try:
         while names or any(child.busy for child in children):
@@ -89,7 +120,7 @@ def _run_all(names: list[tuple[int, str, str]], most: tuple[int, int]) -> list[d
                 elif child.late:
                     pairs.append(child.fail("hang", f"no end within {LIMIT} s"))
                 if child.ended:
-                    children[k] = _Child(most)
+                    children[k] = _Child(task)
     finally:
         for child in children:
             child.end()
@@ -98,12 +129,12 @@ def _run_all(names: list[tuple[int, str, str]], most: tuple[int, int]) -> list[d
 
 class _Child:
     """A process that runs the samples of one pair after the other. It is forked, with the database
-    loaded and no session open."""
+    loaded and no session open; made anew where torch may use CUDA, which does not survive that."""
 
-    def __init__(self, most: tuple[int, int]) -> None:
-        context = multiprocessing.get_context("fork")
+    def __init__(self, task: _Task) -> None:
+        context: Any = multiprocessing.get_context(_method())
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_child, args=(theirs, most))
+        self._process = context.Process(target=_child, args=(theirs, task))
         self._process.start()
         theirs.close()
         self._given: tuple[int, str, str] | None = None
@@ -149,8 +180,14 @@ class _Child:
         self.pipe.close()
 
 
-def _names(dtypes: list[str], only: str) -> list[tuple[int, str, str]]:
-    # Loaded here, once for all the processes.
+def _method() -> str:
+    import torch
+
+    return "fork" if torch.version.cuda is None else "spawn"
+
+
+def _database() -> Any:
+    """torch's database of ops, and what else takes long to load."""
     import torch
     from torch.testing._internal import common_utils
     from torch.testing._internal.common_methods_invocations import op_db
@@ -160,33 +197,42 @@ def _names(dtypes: list[str], only: str) -> list[tuple[int, str, str]]:
     _inference.mode()
     # With every sample torch would also seed devices that are not there, and keep a list of that.
     common_utils.set_rng_seed = lambda *_, **__: torch.default_generator.manual_seed(0)
+    return op_db
+
+
+def _names(dtypes: list[str], only: str, against: str) -> list[tuple[int, str, str]]:
+    import torch
+
+    # Loaded here, once for all the processes that are forked.
+    op_db = _database()
     found = []
     for dtype in dtypes:
         kind = getattr(torch, dtype)
         for index, op in enumerate(op_db):
-            if op.supports_dtype(kind, "cpu") and op.formatted_name.startswith(only):
+            if op.supports_dtype(kind, against) and op.formatted_name.startswith(only):
                 found.append((index, op.formatted_name, dtype))
     return found[::-1]
 
 
-def _child(pipe: Connection[Any, Any], most: tuple[int, int]) -> None:
+def _child(pipe: Connection[Any, Any], task: _Task) -> None:
     import torch
-    from torch.testing._internal.common_methods_invocations import op_db
 
     import gpuremote.torch
 
     warnings.simplefilter("ignore")
+    op_db = _database()
     torch.set_num_threads(1)
     try:
         while True:
             index, name, dtype = pipe.recv()
-            found = _pair(op_db[index], getattr(torch, dtype), most)
+            found = _pair(op_db[index], getattr(torch, dtype), task)
             pipe.send({"op": name, "dtype": dtype, **found})
     except (EOFError, BrokenPipeError):
         gpuremote.torch.close()
 
 
-def _pair(op: Any, dtype: Any, most: tuple[int, int]) -> dict[str, Any]:
+def _pair(op: Any, dtype: Any, task: _Task) -> dict[str, Any]:
+    most, against = task
     wanted = op.supports_autograd and dtype.is_floating_point
     counts: Counter[str] = Counter()
     why = ""
@@ -198,13 +244,14 @@ def _pair(op: Any, dtype: Any, most: tuple[int, int]) -> dict[str, Any]:
     for number, sample in enumerate(samples):
         both = wanted and number < most[1]
         try:
-            here = _outcome(op, sample, both)
+            at_home = sample if against == "cpu" else _moved(op, sample, against)
+            here = _outcome(op, at_home, both)
         except Exception:
             counts["refused"] += 1  # by the host itself
             continue
         counts["samples"] += 1
         try:
-            there = _outcome(op, _moved(op, sample), both)
+            there = _outcome(op, _moved(op, sample, "remote"), both)
             _compare(op, here, there)
             counts["gradients"] += len(here[1])
         except Exception as error:
@@ -214,28 +261,28 @@ def _pair(op: Any, dtype: Any, most: tuple[int, int]) -> dict[str, Any]:
     return {"state": state, "why": why, **counts}
 
 
-def _moved(op: Any, sample: Any) -> Any:
-    """The sample on the remote device."""
-    moved = sample.transform(_remote)
+def _moved(op: Any, sample: Any, place: str) -> Any:
+    """The sample on another device."""
+    moved = sample.transform(lambda value: _placed(value, place))
     if op.name == "tensor_split":  # takes its indices on the host, on any device
         moved.args = sample.args
     return moved
 
 
-def _remote(value: Any) -> Any:
+def _placed(value: Any, place: str) -> Any:
     import torch
 
     if isinstance(value, torch.Tensor):
         held = value.untyped_storage().nbytes() // value.element_size()
         if value.layout == torch.strided and held != value.numel() and not value.is_conj():
             # A view of more than it shows: all of that goes over, as the op may look at it.
-            whole = value.detach().as_strided((held,), (1,), 0).to("remote")
+            whole = value.detach().as_strided((held,), (1,), 0).to(place)
             there = whole.as_strided(value.shape, value.stride(), value.storage_offset())
             return there.requires_grad_(value.requires_grad)
-        there = value.detach().to("remote")
+        there = value.detach().to(place)
         return there.requires_grad_(value.requires_grad)
     if isinstance(value, torch.device) or (isinstance(value, str) and value == "cpu"):
-        return torch.device("remote")
+        return torch.device(place)
     return value
 
 
@@ -286,7 +333,7 @@ def _compare(op: Any, here: tuple[Any, Any], there: tuple[Any, Any]) -> None:
             dense = one.to_dense() if one.layout != torch.strided else one
             torch.testing.assert_close(
                 other.detach().cpu(),
-                dense.detach(),
+                dense.detach().cpu(),
                 rtol=loose.get(one.dtype, 1e-3),
                 atol=loose.get(one.dtype, 1e-4),
                 equal_nan=True,
