@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -50,7 +51,13 @@ def main() -> None:
 
 def both() -> dict[str, Any]:
     """Each part in a process of its own, as a process has one of them."""
-    found: dict[str, Any] = {"torch": torch.__version__, "load": os.getloadavg()[0]}
+    found: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.torch_costs", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "load": os.getloadavg()[0],
+    }
     for tier in TIERS:
         command = [sys.executable, "-m", "benchmarks.torch_costs", "--tier", tier]
         environment = os.environ | {"GPUREMOTE_TORCH_TIER": tier}
@@ -67,7 +74,9 @@ def measure() -> dict[str, Any]:
     found: dict[str, Any] = {}
     with device_server("--backend", "torch", "--warm", "1", "--insecure") as server:
         gpuremote.torch.connect(f"{server.url}?transport=shm")
-        apart(_homes.home().session.worker_pid)
+        home = _homes.home()
+        apart(home.session.worker_pid)
+        found["server"] = home.session.devices[home.number].model
         found["op, µs"] = {device: op_costs(device) for device in ("cpu", "remote")}
         found["chain of 20,000 ops, µs per op"] = chain()
         found["transformer layer, ms per step"] = {

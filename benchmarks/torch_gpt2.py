@@ -7,17 +7,23 @@ On a machine with a GPU, with a server on it that has it:
     python -m benchmarks.torch_gpt2 --local cuda --url gpu://127.0.0.1:7700 --batch 8 --length 1024
 
 Without options the processors of this machine, with one thread at either end, on a core each. Steps
-of the two alternate, so that what else the machine does hits both.
+of the two alternate, so that what else the machine does hits both. Those on a GPU of this machine
+run in a process of their own: a process has one accelerator, and with gpuremote.torch that is it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import platform
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -25,10 +31,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-import gpuremote.torch
-from benchmarks.torch_costs import apart
 from gpuremote.testing.servers import device_server
-from gpuremote.torch import _homes
 
 Tensor = torch.Tensor
 WIDTH: Final = 768
@@ -86,6 +89,39 @@ def timed(step: Callable[[], Tensor], count: int) -> tuple[float, list[float]]:
     return time.perf_counter() - begin, losses
 
 
+Timer = Callable[[int], tuple[float, list[float]]]
+"""Runs so many steps."""
+
+
+def elsewhere(stack: ExitStack, device: str, batch: int, length: int) -> Timer:
+    """Steps in another process."""
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, device, batch, length), daemon=True)
+    process.start()
+    theirs.close()
+    pipe.recv()  # it has what it needs
+    stack.callback(process.join, 10)
+    stack.callback(pipe.close)
+
+    def run(count: int) -> tuple[float, list[float]]:
+        pipe.send(count)
+        found: tuple[float, list[float]] = pipe.recv()
+        return found
+
+    return run
+
+
+def serve(pipe: Connection, device: str, batch: int, length: int) -> None:
+    step = step_of(device, batch, length)
+    pipe.send(None)
+    try:
+        while True:
+            pipe.send(timed(step, pipe.recv()))
+    except EOFError:
+        pass
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="a step of the size of GPT-2 small")
     parser.add_argument("--local", default="cpu", help="device here (default %(default)s)")
@@ -100,6 +136,13 @@ def main() -> None:
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # for the server
     with ExitStack() as stack:
+        local = None
+        if options.local != "cpu":
+            local = elsewhere(stack, options.local, options.batch, options.length)
+        import gpuremote.torch
+        from benchmarks.torch_costs import apart
+        from gpuremote.torch import _homes
+
         url = options.url
         if url is None:
             url = stack.enter_context(
@@ -110,7 +153,13 @@ def main() -> None:
         home = _homes.home()
         if options.url is None:
             apart(home.session.worker_pid)
-        found = measure(options)
+        if local is None:
+            step = step_of("cpu", options.batch, options.length)
+            local = partial(timed, step)
+        found = measure(options, local)
+        found["command"] = " ".join(["python -m benchmarks.torch_gpt2", *sys.argv[1:]])
+        found["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+        found["python"] = platform.python_version()
         found["torch"] = torch.__version__
         found["server"] = home.session.devices[0].model
         found["load"] = os.getloadavg()[0]
@@ -120,15 +169,14 @@ def main() -> None:
         Path(options.out).write_text(text + "\n")
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    steps = {
-        name: step_of(name, options.batch, options.length) for name in (options.local, "remote")
-    }
-    losses: dict[str, list[float]] = {name: timed(step, 2)[1] for name, step in steps.items()}
+def measure(options: argparse.Namespace, local: Timer) -> dict[str, Any]:
+    remote = partial(timed, step_of("remote", options.batch, options.length))
+    steps: dict[str, Timer] = {options.local: local, "remote": remote}
+    losses: dict[str, list[float]] = {name: step(2)[1] for name, step in steps.items()}
     ratios, times = [], {name: list[float]() for name in steps}
     for _ in range(options.rounds):
         for name, step in steps.items():
-            seconds, found = timed(step, options.steps)
+            seconds, found = step(options.steps)
             times[name].append(seconds / options.steps)
             losses[name] += found
         ratios.append(times["remote"][-1] / times[options.local][-1])
