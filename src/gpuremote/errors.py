@@ -25,12 +25,12 @@
     ├── OpError
     │   ├── UnsupportedOp
     │   ├── ShapeError (ValueError)
-    │   │   └── AxisError (an IndexOutOfBounds too)
+    │   │   └── AxisError (IndexError)
     │   ├── DTypeError (TypeError)
     │   ├── DeviceMismatch (ValueError)
     │   ├── IndexOutOfBounds (IndexError)
     │   ├── InvalidHandle
-    │   ├── LinearAlgebraError (ArithmeticError)
+    │   ├── LinearAlgebraError (ArithmeticError, ValueError)
     │   ├── OpFailed (RuntimeError)
     │   └── OpCancelled
     ├── OutOfDeviceMemory (MemoryError)
@@ -326,7 +326,7 @@ class IndexOutOfBounds(OpError, IndexError):
     code = 205
 
 
-class AxisError(ShapeError, IndexOutOfBounds):
+class AxisError(ShapeError, IndexError):
     """An axis that the array does not have."""
 
     code = 210
@@ -338,7 +338,7 @@ class InvalidHandle(OpError):
     code = 206
 
 
-class LinearAlgebraError(OpError, ArithmeticError):
+class LinearAlgebraError(OpError, ArithmeticError, ValueError):
     """A decomposition that did not converge, or a singular matrix."""
 
     code = 207

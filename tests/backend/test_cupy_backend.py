@@ -12,7 +12,7 @@ import pytest
 from gpuremote.backend.cupy_backend import CupyBackend
 from gpuremote.backend.kernels import MAKERS
 from gpuremote.errors import InvalidBuffer, LinearAlgebraError
-from gpuremote.ops.catalogue import CATALOGUE, find
+from gpuremote.ops.catalogue import find
 from gpuremote.ops.plan import define
 from tests.backend.cupy_double import CupyDouble
 from tests.backend.execution import check, planned
@@ -30,7 +30,7 @@ def backend(cupy: CupyDouble) -> CupyBackend:
     return CupyBackend(cupy=cupy)
 
 
-@pytest.mark.parametrize("name", sorted(CATALOGUE))
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_runs_like_numpy(name: str) -> None:
     double = CupyDouble()
     check(name, CupyBackend(cupy=double), double.upload, lambda x: x.host, every=3)
@@ -199,5 +199,5 @@ def test_real_cupy_runs_like_numpy() -> None:
         pytest.skip(reason)
     # Vectors of a decomposition may differ in sign, and what the seed means differs.
     vague = {"svd", "eigh", "qr", "qr_r", "random_uniform", "random_normal"}
-    for name in CATALOGUE:
+    for name in CASES:
         check(name, CupyBackend(), real.asarray, real.asnumpy, same_values=name not in vague)

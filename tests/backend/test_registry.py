@@ -75,7 +75,7 @@ def test_a_backend_that_does_not_work_here(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_op_has_a_kernel() -> None:
-    assert MAKERS.keys() == CATALOGUE.keys()
+    assert MAKERS.keys() == {name for name, spec in CATALOGUE.items() if not spec.path}
 
 
 def test_the_numpy_backend_does_not_import_cupy_or_torch() -> None:

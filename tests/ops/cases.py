@@ -387,6 +387,12 @@ _DRAWN: dict[str, tuple[Any, ...]] = {
 }
 
 
+def readings() -> Iterator[Case]:
+    for source, target, shape in itertools.product(ALL, ALL, SHAPES):
+        if target != "b1":  # not every byte is a bool
+            yield Case((values(shape, source),), {"dtype": target})
+
+
 # -- the tables --------------------------------------------------------------------------------
 
 
@@ -398,7 +404,8 @@ UNARY = names(
     """
     negative positive abs sign sqrt square reciprocal exp exp2 expm1 log log1p log2 log10
     sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh floor ceil trunc isnan isinf
-    isfinite signbit logical_not bitwise_invert conj
+    isfinite signbit logical_not bitwise_invert conj rint cbrt deg2rad rad2deg fabs spacing
+    bitwise_count
     """
 )
 BINARY = names(
@@ -406,7 +413,7 @@ BINARY = names(
     add subtract multiply divide floor_divide remainder power maximum minimum fmax fmin
     atan2 hypot logaddexp copysign nextafter equal not_equal less less_equal greater
     greater_equal logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor
-    bitwise_left_shift bitwise_right_shift
+    bitwise_left_shift bitwise_right_shift fmod float_power logaddexp2 ldexp heaviside gcd lcm
     """
 )
 
@@ -418,6 +425,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "clip": clip,
     "round": rounding,
     "astype": casts,
+    "view": readings,
     **dict.fromkeys(["sum", "prod"], sums),
     "mean": means,
     **dict.fromkeys(["var", "std"], spreads),

@@ -70,6 +70,12 @@ def _complex(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _read_as(x: Array, dtype: str) -> Any:
+    if np.dtype(dtype).itemsize != x.itemsize:
+        raise TypeError("they differ in size")
+    return x.view(dtype)
+
+
 def _inplace(ufunc: np.ufunc) -> Callable[..., Any]:
     return lambda x, y: ufunc(x, y, out=x)
 
@@ -98,6 +104,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     **{f"{name}_": _inplace(getattr(np, name)) for name in BINARY},
     "clip": _clip,
     "astype": lambda x, dtype: x.astype(dtype),
+    "view": _read_as,
     "var": _spread(np.var),
     "std": _spread(np.std),
     "cumulative_sum": _running(np.cumsum, np.cumulative_sum),

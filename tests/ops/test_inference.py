@@ -17,7 +17,8 @@ from tests.ops.case import METAS, Case, values
 from tests.ops.cases import CASES
 from tests.ops.references import REFERENCE, reference, results, same_meta
 
-NAMES = sorted(CATALOGUE)
+# What a function of NumPy's does by its path is compared with it in tests/arrays.
+NAMES = sorted(name for name, spec in CATALOGUE.items() if not spec.path)
 
 NUMPY_ERRORS = (TypeError, ValueError, IndexError, OverflowError, ArithmeticError, MemoryError)
 
@@ -42,8 +43,8 @@ def inferred(name: str, case: Case) -> Plan | OpError:
 
 def test_every_op_has_cases() -> None:
     indexing = {"getitem", "getitem_advanced", "getitem_mask", "setitem"}
-    assert CASES.keys() == CATALOGUE.keys()
-    assert REFERENCE.keys() | indexing == CATALOGUE.keys()
+    assert CASES.keys() == set(NAMES)
+    assert REFERENCE.keys() | indexing == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,6 +6,7 @@ from typing import Any
 
 from gpuremote.backend.base import Backend, Compiled
 from gpuremote.backend.kernels import MAKERS, Kernel
+from gpuremote.backend.kernels_functions import by_path
 from gpuremote.errors import GpuRemoteError, InternalError, LinearAlgebraError, UnsupportedOp
 from gpuremote.ops.meta import Meta
 from gpuremote.ops.plan import Plan
@@ -38,7 +39,7 @@ class ArrayNamespaceBackend(Backend):
 
     def compile(self, plan: Plan) -> Compiled:
         spec = plan.spec
-        maker = MAKERS.get(spec.name)
+        maker = by_path if spec.path else MAKERS.get(spec.name)
         if maker is None:
             raise UnsupportedOp(f"backend {self.name} lacks this op", op=spec.name)
         try:

@@ -4,7 +4,7 @@ issues it, and wraps the results. Operators have a shorter way, see ``client.ope
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -49,20 +49,27 @@ def apply(
     array_type : type, optional
         Of the results; by default that of the first array.
     """
-    core, cls, device = _home(spec, operands)
-    if array_type is not None:
-        cls = array_type
+    first: Any = None
+    core: Any = None
+    device = 0
     kinds: list[Meta | str] = []
     values: list[Any] = []
     for operand in operands:
         meta = getattr(operand, "_meta", None)
         if meta is not None:
+            if first is None:
+                first, core, device = operand, operand._core, meta.device
+            elif operand._core is not core or meta.device != device:
+                _refuse_mix(spec, first, operand)
             kinds.append(meta)
             values.append(operand._id)
         else:
             code, packed = _scalar(spec, operand)
             kinds.append(code)
-            values.extend(packed)
+            values += packed
+    if first is None:
+        raise DTypeError("no operand is a remote array", op=spec.name)
+    cls = first.__class__ if array_type is None else array_type
     return _issue(core, cls, spec, kinds, values, params, device)
 
 
@@ -95,43 +102,37 @@ def _issue(
     params: Mapping[str, Any],
     device: int,
 ) -> list[A]:
-    key = (spec, device, *kinds, params_key(params)) if params or not kinds else (spec, *kinds)
-    plan = core.plans.get(key)
+    key: Any
+    if params or not kinds:
+        key = (spec, device, *kinds, *params.items())
+        try:
+            plan = core.plans.get(key)
+        except TypeError:  # a list in the parameters
+            key = (spec, device, *kinds, params_key(params))
+            plan = core.plans.get(key)
+    else:
+        key = (spec, *kinds)
+        plan = core.plans.get(key)
     if plan is None:
         plan = core.plan(key, spec, kinds, dict(params), device)
     number = core.call(plan, values)
     if spec.inplace:
         core.writes += 1
+    if plan.result is not None and plan.n_out == 1:
+        return [cls(core, number, plan.result)]
     # Without known outputs (an index with integers, a shape that depends on values) the caller
     # puts the right meta in; the bound has the right dtype and number of axes.
     outputs = plan.outputs if plan.outputs is not None else plan.bounds
     return [cls(core, number + k, meta) for k, meta in enumerate(outputs)]
 
 
-def _home(spec: OpSpec, operands: Sequence[Any]) -> tuple[Core, Any, int]:
-    """Session, class and device of the array operands; they have to agree."""
-    first = None
-    for operand in operands:
-        if getattr(operand, "_meta", None) is None:
-            continue
-        if first is None:
-            first = operand
-        elif operand._core is not first._core:
-            raise DeviceMismatch(
-                "the operands belong to different sessions; bring one over with "
-                "copy_to(device) first",
-                op=spec.name,
-                device=f"{_where(first)} and {_where(operand)}",
-            )
-        elif operand._meta.device != first._meta.device:
-            raise DeviceMismatch(
-                "the operands are on different devices; bring one over with copy_to(device) first",
-                op=spec.name,
-                device=f"{_where(first)} and {_where(operand)}",
-            )
-    if first is None:
-        raise DTypeError("no operand is a remote array", op=spec.name)
-    return first._core, first.__class__, first._meta.device
+def _refuse_mix(spec: OpSpec, x: RemoteArray, y: RemoteArray) -> NoReturn:
+    what = "belong to different sessions" if x._core is not y._core else "are on different devices"
+    raise DeviceMismatch(
+        f"the operands {what}; bring one over with copy_to(device) first",
+        op=spec.name,
+        device=f"{_where(x)} and {_where(y)}",
+    )
 
 
 def _where(x: RemoteArray) -> str:

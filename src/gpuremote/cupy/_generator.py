@@ -20,7 +20,7 @@ from gpuremote.cupy._array import integers as _integers
 from gpuremote.cupy._array import ndarray, several, single, store, wire
 from gpuremote.cupy._creation import array_of, full, operand
 from gpuremote.cupy._elementwise import UFUNCS
-from gpuremote.cupy._home import current
+from gpuremote.cupy._home import chosen, current
 from gpuremote.cupy._seeds import BitGenerator
 from gpuremote.errors import DTypeError, ShapeError
 from gpuremote.ops.shapes import broadcast
@@ -99,10 +99,19 @@ class Generator:
     Parameters
     ----------
     bit_generator : BitGenerator
+
+    Notes
+    -----
+    Draws are made on the device that was in use when the generator was made, else on the one in
+    use when they are asked for.
     """
 
     def __init__(self, bit_generator: BitGenerator) -> None:
         self.bit_generator = bit_generator
+        self._device = chosen()
+
+    def __reduce__(self) -> Any:
+        return Generator, (self.bit_generator,)
 
     def __repr__(self) -> str:
         return f"Generator({type(self.bit_generator).__name__})"
@@ -121,7 +130,7 @@ class Generator:
         if any(isinstance(x, RemoteArray) for x in parameters):
             return several("random_draw", (seed, *parameters), **params)[0]
         found = next((x for x in beside if isinstance(x, RemoteArray)), None)
-        place: Any = current() if found is None else found.device
+        place: Any = (self._device or current()) if found is None else found.device
         scalars = (seed, *parameters)
         return issue.create(place._core, ndarray, "random_draw", place.index, params, scalars)
 

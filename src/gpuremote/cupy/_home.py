@@ -14,7 +14,7 @@ from gpuremote.client.blocking import BlockingDevice, Session
 from gpuremote.client.connect import connect_sync
 from gpuremote.errors import DeviceMismatch, GpuRemoteError, UnsupportedOp
 
-__all__ = ["close", "current", "device_of", "session", "use", "using"]
+__all__ = ["chosen", "close", "current", "device_of", "session", "use", "using"]
 
 _lock = threading.RLock()
 _default: Session | None = None
@@ -53,8 +53,13 @@ def close() -> None:
 
 def current() -> BlockingDevice:
     """The device in use by this thread or task; by default the first of the default session."""
-    found = _in_use.get()
+    found = chosen()
     return session().devices[0] if found is None else found
+
+
+def chosen() -> BlockingDevice | None:
+    """The device that the program has put in use, if it has."""
+    return _in_use.get()
 
 
 def device_of(device: Any) -> BlockingDevice:

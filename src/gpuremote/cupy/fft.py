@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from gpuremote.cupy._creation import arange, array_of
 from gpuremote.errors import DTypeError
 
 __all__ = [
+    "config",
     "fft",
     "fft2",
     "fftfreq",
@@ -33,6 +35,10 @@ __all__ = [
     "rfftfreq",
     "rfftn",
 ]
+
+
+config: Final = SimpleNamespace(enable_nd_planning=True, use_multi_gpus=False)
+"""What CuPy's programs set: plans are the server's business, so it changes nothing."""
 
 
 def _along(name: str, a: Any, n: Any, axis: int, norm: Any, out: Any) -> ndarray:

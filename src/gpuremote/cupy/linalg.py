@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from numpy.linalg import LinAlgError
 
 from gpuremote.cupy import _products
 from gpuremote.cupy._array import integers, ndarray, several, single, store, wire
 from gpuremote.cupy._creation import array_of, empty, eye, zeros
 from gpuremote.cupy._elementwise import UFUNCS
 from gpuremote.errors import DTypeError, ShapeError
+from gpuremote.errors import LinearAlgebraError as LinAlgError
 
 __all__ = [
     "EigResult",

@@ -27,7 +27,7 @@ MOST_TRIPS = {
 
 def clients(**settings: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cupy.clients"],
+        [sys.executable, "-m", "tests.arrays.clients"],
         env={**os.environ, "GPUREMOTE_URL": f"gpu://{_home.session()._link.name}", **settings},
         capture_output=True,
         text=True,

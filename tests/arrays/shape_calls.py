@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.cupy.calls import Maker, call, each
-from tests.cupy.drawing import Call, Draw
+from tests.arrays.calls import Maker, call, each
+from tests.arrays.drawing import Call, Draw
 
 __all__ = ["CREATION", "INPLACE", "PRODUCTS", "SELECTION", "SHAPES"]
 

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpuremote.cupy import _names
-from tests.cupy import shape_calls
-from tests.cupy.calls import CALLS, Maker
-from tests.cupy.drawing import Call, Draw
+from tests.arrays import shape_calls
+from tests.arrays.calls import CALLS, Maker
+from tests.arrays.drawing import Call, Draw
 
 ALL: dict[str, Maker] = {
     **CALLS,

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tests.cupy.drawing import Call, Draw
+from tests.arrays.drawing import Call, Draw
 
 __all__ = ["CALLS"]
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from gpuremote.errors import DTypeError, ShapeError
-from tests.cupy.matching import Same
+from tests.arrays.matching import Same
 
 Array = npt.NDArray[Any]
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from gpuremote.errors import DTypeError, LinearAlgebraError, ShapeError
-from tests.cupy.matching import Same
+from tests.arrays.matching import Same
 from tests.session.comparing import case
 
 Array = npt.NDArray[Any]
@@ -213,13 +213,13 @@ def test_products(xp: Any, same: Same) -> None:
 
 def test_what_is_refused(xp: Any) -> None:
     linalg = xp.linalg
-    assert linalg.LinAlgError is np.linalg.LinAlgError
+    assert issubclass(linalg.LinAlgError, ValueError)
     wide = xp.ones((2, 3))
     for name in ("inv", "det", "slogdet", "eig", "eigh", "eigvals", "eigvalsh", "cholesky"):
         with case(name):
-            with pytest.raises(np.linalg.LinAlgError, match="one length"):
+            with pytest.raises(linalg.LinAlgError, match="one length"):
                 getattr(linalg, name)(wide)
-            with pytest.raises(np.linalg.LinAlgError, match="two axes"):
+            with pytest.raises(linalg.LinAlgError, match="two axes"):
                 getattr(linalg, name)(xp.ones(3))
     with pytest.raises(DTypeError, match="float16"):
         linalg.inv(xp.ones((2, 2), "f2"))
