@@ -1,6 +1,6 @@
 """Chains of elementwise ops, run block by block: what passes from op to op stays in the cache.
 
-Each op of a chain runs on a block of some 128 KiB, then the next op on the same block, and so on
+Each op of a chain runs on a block of some 256 KiB, then the next op on the same block, and so on
 to the end; then comes the next block. Results that nobody can name any more exist as one block
 only.
 
@@ -29,9 +29,9 @@ __all__ = ["SMALLEST", "Blocked", "Chain", "Fused", "Piece", "Scratch", "Step", 
 
 SMALLEST: Final = 256 << 10
 """Bytes of a result below which looking at the chain takes as long as it saves."""
-BLOCK: Final = 128 << 10
-"""Bytes of a block, of the widest dtype in the chain; some of them fit into an L2 cache. Twice as
-many where a chain goes over one block only."""
+BLOCK: Final = 256 << 10
+"""Bytes of a block, of the widest dtype in the chain: a few of them fit into the caches of a core,
+and a call of NumPy's takes a small part of the time that it computes."""
 GRAIN: Final = 8192
 """Elements: NumPy's own buffer, and a multiple of every vector."""
 REGISTERS: Final = 16
@@ -176,10 +176,8 @@ class Piece:
             return None
         return Piece(plan, result)
 
-    def step(self, places: list[int], out: int) -> tuple[Any, int, int | None, int]:
-        """What to do for each block, once it is known where operands and result lie."""
-        if self.ufunc is not None:
-            return (self.ufunc, places[0], None if self.unary else places[1], out)
+    def by_frame(self, places: list[int], out: int) -> Callable[[_Frame], None]:
+        """What to do for each block, for one without a ufunc: a function of the frame."""
         kernel = self.kernel
         if kernel is None:
             (source,) = places
@@ -187,12 +185,12 @@ class Piece:
             def cast(frame: _Frame) -> None:
                 np.copyto(frame[out], frame[source], "unsafe")
 
-            return (cast, _FRAME, None, out)
+            return cast
 
         def other(frame: _Frame) -> None:
             frame[out][...] = kernel(*[frame[place] for place in places])
 
-        return (other, _FRAME, None, out)
+        return other
 
 
 _FRAME: Final = 1 << 30
@@ -230,7 +228,7 @@ class Scratch:
         try:
             return self._spare.pop()
         except IndexError:
-            return np.empty(4 * BLOCK, np.uint8)
+            return np.empty(2 * BLOCK, np.uint8)
 
     def give(self, memory: list[npt.NDArray[np.uint8]]) -> None:
         self._spare += memory[: max(0, REGISTERS - len(self._spare))]
@@ -273,6 +271,7 @@ class Blocked:
 
     def _read(self, chain: Chain) -> None:
         steps, kept = chain.steps, set(chain.kept)
+        made, views = self._steps, self._views
         last: dict[int, int] = {}
         for number, (_, operands) in enumerate(steps):
             for operand in operands:
@@ -281,7 +280,7 @@ class Blocked:
         held: dict[int, int] = {}
         """Registers of results that are still to be read."""
         free: list[int] = []
-        itemsize, again = 1, False
+        itemsize = 1
         for number, (piece, operands) in enumerate(steps):
             if piece.itemsize > itemsize:
                 itemsize = piece.itemsize
@@ -296,8 +295,6 @@ class Blocked:
                 at.append(operand)
                 if -operand > self._inputs:
                     self._enter(operand, piece.values[position])
-                elif piece.values[position] is Piece.ARRAY:
-                    again = True
             if piece.inplace:
                 out = at[0]
             elif number in kept:
@@ -309,17 +306,21 @@ class Blocked:
                 else:
                     # Not one that it reads from: where they meet, NumPy may leave its vectors.
                     register = free.pop() if free else self._register()
-                out = self._view(register, piece.dtype)
+                view = (register, piece.dtype)
+                found = views.get(view)
+                out = views[view] = self._place() if found is None else found
                 if number in last:
                     held[number] = register
                 else:
                     ending.append(register)
             places.append(out)
-            self._steps.append(piece.step(at, out))
+            if piece.ufunc is None:
+                made.append((piece.by_frame(at, out), _FRAME, None, out))
+            else:
+                made.append((piece.ufunc, at[0], None if piece.unary else at[1], out))
             if ending:
                 free += ending
-        size = BLOCK if self._registers + again > 1 else 2 * BLOCK
-        self._block = GRAIN * max(1, size // GRAIN // itemsize)
+        self._block = GRAIN * max(1, BLOCK // GRAIN // itemsize)
 
     def _enter(self, operand: int, value: Any) -> None:
         self._inputs += 1
@@ -327,13 +328,6 @@ class Blocked:
             self._arrays.append(operand)
         else:
             self._values.append((operand, value))
-
-    def _view(self, register: int, dtype: _DType) -> int:
-        view = (register, dtype)
-        place = self._views.get(view)
-        if place is None:
-            place = self._views[view] = self._place()
-        return place
 
     def _place(self) -> int:
         self._places += 1
