@@ -170,7 +170,7 @@ def test_what_another_stream_makes_is_waited_for(device: Any) -> None:
             y = x
             for _ in range(8):
                 y = x @ y / 3000
-            y += 1
+            y = y + 1
         with second:
             z = (y * 2).sum()
         total = (y * 2).sum()  # in the default stream

@@ -15,6 +15,7 @@ from gpuremote.backend import kernels_linalg, kernels_random
 from gpuremote.errors import ShapeError
 from gpuremote.ops.creation import arange_length
 from gpuremote.ops.indexing import rebuild
+from gpuremote.ops.operands import Operand, default_dtype, kind_of
 from gpuremote.ops.plan import Plan
 from gpuremote.ops.shapes import normal_axis
 from gpuremote.ops.ufuncs import BINARY, UNARY
@@ -26,16 +27,32 @@ Maker: TypeAlias = Callable[[Any, Plan], Kernel]
 
 
 def _ufunc(name: str) -> Maker:
-    def make(xp: Any, _plan: Plan) -> Kernel:
+    def make(xp: Any, plan: Plan) -> Kernel:
         function: Kernel = getattr(xp, name)
+        if name.startswith("logical") and any(_complex(operand) for operand in plan.operands):
+            # CuPy's take no complex numbers.
+            def truth(x: Any) -> Any:
+                return xp.not_equal(x, 0) if hasattr(x, "dtype") else bool(x)
+
+            return lambda *operands: function(*map(truth, operands))
         return function
 
     return make
 
 
+def _complex(operand: Operand) -> bool:
+    return default_dtype(kind_of(operand)).kind == "c"
+
+
 def _ufunc_inplace(name: str) -> Maker:
-    def make(xp: Any, _plan: Plan) -> Kernel:
-        function = getattr(xp, name)
+    def make(xp: Any, plan: Plan) -> Kernel:
+        function = _ufunc(name)(xp, plan)
+        if name.startswith("logical"):
+
+            def store(x: Any, y: Any) -> None:
+                x[...] = function(x, y)
+
+            return store
 
         def run(x: Any, y: Any) -> None:
             function(x, y, out=x)

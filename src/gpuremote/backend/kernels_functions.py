@@ -26,7 +26,7 @@ def by_path(xp: Any, plan: Plan) -> Kernel:
     found: Kernel = reduce(getattr, spec.path.split("."), xp)
     adapt = _ADAPTED.get(spec.path)
     if adapt is not None:
-        found = adapt(found, plan)
+        found = adapt(xp, found, plan)
     keywords = dict(plan.params)
     given = keywords.pop("given", ())
     if keywords.get("dtype") is not None:
@@ -43,11 +43,18 @@ def by_path(xp: Any, plan: Plan) -> Kernel:
     return run
 
 
-def _choose(function: Kernel, _plan: Plan) -> Kernel:
-    return lambda index, *choices, **keywords: function(index, choices, **keywords)
+def _choose(xp: Any, function: Kernel, plan: Plan) -> Kernel:
+    dtype = plan.bounds[0].dtype
+
+    def run(index: Any, *choices: Any, **keywords: Any) -> Any:
+        # CuPy wants one array of all that there is to choose from.
+        arrays = xp.broadcast_arrays(*(xp.asarray(choice, dtype) for choice in choices))
+        return function(index, xp.stack(arrays), **keywords)
+
+    return run
 
 
-def _histogramdd(function: Kernel, _plan: Plan) -> Kernel:
+def _histogramdd(_xp: Any, function: Kernel, _plan: Plan) -> Kernel:
     def run(x: Any, **keywords: Any) -> Any:
         counts, edges = function(x, **keywords)
         return (counts, *edges)
@@ -55,19 +62,19 @@ def _histogramdd(function: Kernel, _plan: Plan) -> Kernel:
     return run
 
 
-def _several(function: Kernel, plan: Plan) -> Kernel:
+def _several(_xp: Any, function: Kernel, plan: Plan) -> Kernel:
     """A single result as one of several too."""
     if len(plan.bounds) > 1:
         return function
     return lambda *operands, **keywords: (function(*operands, **keywords),)
 
 
-def _einsum(function: Kernel, _plan: Plan) -> Kernel:
+def _einsum(_xp: Any, function: Kernel, _plan: Plan) -> Kernel:
     # A copy: NumPy gives a read-only view for a diagonal, and a view for an order of axes.
     return lambda *arrays, subscripts: function(subscripts, *arrays).copy()
 
 
-def _gradient(function: Kernel, plan: Plan) -> Kernel:
+def _gradient(_xp: Any, function: Kernel, plan: Plan) -> Kernel:
     if len(plan.bounds) != 1:
         return function
 
@@ -78,15 +85,15 @@ def _gradient(function: Kernel, plan: Plan) -> Kernel:
     return run
 
 
-def _scatter(function: Kernel, _plan: Plan) -> Kernel:
+def _scatter(_xp: Any, function: Kernel, _plan: Plan) -> Kernel:
     return lambda x, value, *places: function(x, places, value)
 
 
-def _joined(function: Kernel, _plan: Plan) -> Kernel:
+def _joined(_xp: Any, function: Kernel, _plan: Plan) -> Kernel:
     return lambda *arrays, **keywords: function(arrays, **keywords)
 
 
-_ADAPTED: dict[str, Callable[[Kernel, Plan], Kernel]] = {
+_ADAPTED: dict[str, Callable[[Any, Kernel, Plan], Kernel]] = {
     **{
         f"{name}.at": _scatter
         for name in (

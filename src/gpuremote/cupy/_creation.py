@@ -461,6 +461,8 @@ def linspace(
         raise ValueError(f"{num} values")
     between = num - 1 if endpoint else num
     step = (stop - start) / between if between else math.nan
+    if isinstance(start, complex) or isinstance(stop, complex):  # CuPy makes none of these
+        start = asarray(complex(start), device=device)
     if isinstance(start, RemoteArray) or isinstance(stop, RemoteArray):
         found = _between(start, stop, num, endpoint, dtype, axis)
     else:

@@ -248,7 +248,18 @@ def lexsort(keys: Any, axis: int = -1) -> ndarray:
     joined = keys if isinstance(keys, ndarray) else several("stack", [*map(array_of, keys)])[0]
     if joined.ndim == 1:
         return argsort(zeros_like(joined[:1])) if joined.size else joined
-    return single("lexsort", joined, axis=operator.index(axis))
+    last = joined.ndim - 1
+    at = operator.index(axis)
+    at = at + last if at < 0 else at
+    if not 0 <= at < last:
+        raise np.exceptions.AxisError(axis, last)
+    if at != last - 1:  # CuPy sorts along the last axis only
+        order = [i for i in range(joined.ndim) if i != at + 1]
+        sorted_ = single("lexsort", joined.transpose([*order, at + 1]))
+        back = list(range(last - 1))
+        back.insert(at, last - 1)
+        return sorted_.transpose(back)
+    return single("lexsort", joined)
 
 
 def partition(a: Any, kth: Any, axis: int | None = -1) -> ndarray:

@@ -271,8 +271,9 @@ def median(
     overwrite_input: bool = False,
     keepdims: bool = False,
 ) -> Any:
-    axes, keep = integers(axis), _flag(keepdims)
-    return single("median", array_of(a), axis=axes, keepdims=keep, out=out)
+    x = array_of(a)
+    keep = _flag(keepdims) if x.ndim else None  # CuPy makes an axis where there was none
+    return single("median", x, axis=integers(axis), keepdims=keep, out=out)
 
 
 def nanmedian(
@@ -282,8 +283,9 @@ def nanmedian(
     overwrite_input: bool = False,
     keepdims: bool = False,
 ) -> Any:
-    axes, keep = integers(axis), _flag(keepdims)
-    return single("nanmedian", array_of(a), axis=axes, keepdims=keep, out=out)
+    x = array_of(a)
+    keep = _flag(keepdims) if x.ndim else None
+    return single("nanmedian", x, axis=integers(axis), keepdims=keep, out=out)
 
 
 def _at(name: str) -> Callable[..., Any]:

@@ -305,9 +305,13 @@ def _run_ahead(session: WorkerSession, stream: Stream, device: int) -> bool:
         # Another stream may wait for this one: it gets it as early as it would one by one.
         length = kept[0] + 1
         kept = run.kept(length)
-    while (program := session.fusion.program(run.wiring[:length], kept)) is None:
+    program = session.fusion.program(run.wiring[:length], kept)
+    while program is None and length > 1:
         length //= 2
         kept = run.kept(length)
+        program = session.fusion.program(run.wiring[:length], kept)
+    if program is None or length < 2:
+        return False
     made = _made(session, run, kept)
     if len(made) < len(kept):
         # No room for this one: its turn comes when what is before it has run.
