@@ -84,6 +84,10 @@ class Issuer:
     ----------
     lock : threading.RLock
         Guards everything here.
+    plans : dict
+        By op, operands and parameters.
+    short : dict
+        The same plans under keys of a front end, which has others than these; it bounds them.
     dead : GpuRemoteError or None
         Why nothing can be issued any more.
     writes : int
@@ -110,6 +114,7 @@ class Issuer:
         self.stats = SessionStats()
         self.metas = MetaTable()
         self.plans: dict[Any, Plan] = {}
+        self.short: dict[Any, Plan] = {}
         self.dropped: deque[int] = deque()
         self.dropped_streams: deque[int] = deque()
         self.dropped_events: deque[int] = deque()
@@ -245,6 +250,7 @@ class Issuer:
             raise copy.copy(self.dead)
         if len(self.plans) >= caps.MAX_PLANS - 1:
             self.plans.clear()
+            self.short.clear()
             self.on_plans_cleared()
             self._record(Op.CLEAR_PLANS, ())
         return self._next_plan

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self, cast
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from gpuremote._dtypes import DTYPES
 from gpuremote._types import Shape
 from gpuremote.client import issue
 from gpuremote.client.array import RemoteArray
 from gpuremote.client.blocking import BlockingArray, BlockingDevice
+from gpuremote.client.origin import caller
+from gpuremote.cupy._methods import FUNCTIONS, Methods, integers, wire
 from gpuremote.errors import DTypeError, ImplicitTransfer, ShapeError, UnsupportedOp
 from gpuremote.ops.catalogue import find
-from gpuremote.ops.meta import check_dtype
 
 __all__ = ["FUNCTIONS", "integers", "ndarray", "own", "several", "single", "store", "wire"]
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {}
-"""The functions of the namespace by name, for methods that are short for one: filled by the
-package, as they build on this module."""
-
-
-def wire(dtype: npt.DTypeLike) -> str:
-    """What a dtype is called in an op's parameters."""
-    return check_dtype(dtype).str.lstrip("<|=")
-
-
-def integers(value: Any) -> Any:
-    """An axis, a length, or several of them, as Python's own numbers."""
-    if value is None:
-        return None
-    if isinstance(value, tuple | list):
-        return tuple(map(operator.index, value))
-    return operator.index(value)
+_MOST: Final = 1 << 14
+_INT64: Final = 1 << 63
+_frame = sys._getframe
 
 
 def several(name: str, operands: Sequence[Any], **params: Any) -> list[ndarray]:
@@ -49,8 +37,65 @@ def several(name: str, operands: Sequence[Any], **params: Any) -> list[ndarray]:
 
 def single(name: str, *operands: Any, out: Any = None, **params: Any) -> ndarray:
     """The one result of an op, or ``out`` with it in."""
-    found = several(name, operands, **params)[0]
+    key, values = _key(name, operands, params)
+    if key is None:
+        found = several(name, operands, **params)[0]
+        return found if out is None else store(found, out)
+    core = operands[0]._core
+    plan = core.short.get(key)
+    if plan is None:
+        found = several(name, operands, **params)[0]
+        _remember(core, key, operands, name, params)
+    else:
+        number = core.issue(plan, plan.pack(plan.id, *values), caller(_frame(1)))
+        found = ndarray(core, number, plan.result)
     return found if out is None else store(found, out)
+
+
+def _key(name: str, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """What a call is known by, and what travels with it; None where it has to be looked at more
+    closely."""
+    first = operands[0]
+    if first.__class__ is not ndarray:
+        return None, []
+    core = first._core
+    kinds: list[Any] = [name]
+    values: list[Any] = []
+    for operand in operands:
+        kind = operand.__class__
+        if kind is ndarray:
+            if operand._core is not core:
+                return None, []
+            kinds.append(operand._meta)
+            values.append(operand._id)
+        elif kind is float or (kind is int and -_INT64 <= operand < _INT64):
+            kinds.append("f" if kind is float else "i")
+            values.append(operand)
+        else:
+            return None, []
+    key = (*kinds, *params.items())
+    try:
+        hash(key)
+    except TypeError:
+        return None, []
+    return key, values
+
+
+def _remember(
+    core: Any, key: Any, operands: Sequence[Any], name: str, params: dict[str, Any]
+) -> None:
+    """Note the plan that a call was issued by, if it has one result of a known shape."""
+    spec, device = find(name), operands[0]._meta.device
+    kinds = [
+        o._meta if o.__class__ is ndarray else "f" if o.__class__ is float else "i"
+        for o in operands
+    ]
+    given = {key: value for key, value in params.items() if value is not None}
+    plan = core.plans.get((spec, device, *kinds, *given.items()) if given else (spec, *kinds))
+    if plan is not None and plan.result is not None and plan.n_out == 1:
+        if len(core.short) >= _MOST:
+            core.short.clear()
+        core.short[key] = plan
 
 
 def store(result: ndarray, out: Any, casting: str = "same_kind") -> ndarray:
@@ -80,7 +125,10 @@ def store(result: ndarray, out: Any, casting: str = "same_kind") -> ndarray:
     return out
 
 
-class ndarray(BlockingArray):
+_GETITEM: Final = find("getitem")
+
+
+class ndarray(Methods):
     """An array on a remote device, for code that was written for NumPy or CuPy.
 
     Made by the functions of ``gpuremote.cupy``. Ops return at once; shape and dtype of their
@@ -146,62 +194,6 @@ class ndarray(BlockingArray):
         def __eq__(self, other: object) -> ndarray: ...  # type: ignore[override]
         def __ne__(self, other: object) -> ndarray: ...  # type: ignore[override]
 
-    # -- protocols ------------------------------------------------------------------------------
-
-    def __array_namespace__(self, *, api_version: str | None = None) -> Any:
-        """The module ``gpuremote.cupy``; for an array of another device that device's ``xp``."""
-        return FUNCTIONS["namespace_of"](self.device, api_version)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        """Host memory: what ``__dlpack__`` gives is a copy of the values there."""
-        return (1, 0)
-
-    def __dlpack__(
-        self,
-        *,
-        stream: Any = None,
-        max_version: tuple[int, int] | None = None,
-        dl_device: tuple[int, int] | None = None,
-        copy: bool | None = None,
-    ) -> Any:
-        """The values on the host, fetched (one round trip), as a DLPack capsule.
-
-        Raises
-        ------
-        BufferError
-            ``copy=False``, or another device than the host.
-        """
-        if copy is False:
-            raise BufferError("the values of a remote array have to be copied to get here")
-        if stream is not None or dl_device not in (None, (1, 0)):
-            raise BufferError("a remote array can be given to host memory only, without a stream")
-        return self.get().__dlpack__(max_version=max_version)
-
-    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        return FUNCTIONS["array_ufunc"](ufunc, method, inputs, kwargs)
-
-    def __array_function__(
-        self, function: Callable[..., Any], types: Sequence[type], args: Any, kwargs: Any
-    ) -> Any:
-        return FUNCTIONS["array_function"](function, args, kwargs)
-
-    @property
-    def __cuda_array_interface__(self) -> Any:
-        raise AttributeError(
-            "the memory of a remote array is on another machine: get() its values, or copy_to() "
-            "a device of this one"
-        )
-
-    def __reduce__(self) -> Any:
-        """Pickled are the values, fetched; unpickled, an array of the default device."""
-        return _unpickled, (self.get(),)
-
-    def __copy__(self) -> Self:
-        return self.copy()
-
-    def __deepcopy__(self, memo: Any) -> Self:
-        return self.copy()
-
     # -- values ---------------------------------------------------------------------------------
 
     def get(
@@ -244,45 +236,6 @@ class ndarray(BlockingArray):
     def __contains__(self, value: object) -> bool:  # type: ignore[override]
         return bool((self == value).any())
 
-    def __format__(self, spec: str) -> str:
-        return format(self.item(), spec) if not self.ndim and spec else format(str(self), spec)
-
-    def __repr__(self) -> str:
-        text: str = FUNCTIONS["array_repr"](self)
-        return text
-
-    def __str__(self) -> str:
-        text: str = FUNCTIONS["array_str"](self)
-        return text
-
-    async def get_async(self, out: Any = None) -> Any:
-        """:meth:`get`, to be awaited."""
-        return await asyncio.to_thread(self.get, out)
-
-    async def item_async(self, *index: Any) -> Any:
-        """:meth:`item`, to be awaited: in place of ``float(x)`` and its like too."""
-        return await asyncio.to_thread(self.item, *index)
-
-    async def tolist_async(self) -> Any:
-        """:meth:`tolist`, to be awaited."""
-        return await asyncio.to_thread(self.tolist)
-
-    async def wait_async(self, timeout: float | None = None) -> Self:
-        """``wait``, to be awaited: until the array exists on the device."""
-        return await asyncio.to_thread(self.wait, timeout)
-
-    async def nonzero_async(self) -> tuple[ndarray, ...]:
-        """:meth:`nonzero`, to be awaited."""
-        return await asyncio.to_thread(self.nonzero)
-
-    async def compress_async(self, condition: Any, axis: int | None = None) -> ndarray:
-        """:meth:`compress`, to be awaited."""
-        return await asyncio.to_thread(self.compress, condition, axis)
-
-    async def getitem_async(self, index: Any) -> Self:
-        """``x[mask]``, to be awaited."""
-        return await asyncio.to_thread(self.__getitem__, index)
-
     def item(self, *index: Any, timeout: float | None = None) -> Any:
         """The only element, or the one at an index, as a Python scalar."""
         if not index:
@@ -290,6 +243,44 @@ class ndarray(BlockingArray):
         place = index[0] if len(index) == 1 else index
         found = self[place] if isinstance(place, tuple) else self.reshape(-1)[place]
         return BlockingArray.item(found, timeout)
+
+    def _apply(self, name: str, *, out: Any = None, **params: Any) -> Any:
+        return single(name, self, out=out, **params)
+
+    def __getitem__(self, index: Any) -> Any:
+        kind = index.__class__
+        if kind is int or (kind is slice and index.step is None):
+            found = self._first(index, kind)
+            if found is not None:
+                return found
+        return super().__getitem__(index)
+
+    def _first(self, index: Any, kind: type) -> ndarray | None:
+        """An element or a range of the first axis, if a plan is known for it: what loops are full
+        of."""
+        core, meta = self._core, self._meta
+        if not meta.shape:
+            return None
+        length = meta.shape[0]
+        if kind is int:
+            template, ints, rest = ("i",), [index], meta.shape[1:]
+            if not -length <= index < length:
+                return None
+        else:
+            start, stop = index.start, index.stop
+            if start.__class__ is not int or stop.__class__ is not int:
+                return None
+            if not (-_INT64 < start < _INT64 and -_INT64 < stop < _INT64):
+                return None
+            template, ints = ("s110",), [start, stop]
+            rest = (len(range(*index.indices(length))), *meta.shape[1:])
+        plan = core.plans.get(
+            (_GETITEM, meta.device, meta, *("i",) * len(ints), ("index", template))
+        )
+        if plan is None:
+            return None
+        number = core.issue(plan, plan.pack(plan.id, self._id, *ints), caller(_frame(1)))
+        return ndarray(core, number, core.metas.get(rest, meta.dtype, meta.device))
 
     # -- assignment -----------------------------------------------------------------------------
 
@@ -313,7 +304,7 @@ class ndarray(BlockingArray):
         self._meta, found._meta = found._meta, self._meta
 
     @property
-    def real(self) -> Self:
+    def real(self) -> Any:
         return self._apply("real")
 
     @real.setter
@@ -321,7 +312,7 @@ class ndarray(BlockingArray):
         self._apply("real")[...] = value
 
     @property
-    def imag(self) -> Self:
+    def imag(self) -> Any:
         return self._apply("imag")
 
     @imag.setter
@@ -338,16 +329,16 @@ class ndarray(BlockingArray):
     def __rdivmod__(self, other: Any) -> tuple[ndarray, ...]:
         return tuple(several("divmod", (other, self)))
 
-    def __imatmul__(self, other: Any) -> Self:
+    def __imatmul__(self, other: Any) -> Any:
         self[...] = self @ other
         return self
 
-    def conjugate(self) -> Self:
+    def conjugate(self) -> Any:
         return self._apply("conj")
 
     # -- shape ----------------------------------------------------------------------------------
 
-    def reshape(self, *shape: Any, order: str = "C", copy: bool | None = None) -> Self:
+    def reshape(self, *shape: Any, order: str = "C", copy: bool | None = None) -> Any:
         """Another shape over the same values.
 
         A view where the layout allows it; which it is, is known on the device alone.
@@ -364,16 +355,16 @@ class ndarray(BlockingArray):
             raise ShapeError(f"order {order!r} is not C, F or A")
         return source._apply("reshape", shape=lengths)
 
-    def transpose(self, *axes: Any) -> Self:
+    def transpose(self, *axes: Any) -> Any:
         return super().transpose(*(() if axes in ((None,), ((),)) else axes))
 
-    def ravel(self, order: str = "C") -> Self:
+    def ravel(self, order: str = "C") -> Any:
         return self.reshape(-1, order="F" if order == "F" else "C")
 
-    def flatten(self, order: str = "C") -> Self:
+    def flatten(self, order: str = "C") -> Any:
         return self.copy().ravel(order)
 
-    def swapaxes(self, axis1: int, axis2: int) -> Self:
+    def swapaxes(self, axis1: int, axis2: int) -> Any:
         axes = list(range(self.ndim))
         first, second = (_axis(axis, self.ndim) for axis in (axis1, axis2))
         axes[first], axes[second] = axes[second], axes[first]
@@ -382,13 +373,13 @@ class ndarray(BlockingArray):
     def diagonal(self, offset: int = 0, axis1: int = 0, axis2: int = 1) -> ndarray:
         return single("diagonal", self, offset=offset, axis1=axis1, axis2=axis2)
 
-    def squeeze(self, axis: Any = None) -> Self:
+    def squeeze(self, axis: Any = None) -> Any:
         return super().squeeze(integers(axis))
 
-    def repeat(self, repeats: Any, axis: int | None = None) -> ndarray:
-        return _do("repeat", self, repeats, axis)
+    def repeat(self, repeats: Any, axis: int | None = None) -> Any:
+        return FUNCTIONS["repeat"](self, repeats, axis)
 
-    def view(self, dtype: Any = None) -> ndarray:
+    def view(self, dtype: Any = None) -> Any:
         """The same memory, read as another dtype of the same size."""
         if dtype is None:
             return self._apply("getitem", index=("...",))
@@ -401,16 +392,18 @@ class ndarray(BlockingArray):
         casting: str = "unsafe",
         subok: Any = None,
         copy: bool = True,
-    ) -> Self:
+    ) -> Any:
         """Cast to another dtype."""
-        wanted = check_dtype(dtype)
-        if not np.can_cast(self.dtype, wanted, casting):  # type: ignore[arg-type]
+        wanted = DTYPES[wire(dtype)]
+        if casting != "unsafe" and not np.can_cast(self.dtype, wanted, casting):  # type: ignore[arg-type]
             raise DTypeError(f"{self.dtype} is not cast to {wanted} by the rule {casting}")
         if wanted.kind not in "cb" and self.dtype.kind == "c":
             return self._apply("real").astype(wanted)
-        return super().astype(wanted, copy=copy)
+        if not copy and wanted == self.dtype:
+            return self
+        return self._apply("astype", dtype=wire(wanted))
 
-    def copy(self, order: str = "C") -> Self:
+    def copy(self, order: str = "C") -> Any:
         return self._apply("copy")
 
     def to_device(self, device: Any, /, *, stream: Any = None) -> ndarray:
@@ -419,125 +412,6 @@ class ndarray(BlockingArray):
         if device == self.device:
             return self
         return own(self.copy_to(device))
-
-    # -- reductions -----------------------------------------------------------------------------
-
-    def sum(
-        self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False
-    ) -> Any:
-        return _reduce(self, "sum", axis, keepdims, dtype, out)
-
-    def prod(
-        self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False
-    ) -> Any:
-        return _reduce(self, "prod", axis, keepdims, dtype, out)
-
-    def mean(
-        self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False
-    ) -> Any:
-        return _reduce(self, "mean", axis, keepdims, dtype, out)
-
-    def max(self, axis: Any = None, out: Any = None, keepdims: bool = False) -> Any:
-        return _reduce(self, "max", axis, keepdims, None, out)
-
-    def min(self, axis: Any = None, out: Any = None, keepdims: bool = False) -> Any:
-        return _reduce(self, "min", axis, keepdims, None, out)
-
-    def all(self, axis: Any = None, out: Any = None, keepdims: bool = False) -> Any:
-        return _reduce(self, "all", axis, keepdims, None, out)
-
-    def any(self, axis: Any = None, out: Any = None, keepdims: bool = False) -> Any:
-        return _reduce(self, "any", axis, keepdims, None, out)
-
-    def ptp(self, axis: Any = None, out: Any = None, keepdims: bool = False) -> Any:
-        return _reduce(self, "ptp", axis, keepdims, None, out)
-
-    def argmax(
-        self, axis: int | None = None, dtype: Any = None, out: Any = None, keepdims: bool = False
-    ) -> Any:
-        return _position(self, "argmax", axis, dtype, out, keepdims)
-
-    def argmin(
-        self, axis: int | None = None, dtype: Any = None, out: Any = None, keepdims: bool = False
-    ) -> Any:
-        return _position(self, "argmin", axis, dtype, out, keepdims)
-
-    def var(
-        self,
-        axis: Any = None,
-        dtype: Any = None,
-        out: Any = None,
-        ddof: float = 0,
-        keepdims: bool = False,
-    ) -> Any:
-        return _reduce(self, "var", axis, keepdims, dtype, out, correction=ddof)
-
-    def std(
-        self,
-        axis: Any = None,
-        dtype: Any = None,
-        out: Any = None,
-        ddof: float = 0,
-        keepdims: bool = False,
-    ) -> Any:
-        return _reduce(self, "std", axis, keepdims, dtype, out, correction=ddof)
-
-    def cumsum(self, axis: int | None = None, dtype: Any = None, out: Any = None) -> Any:
-        return _running(self, "cumulative_sum", axis, dtype, out)
-
-    def cumprod(self, axis: int | None = None, dtype: Any = None, out: Any = None) -> Any:
-        return _running(self, "cumulative_prod", axis, dtype, out)
-
-    def trace(
-        self, offset: int = 0, axis1: int = 0, axis2: int = 1, dtype: Any = None, out: Any = None
-    ) -> ndarray:
-        return _do("trace", self, offset, axis1, axis2, dtype, out)
-
-    # -- order, choice --------------------------------------------------------------------------
-
-    def sort(self, axis: int = -1, kind: Any = None) -> None:
-        """Sort in place."""
-        self[...] = single("sort", self, axis=operator.index(axis))
-
-    def argsort(self, axis: int | None = -1, kind: Any = None) -> ndarray:
-        return _do("argsort", self, axis, kind)
-
-    def partition(self, kth: Any, axis: int = -1) -> None:
-        """Partition in place."""
-        self[...] = single("partition", self, kth=integers(kth), axis=operator.index(axis))
-
-    def argpartition(self, kth: Any, axis: int | None = -1) -> ndarray:
-        return _do("argpartition", self, kth, axis)
-
-    def searchsorted(self, v: Any, side: str = "left", sorter: Any = None) -> ndarray:
-        return _do("searchsorted", self, v, side, sorter)
-
-    def clip(self, min: Any = None, max: Any = None, out: Any = None) -> ndarray:
-        return _do("clip", self, min, max, out)
-
-    def round(self, decimals: int = 0, out: Any = None) -> ndarray:
-        return single("round", self, decimals=decimals, out=out)
-
-    def take(self, indices: Any, axis: int | None = None, out: Any = None) -> ndarray:
-        return _do("take", self, indices, axis, out)
-
-    def put(self, indices: Any, values: Any, mode: str = "raise") -> None:
-        FUNCTIONS["put"](self, indices, values, mode)
-
-    def choose(self, choices: Any, out: Any = None, mode: str = "raise") -> ndarray:
-        return _do("choose", self, choices, out, mode)
-
-    def compress(self, condition: Any, axis: int | None = None, out: Any = None) -> ndarray:
-        """The slices along an axis where the condition is true; waits for their number."""
-        return _do("compress", condition, self, axis, out)
-
-    def nonzero(self) -> tuple[ndarray, ...]:
-        """The indices of what is not zero, an array for each axis; waits for their number."""
-        found: tuple[ndarray, ...] = FUNCTIONS["nonzero"](self)
-        return found
-
-    def dot(self, b: Any, out: Any = None) -> ndarray:
-        return _do("dot", self, b, out)
 
 
 def own(array: RemoteArray) -> ndarray:
@@ -553,41 +427,7 @@ def own(array: RemoteArray) -> ndarray:
     return cast(ndarray, array)
 
 
-def _do(name: str, *operands: Any) -> ndarray:
-    """What a function of the namespace gives."""
-    found: ndarray = FUNCTIONS[name](*operands)
-    return found
-
-
-def _unpickled(host: npt.NDArray[Any]) -> ndarray:
-    array: ndarray = FUNCTIONS["asarray"](host)
-    return array
-
-
 def _axis(axis: int, ndim: int) -> int:
     if not -ndim <= axis < ndim:
         raise np.exceptions.AxisError(axis, ndim)
     return axis % ndim
-
-
-def _reduce(
-    x: ndarray, name: str, axis: Any, keepdims: bool, dtype: Any, out: Any, **params: Any
-) -> ndarray:
-    if dtype is not None:
-        params["dtype"] = wire(dtype)
-    axes = integers(axis)
-    return single(name, x, axis=axes, keepdims=True if keepdims else None, out=out, **params)
-
-
-def _position(
-    x: ndarray, name: str, axis: int | None, dtype: Any, out: Any, keepdims: bool
-) -> ndarray:
-    found = single(name, x, axis=integers(axis), keepdims=True if keepdims else None)
-    if dtype is not None:
-        found = found.astype(dtype)
-    return found if out is None else store(found, out)
-
-
-def _running(x: ndarray, name: str, axis: int | None, dtype: Any, out: Any) -> ndarray:
-    params = {} if dtype is None else {"dtype": wire(dtype)}
-    return single(name, x, axis=integers(axis), out=out, **params)

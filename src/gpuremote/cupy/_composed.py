@@ -65,11 +65,11 @@ def fix(x: Any, out: Any = None) -> ndarray:
     return found if out is None else store(found, out)
 
 
-def real(val: Any) -> ndarray:
+def real(val: Any) -> Any:
     return array_of(val).real
 
 
-def imag(val: Any) -> ndarray:
+def imag(val: Any) -> Any:
     return array_of(val).imag
 
 
@@ -166,12 +166,12 @@ def isposinf(x: Any, out: Any = None) -> ndarray:
     return found if out is None else store(found, out)
 
 
-def iscomplex(x: Any) -> ndarray:
+def iscomplex(x: Any) -> Any:
     array = array_of(x)
     return array.imag != 0
 
 
-def isreal(x: Any) -> ndarray:
+def isreal(x: Any) -> Any:
     array = array_of(x)
     return array.imag == 0
 
@@ -204,11 +204,11 @@ def size(a: Any, axis: int | None = None) -> int:
 # -- windows ------------------------------------------------------------------------------------
 
 
-def _phase(M: int) -> ndarray:
+def _phase(M: int) -> Any:
     return arange(1 - M, M, 2, dtype=float) / max(M - 1, 1)
 
 
-def bartlett(M: int) -> ndarray:
+def bartlett(M: int) -> Any:
     return 1 - abs(_phase(M)) if M > 1 else 1 - 0 * _phase(M)
 
 

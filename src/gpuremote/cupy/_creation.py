@@ -250,7 +250,7 @@ def from_dlpack(x: Any, /, *, device: Any = None, copy: bool | None = None) -> n
     return asarray(x, device=device, copy=copy)
 
 
-def astype(x: Any, dtype: npt.DTypeLike, /, *, copy: bool = True, device: Any = None) -> ndarray:
+def astype(x: Any, dtype: npt.DTypeLike, /, *, copy: bool = True, device: Any = None) -> Any:
     found = own(x).astype(dtype, copy=copy)
     return found if device is None else found.to_device(device_of(device))
 
@@ -427,7 +427,7 @@ def arange(
     dtype: npt.DTypeLike | None = None,
     *,
     device: Any = None,
-) -> ndarray:
+) -> Any:
     start, stop, step = map(_number, (start, stop, 1 if step is None else step))
     if stop is None:
         start, stop = 0, start
@@ -521,7 +521,7 @@ def geomspace(
     return asarray(np.geomspace(start, stop, num, endpoint, dtype, axis))
 
 
-def tri(N: int, M: int | None = None, k: int = 0, dtype: npt.DTypeLike = float) -> ndarray:
+def tri(N: int, M: int | None = None, k: int = 0, dtype: npt.DTypeLike = float) -> Any:
     columns = N if M is None else M
     rows = arange(N).reshape(N, 1)
     return (arange(-k, columns - k).reshape(1, columns) <= rows).astype(dtype)
@@ -542,7 +542,7 @@ def triu(m: Any, k: int = 0) -> ndarray:
     return _triangle("triu", m, k)
 
 
-def diag(v: Any, k: int = 0) -> ndarray:
+def diag(v: Any, k: int = 0) -> Any:
     x = array_of(v)
     if x.ndim == 2:
         return x.diagonal(k).copy()
@@ -554,11 +554,11 @@ def diag(v: Any, k: int = 0) -> ndarray:
     return found
 
 
-def diagflat(v: Any, k: int = 0) -> ndarray:
+def diagflat(v: Any, k: int = 0) -> Any:
     return diag(array_of(v).ravel(), k)
 
 
-def vander(x: Any, N: int | None = None, increasing: bool = False) -> ndarray:
+def vander(x: Any, N: int | None = None, increasing: bool = False) -> Any:
     points = array_of(x)
     if points.ndim != 1:
         raise ShapeError(f"shape {points.shape}: one axis is needed", op="vander")

@@ -211,7 +211,7 @@ class Generator:
         _positive("lam", lam)
         return self._standard("poisson", size, lam)
 
-    def zipf(self, a: Any, size: Any = None) -> ndarray:
+    def zipf(self, a: Any, size: Any = None) -> Any:
         if _plain(a) and a <= 1:
             raise ValueError(f"a has to be more than 1, not {a}")
         return self._standard("zipf", size, a)
@@ -223,7 +223,7 @@ class Generator:
         size: Any = None,
         dtype: npt.DTypeLike = np.int64,
         endpoint: bool = False,
-    ) -> ndarray:
+    ) -> Any:
         if high is None:
             low, high = 0, low
         kind = np.dtype(dtype)
@@ -245,7 +245,8 @@ class Generator:
 
     def bytes(self, length: int) -> builtins.bytes:
         """Random bytes, fetched."""
-        return self.integers(0, 256, length, np.uint8).tobytes()
+        drawn: ndarray = self.integers(0, 256, length, np.uint8)
+        return drawn.tobytes()
 
     # -- put together from those ----------------------------------------------------------------
 
@@ -534,7 +535,7 @@ class Generator:
         return index if found is None else single("take", found, index, axis=axis)
 
 
-def _chances(p: Any, length: int, distinct: int) -> ndarray:
+def _chances(p: Any, length: int, distinct: int) -> Any:
     if not isinstance(p, RemoteArray):
         given = np.asarray(p, float)
         if given.shape == (length,) and ((given < 0).any() or abs(given.sum() - 1) > 1e-8):

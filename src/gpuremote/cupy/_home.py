@@ -53,8 +53,11 @@ def close() -> None:
 
 def current() -> BlockingDevice:
     """The device in use by this thread or task; by default the first of the default session."""
-    found = chosen()
-    return session().devices[0] if found is None else found
+    found = _in_use.get()
+    if found is not None:
+        return found
+    default = _default  # read once: another thread may close it
+    return (session() if default is None or default.closed else default).devices[0]
 
 
 def chosen() -> BlockingDevice | None:

@@ -14,7 +14,7 @@ from gpuremote.errors import UnsupportedOp
 __all__ = ["c_", "mgrid", "ogrid", "r_"]
 
 
-def _range(part: slice) -> ndarray:
+def _range(part: slice) -> Any:
     """A slice's values; with an imaginary step, so many from start to stop."""
     start, step = part.start or 0, part.step
     if isinstance(step, complex):

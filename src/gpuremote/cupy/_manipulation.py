@@ -72,20 +72,20 @@ def _axis(axis: Any, ndim: int) -> int:
 # -- one array ----------------------------------------------------------------------------------
 
 
-def reshape(a: Any, shape: Any, order: str = "C", *, copy: bool | None = None) -> ndarray:
+def reshape(a: Any, shape: Any, order: str = "C", *, copy: bool | None = None) -> Any:
     """Another shape over the same values; a view where the layout allows it."""
     return array_of(a).reshape(shape, order=order, copy=copy)
 
 
-def ravel(a: Any, order: str = "C") -> ndarray:
+def ravel(a: Any, order: str = "C") -> Any:
     return array_of(a).ravel(order)
 
 
-def transpose(a: Any, axes: Any = None) -> ndarray:
+def transpose(a: Any, axes: Any = None) -> Any:
     return array_of(a).transpose(*(() if axes is None else (axes,)))
 
 
-def permute_dims(a: Any, axes: Any = None) -> ndarray:
+def permute_dims(a: Any, axes: Any = None) -> Any:
     return transpose(a, axes)
 
 
@@ -93,11 +93,11 @@ def matrix_transpose(x: Any, /) -> ndarray:
     return array_of(x).mT
 
 
-def swapaxes(a: Any, axis1: int, axis2: int) -> ndarray:
+def swapaxes(a: Any, axis1: int, axis2: int) -> Any:
     return array_of(a).swapaxes(axis1, axis2)
 
 
-def moveaxis(a: Any, source: Any, destination: Any) -> ndarray:
+def moveaxis(a: Any, source: Any, destination: Any) -> Any:
     x = array_of(a)
     origins, places = (
         [_axis(i, x.ndim) for i in (axes if isinstance(axes, tuple | list) else (axes,))]
@@ -113,7 +113,7 @@ def moveaxis(a: Any, source: Any, destination: Any) -> ndarray:
     return x.transpose(order)
 
 
-def rollaxis(a: Any, axis: int, start: int = 0) -> ndarray:
+def rollaxis(a: Any, axis: int, start: int = 0) -> Any:
     x = array_of(a)
     axis = _axis(axis, x.ndim)
     if not -x.ndim <= start <= x.ndim:
@@ -126,7 +126,7 @@ def expand_dims(a: Any, axis: Any = 0) -> ndarray:
     return single("expand_dims", array_of(a), axis=integers(axis))
 
 
-def squeeze(a: Any, axis: Any = None) -> ndarray:
+def squeeze(a: Any, axis: Any = None) -> Any:
     return array_of(a).squeeze(axis)
 
 
@@ -175,14 +175,14 @@ def flipud(a: Any) -> ndarray:
     return flip(x, 0)
 
 
-def fliplr(a: Any) -> ndarray:
+def fliplr(a: Any) -> Any:
     x = array_of(a)
     if x.ndim < 2:
         raise ShapeError(f"shape {x.shape}: two axes are needed", op="fliplr")
     return flip(x, 1)
 
 
-def rot90(a: Any, k: int = 1, axes: Sequence[int] = (0, 1)) -> ndarray:
+def rot90(a: Any, k: int = 1, axes: Sequence[int] = (0, 1)) -> Any:
     x = array_of(a)
     if len(axes) != 2:
         raise ValueError("two axes are needed")

@@ -77,7 +77,7 @@ def vecdot(x1: Any, x2: Any, /, *, axis: int = -1, **kwargs: Any) -> ndarray:
     return single("vecdot", array_of(x1), array_of(x2), axis=operator.index(axis))
 
 
-def tensordot(a: Any, b: Any, axes: Any = 2) -> ndarray:
+def tensordot(a: Any, b: Any, axes: Any = 2) -> Any:
     x, y = array_of(a), array_of(b)
     if isinstance(axes, tuple | list):
         axes = tuple(
@@ -91,7 +91,7 @@ def tensordot(a: Any, b: Any, axes: Any = 2) -> ndarray:
 
 def cross(
     a: Any, b: Any, axisa: int = -1, axisb: int = -1, axisc: int = -1, axis: int | None = None
-) -> ndarray:
+) -> Any:
     """Products of vectors of three elements (or of two: the third component)."""
     if axis is not None:
         axisa = axisb = axisc = axis
@@ -112,12 +112,12 @@ def cross(
     return found.transpose(order)
 
 
-def _last(x: ndarray, axis: int) -> ndarray:
+def _last(x: ndarray, axis: int) -> Any:
     at = axis % x.ndim
     return x.transpose([*(i for i in range(x.ndim) if i != at), at])
 
 
-def kron(a: Any, b: Any) -> ndarray:
+def kron(a: Any, b: Any) -> Any:
     x, y = array_of(a), array_of(b)
     ndim = max(x.ndim, y.ndim)
     x, y = (v.reshape((1,) * (ndim - v.ndim) + v.shape) for v in (x, y))

@@ -236,14 +236,14 @@ def msort(a: Any) -> ndarray:
     return sort(a, 0)
 
 
-def sort_complex(a: Any) -> ndarray:
+def sort_complex(a: Any) -> Any:
     found = sort(a)
     if found.dtype.kind == "c":
         return found
     return found.astype("F" if found.dtype.char in "bhBH" else "D")
 
 
-def lexsort(keys: Any, axis: int = -1) -> ndarray:
+def lexsort(keys: Any, axis: int = -1) -> Any:
     """The order by the last key, then by those before it."""
     joined = keys if isinstance(keys, ndarray) else several("stack", [*map(array_of, keys)])[0]
     if joined.ndim == 1:

@@ -35,7 +35,7 @@ def isin(
     return single("isin", x, y, invert=bool(invert) or None)
 
 
-def in1d(ar1: Any, ar2: Any, assume_unique: bool = False, invert: bool = False) -> ndarray:
+def in1d(ar1: Any, ar2: Any, assume_unique: bool = False, invert: bool = False) -> Any:
     return isin(ar1, ar2, invert=invert).ravel()
 
 

@@ -384,7 +384,7 @@ def cov(
     return found.squeeze()
 
 
-def _rows(x: ndarray, rowvar: bool) -> ndarray:
+def _rows(x: ndarray, rowvar: bool) -> Any:
     if x.ndim < 2:
         return x.reshape(1, -1)
     return x if rowvar else x.T

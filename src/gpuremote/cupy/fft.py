@@ -173,7 +173,7 @@ def irfft2(
 # -- frequencies --------------------------------------------------------------------------------
 
 
-def _scaled(numbers: ndarray, n: int, d: Any, dtype: npt.DTypeLike | None) -> ndarray:
+def _scaled(numbers: ndarray, n: int, d: Any, dtype: npt.DTypeLike | None) -> Any:
     found: ndarray = numbers * (1.0 / (n * d))
     if dtype is None:
         return found
@@ -183,9 +183,7 @@ def _scaled(numbers: ndarray, n: int, d: Any, dtype: npt.DTypeLike | None) -> nd
     return found.astype(kind, copy=False)
 
 
-def fftfreq(
-    n: int, d: Any = 1.0, *, dtype: npt.DTypeLike | None = None, device: Any = None
-) -> ndarray:
+def fftfreq(n: int, d: Any = 1.0, *, dtype: npt.DTypeLike | None = None, device: Any = None) -> Any:
     """The frequencies of a transform of ``n`` points that are ``d`` apart."""
     n = operator.index(n)
     low = arange(0, (n - 1) // 2 + 1, device=device)
@@ -195,7 +193,7 @@ def fftfreq(
 
 def rfftfreq(
     n: int, d: Any = 1.0, *, dtype: npt.DTypeLike | None = None, device: Any = None
-) -> ndarray:
+) -> Any:
     """The frequencies of a transform of ``n`` real values that are ``d`` apart."""
     n = operator.index(n)
     return _scaled(arange(0, n // 2 + 1, device=device), n, d, dtype)

@@ -115,7 +115,7 @@ def _eps(x: ndarray) -> float:
     return float(np.finfo(x.dtype if x.dtype.kind in "fc" else np.dtype(float)).eps)
 
 
-def _adjoint(x: ndarray) -> ndarray:
+def _adjoint(x: ndarray) -> Any:
     turned = x.swapaxes(-1, -2)
     return turned.conj() if x.dtype.kind == "c" else turned
 
@@ -128,7 +128,7 @@ def matmul(x1: Any, x2: Any, /) -> ndarray:
     return _products.matmul(x1, x2)
 
 
-def tensordot(x1: Any, x2: Any, /, *, axes: Any = 2) -> ndarray:
+def tensordot(x1: Any, x2: Any, /, *, axes: Any = 2) -> Any:
     """As ``numpy.linalg.tensordot``."""
     return _products.tensordot(x1, x2, axes)
 
@@ -223,7 +223,7 @@ def matrix_power(a: Any, n: int) -> ndarray:
 # -- parts of matrices --------------------------------------------------------------------------
 
 
-def matrix_transpose(x: Any, /) -> ndarray:
+def matrix_transpose(x: Any, /) -> Any:
     """The last two axes swapped: a view."""
     found = array_of(x)
     if found.ndim < 2:
@@ -318,7 +318,7 @@ def eigvalsh(a: Any, UPLO: str = "L") -> ndarray:
 # -- norms and other numbers --------------------------------------------------------------------
 
 
-def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> ndarray:
+def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:
     """As ``numpy.linalg.norm``: of vectors along one axis, of matrices along two."""
     found = array_of(x)
     axes = integers(axis)
@@ -337,7 +337,7 @@ def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> n
     return _matrix_norm(found, "fro" if ord in (None, "f") else ord, axes, keepdims)
 
 
-def _matrix_norm(x: ndarray, order: Any, axes: tuple[int, ...], keepdims: bool) -> ndarray:
+def _matrix_norm(x: ndarray, order: Any, axes: tuple[int, ...], keepdims: bool) -> Any:
     for axis in axes:
         if not -x.ndim <= axis < x.ndim:
             raise np.exceptions.AxisError(axis, x.ndim)
@@ -363,7 +363,7 @@ def _order(order: Any) -> Any:
     return float(order)
 
 
-def matrix_norm(x: Any, /, *, keepdims: bool = False, ord: Any = "fro") -> ndarray:
+def matrix_norm(x: Any, /, *, keepdims: bool = False, ord: Any = "fro") -> Any:
     """The norms of the matrices."""
     found = _matrix(x, "matrix_norm")
     return _matrix_norm(found, "fro" if ord is None else ord, (-2, -1), keepdims)
@@ -472,7 +472,7 @@ def pinv(a: Any, rcond: Any = None, hermitian: bool = False, *, rtol: Any = _UNS
     return single("matmul", _adjoint(vh), _inverted(s, _column(rcond))[..., None] * _adjoint(u))
 
 
-def _inverted(s: ndarray, rcond: Any) -> ndarray:
+def _inverted(s: ndarray, rcond: Any) -> Any:
     """One over each singular value; zero for those that count as zero."""
     large = s > s.max(axis=-1, keepdims=True) * rcond
     return single("where", large, 1 / single("where", large, s, 1), 0).astype(s.dtype, copy=False)
@@ -516,7 +516,7 @@ def lstsq(a: Any, b: Any, rcond: float | None = None) -> tuple[ndarray, ndarray,
     return result.astype(kind, copy=False), residuals, rank, s.astype(real, copy=False)
 
 
-def tensorinv(a: Any, ind: int = 2) -> ndarray:
+def tensorinv(a: Any, ind: int = 2) -> Any:
     """The inverse of what sums over the last axes, behind the first ``ind`` ones."""
     x = array_of(a)
     ind = operator.index(ind)
@@ -528,7 +528,7 @@ def tensorinv(a: Any, ind: int = 2) -> ndarray:
     return inv(x.reshape(math.prod(behind), -1)).reshape(behind + before)
 
 
-def tensorsolve(a: Any, b: Any, axes: Any = None) -> ndarray:
+def tensorsolve(a: Any, b: Any, axes: Any = None) -> Any:
     """The solution of ``tensordot(a, x, x.ndim) == b``."""
     x, y = array_of(a), array_of(b)
     if axes is not None:

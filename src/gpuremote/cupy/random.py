@@ -101,7 +101,7 @@ def _typed(name: str, default: Any = float) -> Callable[..., Any]:
         ]
     )
 
-    def function(*args: Any, **kwargs: Any) -> ndarray:
+    def function(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         wanted = np.dtype(bound.arguments.pop("dtype", default))
         bound.arguments["self"] = bound.arguments["self"].generator
@@ -173,14 +173,14 @@ class RandomState:
 
     def normal(
         self, loc: Any = 0.0, scale: Any = 1.0, size: Any = None, dtype: npt.DTypeLike = float
-    ) -> ndarray:
+    ) -> Any:
         """As ``Generator.normal``, in a dtype."""
         found = self.generator._located("standard_normal", loc, scale, size, _made_in(dtype))
         return found.astype(dtype, copy=False)
 
     def uniform(
         self, low: Any = 0.0, high: Any = 1.0, size: Any = None, dtype: npt.DTypeLike = float
-    ) -> ndarray:
+    ) -> Any:
         """As ``Generator.uniform``, in a dtype."""
         found = self.generator._uniform(low, high, size, _made_in(dtype))
         return found.astype(dtype, copy=False)
@@ -197,17 +197,17 @@ class RandomState:
 
     def randint(
         self, low: Any, high: Any = None, size: Any = None, dtype: npt.DTypeLike = int
-    ) -> ndarray:
+    ) -> Any:
         """Integers from ``low``, below ``high`` (from 0, below ``low``)."""
         return self.generator.integers(low, high, size, dtype)
 
-    def random_integers(self, low: Any, high: Any = None, size: Any = None) -> ndarray:
+    def random_integers(self, low: Any, high: Any = None, size: Any = None) -> Any:
         """Integers from ``low`` to ``high`` (from 1 to ``low``)."""
         if high is None:
             low, high = 1, low
         return self.generator.integers(low, high, size, endpoint=True)
 
-    def tomaxint(self, size: Any = None) -> ndarray:
+    def tomaxint(self, size: Any = None) -> Any:
         """Integers that are 0 or more, of all that an int64 can be."""
         return self.generator.integers(0, np.iinfo(np.int64).max, size, endpoint=True)
 
@@ -240,7 +240,7 @@ class RandomState:
         tol: float = 1e-8,
         method: str = "cholesky",
         dtype: npt.DTypeLike = float,
-    ) -> ndarray:
+    ) -> Any:
         """As ``Generator.multivariate_normal``, in a dtype."""
         found = self.generator.multivariate_normal(mean, cov, size, check_valid, tol, method=method)
         return found.astype(dtype, copy=False)

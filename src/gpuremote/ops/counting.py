@@ -73,13 +73,13 @@ def _histogram(operands: Sequence[Operand], params: Params) -> Inferred:
         bins = int_param(params, "bins", 10)
         if bins < 1:
             raise ShapeError(f"{bins} bins")
-        found = dtypes_of(partial(_counted, bins=2), x.dtype, *_kinds(weights), **extra)
+        found = dtypes_of(_two_bins, x.dtype, *_kinds(weights), **extra)
     else:
         shape = shape_of(edges)
         if len(shape) != 1 or shape[0] < 2:
             raise ShapeError(f"edges of bins of shape {shape}")
         bins = shape[0] - 1
-        counts = dtypes_of(partial(_counted, bins=2), x.dtype, *_kinds(weights), **extra)[0]
+        counts = dtypes_of(_two_bins, x.dtype, *_kinds(weights), **extra)[0]
         found = (counts, array_operand([edges]).dtype)
     if weights is not None and shape_of(weights) != x.shape:
         raise ShapeError(f"weights of shape {shape_of(weights)} for shape {x.shape}")
@@ -92,6 +92,9 @@ def _kinds(operand: Operand | None) -> tuple[Any, ...]:
 
 def _counted(x: Any, weights: Any = None, **kwargs: Any) -> Any:
     return np.histogram(x, weights=weights, **kwargs)
+
+
+_two_bins = partial(_counted, bins=2)  # made once, as what NumPy says is kept by it
 
 
 def _range(value: Any) -> None:

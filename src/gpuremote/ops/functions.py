@@ -238,6 +238,8 @@ def _unwrap(operands: Sequence[Operand], params: Params) -> Inferred:
 
 
 def _partition(function: Callable[..., Any]) -> Infer:
+    first = partial(function, kth=0)
+
     def infer(operands: Sequence[Operand], params: Params) -> Inferred:
         exactly(operands, 1)
         x = array_operand(operands)
@@ -250,7 +252,7 @@ def _partition(function: Callable[..., Any]) -> Infer:
         for kth in (places,) if is_int(places) else places:
             if not is_int(kth) or not -length <= kth < length:
                 raise ShapeError(f"kth {places!r} is out of bounds for {length} elements")
-        return ((shape, dtypes_of(partial(function, kth=0), x.dtype)[0]),)
+        return ((shape, dtypes_of(first, x.dtype)[0]),)
 
     return infer
 
