@@ -80,7 +80,7 @@ def _integers(xp: Any, plan: Plan) -> Kernel:
             low, high = (xp.asarray(bound).astype("u8") for bound in (low, high))
             return wide(seed, low, high - low + xp.asarray(1, "u8"))
         last = int(high) - int(low)
-        if not last:
+        if not last or not out.size:
             return xp.full(out.shape, low, out.dtype)
         if last >= 1 << 63:
             raise UnsupportedOp(f"{last + 1} different integers: at most 2**63 here")
