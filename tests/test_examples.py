@@ -15,6 +15,8 @@ from gpuremote.testing.servers import device_server
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 PRINTS = "Prints, among other things::\n"
+PICTURES = ("digits", "cupy_denoise")
+"""Those that draw one, to where their argument says."""
 
 
 def run(path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -42,13 +44,13 @@ def promised(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path: Path, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
-    done = run(path, *([str(picture)] if path.stem == "digits" else []))
+    done = run(path, *([str(picture)] if path.stem in PICTURES else []))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     missing = [line for line in promised(path) if line not in done.stdout]
     assert not missing, done.stdout
     assert "\x1b" not in done.stdout, "colours and progress bars are for terminals"
-    if path.stem == "digits":
+    if path.stem in PICTURES:
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert picture.stat().st_size > 20_000
 
@@ -65,3 +67,16 @@ def test_the_torch_example_says_what_is_missing(tmp_path: Path) -> None:
     done = run(FOLDER / "from_torch.py", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert done.stderr == "this example needs PyTorch: pip install torch\n"
+
+
+def test_the_demo_of_three_namespaces_goes_without_torch(tmp_path: Path) -> None:
+    """As where it is not installed; what is left out is said."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\n"
+        "found = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else found(name, *rest)\n"
+    )
+    done = run(FOLDER / "cupy_digits.py", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "equal         NumPy, gpuremote.cupy\n" in done.stdout
+    assert "missing       torch remote: pip install torch\n" in done.stdout

@@ -15,7 +15,7 @@ from gpuremote._types import Shape
 from gpuremote.backend.base import Compiled
 from gpuremote.backend.numpy_backend import NumpyBackend
 from gpuremote.backend.torch_calls import Block, Permits, compile_call, translate
-from gpuremote.errors import GpuRemoteError
+from gpuremote.errors import GpuRemoteError, ShapeError
 from gpuremote.memory.device import DeviceTarget
 from gpuremote.ops.operands import DType
 from gpuremote.ops.plan import Plan
@@ -73,6 +73,11 @@ class HostTorchBackend(NumpyBackend):
     def block(self, array: Any) -> Block:
         if array.__class__ is Block:
             return array
+        if not array.flags.c_contiguous:
+            raise ShapeError(
+                "a tensor has to share the memory of its array, and this one is not contiguous "
+                "there: make the tensor of array.copy()"
+            )
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         return Block(torch.from_numpy(flat), flat.nbytes, array=array)
 
@@ -105,7 +110,9 @@ class HostTorchBackend(NumpyBackend):
         return super().describe(array)
 
     def storage_of(self, array: Any) -> Any:
-        return super().storage_of(_array(array))
+        root = super().storage_of(_array(array))
+        # A storage may have several tensors, and arrays of each; torch has one object for it.
+        return root.untyped_storage() if isinstance(root, torch.Tensor) else root
 
     def received(self, array: Any, target: memoryview | DeviceTarget) -> None:
         super().received(_array(array), target)

@@ -90,8 +90,9 @@ class Issuer:
         The same plans under keys of a front end, which has others than these; it bounds them.
     dead : GpuRemoteError or None
         Why nothing can be issued any more.
-    writes : int
-        Ops in place that were issued: as long as it stays, no array changes.
+    writes : float
+        Ops in place that were issued: as long as it stays, no array changes. NaN: others write to
+        them too.
     dropped : deque of int
         Handles of arrays that were collected; finalisers only append to it. So do those of
         streams and events, to ``dropped_streams`` and ``dropped_events``.
@@ -119,7 +120,7 @@ class Issuer:
         self.dropped_streams: deque[int] = deque()
         self.dropped_events: deque[int] = deque()
         self.dead: GpuRemoteError | None = None
-        self.writes = 0
+        self.writes: float = 0
         self.on_stall: Callable[[], None] = _nothing
         self.on_output: Callable[[], None] = _nothing
         self.on_buffered: Callable[[], None] | None = None

@@ -56,7 +56,9 @@ class UniqueInverseResult(NamedTuple):
     inverse_indices: ndarray
 
 
-_distinct: weakref.WeakKeyDictionary[Any, dict[Any, tuple[int, int]]] = weakref.WeakKeyDictionary()
+_distinct: weakref.WeakKeyDictionary[Any, dict[Any, tuple[float, int]]] = (
+    weakref.WeakKeyDictionary()
+)
 """By session and array: how many distinct values it had, and the session's writes then. Libraries
 ask for the same set several times in a row."""
 

@@ -258,9 +258,16 @@ def _take_along_axis(operands: Sequence[Operand], params: Params) -> Inferred:
 def _view(operands: Sequence[Operand], params: Params) -> Inferred:
     x = array_operand(operands)
     dtype = dtype_param(params)
-    if dtype is None or dtype.itemsize != x.dtype.itemsize:
-        raise DTypeError(f"{x.dtype} can't be read as {dtype}: they differ in size")
-    return ((x.shape, dtype),)
+    if dtype is None:
+        raise DTypeError("parameter dtype is missing")
+    if dtype.itemsize == x.dtype.itemsize:
+        return ((x.shape, dtype),)
+    if not x.ndim:
+        raise DTypeError(f"an array without axes of {x.dtype} can't be read as {dtype}")
+    length, rest = divmod(x.shape[-1] * x.dtype.itemsize, dtype.itemsize)
+    if rest:
+        raise ShapeError(f"the last axis of {x.dtype}{x.shape} can't be read as {dtype}")
+    return (((*x.shape[:-1], length), dtype),)
 
 
 def _spec(name: str, infer: Infer, *params: str, view: bool = False) -> OpSpec:

@@ -8,6 +8,7 @@ without either one starts on this machine. Ops return at once. What waits is ask
 ``item()``, ``cpu()``, ``print``, ``bool()`` and the like.
 """
 
+from gpuremote.torch._arrays import as_array, as_tensor, session
 from gpuremote.torch._capture import Captured, capture
 from gpuremote.torch._homes import close, connect
 from gpuremote.torch._profile import Profile, profile
@@ -18,12 +19,15 @@ __all__ = [
     "Captured",
     "Profile",
     "allow_ops",
+    "as_array",
+    "as_tensor",
     "capture",
     "close",
     "connect",
     "load_file",
     "profile",
     "register",
+    "session",
 ]
 
 register()
