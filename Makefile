@@ -6,7 +6,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
-# Where the tests need PyTorch they need its CPU build only.
+# Where the tests and the demo need PyTorch they need its CPU build only.
 TORCH ?= torch==2.13.0
 # For instance: make test PYTEST_ARGS="-n 0 -x -k transport"
 PYTEST_ARGS ?=
@@ -45,9 +45,12 @@ help: ## list the targets
 	@echo "gpuremote: the targets of this Makefile"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/.stamp-demo ## handwritten digits on a device server, compared with local NumPy
+# PyTorch's part in C++ is left out: a demo compiles nothing for half a minute.
+demo: $(VENV)/.stamp-demo ## handwritten digits on device servers, compared with local NumPy
 	@echo "== demo: PCA and a logistic regression of handwritten digits on a device server"
 	@$(BIN)/python examples/digits.py
+	@echo "== demo: one program on NumPy, on gpuremote.cupy and on PyTorch's remote"
+	@GPUREMOTE_TORCH_TIER=python $(BIN)/python examples/cupy_digits.py
 
 test: lint ## every check: lint, types, then the test suite on asyncio and on uvloop
 	@echo "== test: the suite on plain asyncio, without the parts in C and C++ (less what no event loop comes into)"
@@ -86,15 +89,20 @@ clean: ## remove the virtual environment and all that the tools left
 	@rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache \
 		.import_linter_cache .hypothesis
 
-# One virtual environment, made in steps: a demo must not wait for PyTorch. Each step is
-# recorded by a stamp, so that one that was interrupted runs again.
+# One virtual environment, made in steps. Each step is recorded by a stamp, so that one that was
+# interrupted runs again.
 $(VENV)/.stamp-venv:
 	@python=$$($(FIND_PYTHON)); \
 	echo "== setup: a virtual environment in $(VENV) ($$("$$python" --version))"; \
 	"$$python" -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.stamp-demo: pyproject.toml $(NATIVE) | $(VENV)/.stamp-venv
+$(VENV)/.stamp-torch: | $(VENV)/.stamp-venv
+	@echo "== setup: PyTorch for the demo and the tests ($(TORCH); large, downloaded once)"
+	@$(PIP) install '$(TORCH)'
+	@touch $@
+
+$(VENV)/.stamp-demo: pyproject.toml $(NATIVE) | $(VENV)/.stamp-torch
 	@echo "== setup: gpuremote and what the demo needs"
 	@$(PIP) install -e '.[demo]'
 	@touch $@
@@ -104,9 +112,7 @@ $(VENV)/.stamp-bench: pyproject.toml $(NATIVE) | $(VENV)/.stamp-venv
 	@$(PIP) install -e '.[bench]'
 	@touch $@
 
-$(VENV)/.stamp-test: pyproject.toml $(NATIVE) | $(VENV)/.stamp-venv
-	@echo "== setup: PyTorch for the tests ($(TORCH); large, downloaded once)"
-	@$(PIP) install '$(TORCH)'
+$(VENV)/.stamp-test: pyproject.toml $(NATIVE) | $(VENV)/.stamp-torch
 	@echo "== setup: gpuremote and what the tests need; meanwhile its part in C++ is built"
 	@$(PIP) install -e .
 	@$(BIN)/gpuremote torch build >$(VENV)/torch-build.log 2>&1 & build=$$!; \
