@@ -145,7 +145,7 @@ def run_graph(
 
     As ``server.execute.run_plan``.
     """
-    values = blocks_of(session, op, operands, outs)
+    values = blocks_of(number, session, op, operands, outs)
     if not isinstance(values, list):
         return values
     for position in op.writes:

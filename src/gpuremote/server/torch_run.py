@@ -106,7 +106,7 @@ def run_call(
 
     As ``server.execute.run_plan``.
     """
-    values = blocks_of(session, op, operands, outs)
+    values = blocks_of(number, session, op, operands, outs)
     if values.__class__ is not list:
         return values
     for position in op.writes:
@@ -124,7 +124,11 @@ def run_call(
 
 
 def blocks_of(
-    session: WorkerSession, op: _Writes, operands: Sequence[Any], outs: list[Slot]
+    number: int,
+    session: WorkerSession,
+    op: _Writes,
+    operands: Sequence[Any],
+    outs: list[Slot],
 ) -> Any:
     """The values of operands, as a list; else an operand that is not there yet, or None where one
     failed, which has been seen to then."""
@@ -138,7 +142,11 @@ def blocks_of(
                     return operand
                 poison(op, operands, outs, operand.failure)
                 return None
-            storage = block(value)
+            try:
+                storage = block(value)
+            except OpError as error:  # an array that can't be shared
+                poison(op, operands, outs, session.failed(number, op.name, error))
+                return None
             if storage is not value:
                 operand.value = storage
             values.append(storage)
@@ -165,6 +173,7 @@ def _make(session: WorkerSession, op: TorchExecutable, values: list[Any], outs: 
 
 
 class _Writes(Protocol):
+    name: str
     writes: tuple[int, ...]
 
 
