@@ -19,9 +19,11 @@ RDMA ?= all
 # Seconds for the machine in which they run.
 RDMA_LIMIT ?= 1200
 # Tests without an event loop of their own: once is enough.
-LOOPLESS := $(addprefix --ignore=tests/,ops backend memory wire cli test_docs.py test_examples.py \
-	test_structure.py test_config.py test_benchmarks.py transport/test_cutting.py \
-	test_fixtures.py)
+LOOPLESS := $(addprefix --ignore=tests/,arrays ops backend memory wire cli test_docs.py \
+	test_examples.py test_structure.py test_config.py test_benchmarks.py \
+	transport/test_cutting.py test_fixtures.py)
+# Long ones, which find on one loop what they would on the other.
+LONG := $(addprefix --ignore=tests/,session/test_large.py session/test_long_runs.py)
 
 # The tests start some hundred servers; what was compiled for one need not be for the next.
 unexport PYTHONDONTWRITEBYTECODE
@@ -54,7 +56,7 @@ demo: $(VENV)/.stamp-demo ## handwritten digits on device servers, compared with
 
 test: lint ## every check: lint, types, then the test suite on asyncio and on uvloop
 	@echo "== test: the suite on plain asyncio, without the parts in C and C++ (less what no event loop comes into)"
-	@GPUREMOTE_TEST_LOOP=asyncio GPUREMOTE_NATIVE=0 GPUREMOTE_TORCH_TIER=python $(BIN)/python -m pytest $(SPREAD) $(LOOPLESS) $(PYTEST_ARGS)
+	@GPUREMOTE_TEST_LOOP=asyncio GPUREMOTE_NATIVE=0 GPUREMOTE_TORCH_TIER=python $(BIN)/python -m pytest $(SPREAD) $(LOOPLESS) $(LONG) $(PYTEST_ARGS)
 	@echo "== test: the suite on uvloop, with the parts in C and C++"
 	@GPUREMOTE_TEST_LOOP=uvloop GPUREMOTE_TORCH_TIER=cpp $(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
