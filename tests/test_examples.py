@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from gpuremote.testing.servers import device_server
 
 FOLDER = Path(__file__).parents[1] / "examples"
+README = Path(__file__).parents[1] / "README.md"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 PRINTS = "Prints, among other things::\n"
 PICTURES = ("digits", "cupy_denoise")
@@ -67,6 +69,30 @@ def test_the_torch_example_says_what_is_missing(tmp_path: Path) -> None:
     done = run(FOLDER / "from_torch.py", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert done.stderr == "this example needs PyTorch: pip install torch\n"
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_programs_on_the_page_of_arrays(number: int, tmp_path: Path) -> None:
+    page = (FOLDER.parent / "docs" / "cupy.md").read_text()
+    programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(programs) == 3
+    (tmp_path / "program.py").write_text(programs[number])
+    done = run(tmp_path / "program.py")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_shows_the_demo_of_three_namespaces() -> None:
+    (shown,) = re.findall(r"```text\n(One program.*?)```", README.read_text(), re.DOTALL)
+    done = run(FOLDER / "cupy_digits.py")
+    assert done.returncode == 0, done.stderr
+    printed = {measured(line) for line in done.stdout.splitlines()}
+    for line in shown.splitlines():
+        assert line.strip() == "..." or measured(line) in printed, line
+
+
+def measured(line: str) -> str:
+    """A line without what differs from run to run: times, bytes and rounding."""
+    return re.sub(r" +(\d[\d.,]*e-\d+|\d+\.\d+ s|\d[\d,]{4,})(?= |$)", " #", line)
 
 
 def test_the_demo_of_three_namespaces_goes_without_torch(tmp_path: Path) -> None:
