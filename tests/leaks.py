@@ -112,15 +112,23 @@ def _descriptors() -> Iterator[tuple[int, str]]:
             yield int(name), os.readlink(folder / name)
 
 
+_strangers: set[str] = set()
+"""Processes that were there the last time and are none of ours. Most are, and to look at all of
+them twice per test took longer than most tests."""
+
+
 def _descendants() -> Iterator[tuple[int, Process]]:
     if not _PROC.is_dir():
         return
     me = os.getpid()
     mark = f"{_MARK}={os.environ.get(_MARK, '')}".encode()
     began = _stat("self").began
-    for name in os.listdir(_PROC):
-        if not name.isdigit() or int(name) == me:
+    names = [name for name in os.listdir(_PROC) if name.isdigit() and int(name) != me]
+    _strangers.intersection_update(names)
+    for name in names:
+        if name in _strangers:
             continue
+        _strangers.add(name)  # until it is seen to be one of ours
         # A process may end at any moment, and some are not ours to read.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             stat = _stat(name)
@@ -131,6 +139,7 @@ def _descendants() -> Iterator[tuple[int, Process]]:
                     _read(name, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
                 )
                 text = f"{command or stat.comm} (state {stat.state}, parent {stat.parent})"
+                _strangers.discard(name)
                 yield int(name), Process(stat.parent, text)
 
 
