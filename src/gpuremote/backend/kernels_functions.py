@@ -44,6 +44,8 @@ def by_path(xp: Any, plan: Plan) -> Kernel:
 
 
 def _choose(xp: Any, function: Kernel, plan: Plan) -> Kernel:
+    if xp.__name__ == "numpy":
+        return lambda index, *choices, **keywords: function(index, choices, **keywords)
     dtype = plan.bounds[0].dtype
 
     def run(index: Any, *choices: Any, **keywords: Any) -> Any:
