@@ -51,6 +51,8 @@ OPS: Final[dict[str, Callable[[Any, Any], Any]]] = {
     "sort": lambda m, x: m.sort(x),
 }
 
+ELEMENTWISE: Final = ["x + y", "x * 2.0", "add", "exp"]
+
 
 def burst(op: Callable[[Any, Any], Any], module: Any, x: Any) -> float:
     """Microseconds per call."""
@@ -87,12 +89,22 @@ def costs(rounds: int, others: dict[str, Any], worker: int) -> dict[str, Any]:
         title: {name: round(median(turns[1:]), 2) for name, turns in found.items()}
         for title, found in times.items()
     }
-    per_round = [median(found["remote"][k] for found in times.values()) for k in range(rounds + 1)]
-    ratios = [op / trip for op, trip in zip(per_round, trips, strict=True)][1:]
     return {
         "round trip of uvloop, µs": round(median(trips[1:]), 1),
         "client, µs per op": middle,
-        "median of all ops, µs": round(median(per_round[1:]), 2),
+        "elementwise ops": summed_up(times, ELEMENTWISE, trips),
+        "all ops": summed_up(times, list(OPS), trips),
+    }
+
+
+def summed_up(
+    times: dict[str, dict[str, list[float]]], titles: list[str], trips: list[float]
+) -> dict[str, Any]:
+    """The median op of some, and how much of a round trip it takes, round by round."""
+    middle = [median(times[title]["remote"][k] for title in titles) for k in range(len(trips))]
+    ratios = [op / trip for op, trip in zip(middle, trips, strict=True)][1:]
+    return {
+        "µs": round(median(middle[1:]), 2),
         "of a round trip": {
             "median": round(median(ratios), 3),
             "least": round(min(ratios), 3),

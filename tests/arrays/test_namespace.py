@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import inspect
 import io
 import json
@@ -441,6 +442,13 @@ def test_streams_events_and_memory(xp: Any) -> None:
     xp.cuda.Stream.null.wait_event(end)
     stream.synchronize()
     xp.cuda.Stream.null.synchronize()
+    dropped = xp.cuda.Stream().use()
+    assert xp.cuda.get_current_stream() is dropped
+    del dropped, stream
+    gc.collect()
+    assert xp.ones(2).tolist() == [1, 1]
+    xp.cuda.Stream.null.use()
+    assert xp.cuda.get_current_stream() is xp.cuda.Stream.null
     pool = xp.get_default_memory_pool()
     assert pool.used_bytes() >= x.nbytes
     assert pool.get_limit() > pool.total_bytes() >= pool.used_bytes()

@@ -280,7 +280,7 @@ class RemoteArray:
         if isinstance(value, (np.ndarray, list, tuple)) and np.ndim(value):
             raise ImplicitTransfer(
                 "assigning host values to a part of a remote array: upload them with "
-                "device.put(...) first",
+                "device.put(...) or asarray(...) first",
                 op="setitem",
             )
         arrays = [self._index_array(a) for a in parsed.arrays]

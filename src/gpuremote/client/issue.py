@@ -144,7 +144,7 @@ def _scalar(spec: OpSpec, value: Any) -> tuple[str, tuple[Any, ...]]:
         if value.ndim:
             raise ImplicitTransfer(
                 f"a host array of shape {value.shape} can't be mixed with remote ones: upload it "
-                "with device.put(...) first",
+                "with device.put(...) or asarray(...) first",
                 op=spec.name,
             )
         value = value[()]

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["Event", "Stream"]
 
 _idents = itertools.count(1)
-_outer: ContextVar[tuple[dict[int, int], ...]] = ContextVar("gpuremote_outer_streams")
-"""What ``current_stream`` was at each ``with`` that this thread or task is inside of."""
+_outer: ContextVar[tuple[tuple[dict[int, int], object], ...]] = ContextVar(
+    "gpuremote_outer_streams"
+)
+"""What ``current_stream`` was at each ``with`` that this thread or task is inside of; and the
+stream, which must not end in there."""
 
 
 class Stream(AbstractContextManager["Stream"]):
@@ -46,12 +49,12 @@ class Stream(AbstractContextManager["Stream"]):
     def __enter__(self) -> Stream:
         # Kept with the thread or task, not here: several of them may be in the same stream.
         outer = current_stream.get({})
-        _outer.set((*_outer.get(()), outer))
+        _outer.set((*_outer.get(()), (outer, self)))
         current_stream.set({**outer, id(self._core): self.ident})
         return self
 
     def __exit__(self, *exc: object) -> None:
-        *others, outer = _outer.get()
+        *others, (outer, _) = _outer.get()
         _outer.set(tuple(others))
         current_stream.set(outer)
 

@@ -250,8 +250,8 @@ class broadcast:
 
 
 def fuse(*args: Any, **kwargs: Any) -> Any:
-    """Marks a function whose ops CuPy makes one kernel of. Here the server does that by itself,
-    with any chain of them, so the function stays as it is."""
+    """Marks a function whose ops CuPy makes one kernel of. Here the function stays as it is: a
+    server with NumPy runs any chain as one by itself, one with CuPy runs op by op."""
     if len(args) == 1 and callable(args[0]) and not kwargs:
         return args[0]
     return lambda function: function

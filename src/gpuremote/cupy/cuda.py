@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any, Final, Self
 
 from gpuremote.client.blocking import BlockingDevice, BlockingEvent, BlockingStream
@@ -110,6 +111,14 @@ class Stream:
         if self._made is not None:
             self._made.__exit__(*exc)
 
+    def use(self) -> Self:
+        """Issue into it from now on, in this thread or task."""
+        before = _used.get()
+        if before is not None and before._stream is not None:
+            before.__exit__(None, None, None)
+        _used.set(self)
+        return self.__enter__()
+
     def synchronize(self) -> None:
         """Wait for what was issued in it; raises what failed."""
         stream = self._stream
@@ -131,6 +140,8 @@ class Stream:
 
 
 Stream.null = Stream(null=True)
+_used: ContextVar[Stream | None] = ContextVar("gpuremote_cupy_stream", default=None)
+"""What ``Stream.use`` has put in use."""
 
 
 class Event:
@@ -164,8 +175,8 @@ def get_elapsed_time(start_event: Event, end_event: Event) -> float:
 
 
 def get_current_stream() -> Stream:
-    """The default stream; a stream that is in use is the program's own object."""
-    return Stream.null
+    """What ``Stream.use`` has put in use, else the default stream."""
+    return _used.get() or Stream.null
 
 
 def is_available() -> bool:
