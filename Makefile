@@ -22,8 +22,10 @@ RDMA_LIMIT ?= 1200
 LOOPLESS := $(addprefix --ignore=tests/,arrays ops backend memory wire cli test_docs.py \
 	test_examples.py test_structure.py test_config.py test_benchmarks.py \
 	transport/test_cutting.py test_fixtures.py)
-# Long ones, which find on one loop what they would on the other.
-LONG := $(addprefix --ignore=tests/,session/test_large.py session/test_long_runs.py)
+# Long ones, which find on one loop and with one part what they would with the other.
+LONG := $(addprefix --ignore=tests/,faults/test_strangers.py session/test_fusion.py \
+	session/test_large.py session/test_long_runs.py pytorch/test_operator.py \
+	pytorch/test_processes.py pytorch/test_program_memory.py pytorch/test_programs.py)
 
 # The tests start some hundred servers; what was compiled for one need not be for the next.
 unexport PYTHONDONTWRITEBYTECODE

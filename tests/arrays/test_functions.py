@@ -95,7 +95,7 @@ def test_function(xp: Any, name: str) -> None:
     taken = 0
 
     @settings(
-        max_examples=15,
+        max_examples=10,
         deadline=None,
         database=None,
         derandomize=True,
