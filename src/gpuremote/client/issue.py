@@ -102,22 +102,11 @@ def _issue(
     params: Mapping[str, Any],
     device: int,
 ) -> list[A]:
-    key: Any
-    if params or not kinds:
-        key = (spec, device, *kinds, *params.items())
-        try:
-            plan = core.plans.get(key)
-        except TypeError:  # a list in the parameters
-            key = (spec, device, *kinds, params_key(params))
-            plan = core.plans.get(key)
-    else:
-        key = (spec, *kinds)
-        plan = core.plans.get(key)
+    key = (spec, device, *kinds, *params_key(params)) if params or not kinds else (spec, *kinds)
+    plan = core.plans.get(key)
     if plan is None:
         plan = core.plan(key, spec, kinds, dict(params), device)
     number = core.call(plan, values)
-    if spec.inplace:
-        core.writes += 1
     if plan.result is not None and plan.n_out == 1:
         return [cls(core, number, plan.result)]
     # Without known outputs (an index with integers, a shape that depends on values) the caller

@@ -19,6 +19,7 @@ from gpuremote.errors import GpuRemoteError, LimitExceeded
 from gpuremote.ops.meta import Meta, MetaTable
 from gpuremote.ops.plan import Plan, define, encode_definition
 from gpuremote.ops.spec import OpSpec
+from gpuremote.ops.torch_call import encode
 from gpuremote.rpc.peer import Peer, Region, Sink
 from gpuremote.wire import caps
 from gpuremote.wire.batch import FIRST_PLAN, FREE_SPAN, Op, blob_record, fixed_record, free_record
@@ -141,6 +142,8 @@ class Issuer:
         """Number of the latest record that was appended: known also to whom Ctrl-C kept from
         being told."""
         self._next_plan = FIRST_PLAN
+        self._oldest = FIRST_PLAN
+        """The first plan that the server has not been told to forget."""
         self._buffer = bytearray()
         self._first = 1
         """Number of the first record in the buffer."""
@@ -163,6 +166,10 @@ class Issuer:
         with self.lock:
             if self._special:
                 self._prepare()
+            if plan.id < self._oldest:
+                record = self._renewed(plan) + record[4:]
+            if plan.inplace:
+                self.writes += 1
             number = self._next
             self._next = number + plan.step
             self._buffer += record
@@ -179,6 +186,15 @@ class Issuer:
         if self._special:
             self._follow_up()
         return number
+
+    def _renewed(self, plan: Any) -> bytes:
+        """Define a plan once more that another thread has cleared while this one was about to use
+        it; its id. Graphs name other plans, and nobody else knows them: they are told by
+        ``on_plans_cleared``."""
+        ident = self._next_plan
+        definition = encode_definition(plan) if isinstance(plan, Plan) else encode(plan)
+        self.add_plan(("renewed", ident), plan, [ident, *definition[1:]])
+        return ident.to_bytes(4, "little")
 
     def call(self, plan: Plan, values: Sequence[Any]) -> int:
         """Issue a plan call; the number that names its (first) result."""
@@ -252,6 +268,7 @@ class Issuer:
         if len(self.plans) >= caps.MAX_PLANS - 1:
             self.plans.clear()
             self.short.clear()
+            self._oldest = self._next_plan
             self.on_plans_cleared()
             self._record(Op.CLEAR_PLANS, ())
         return self._next_plan

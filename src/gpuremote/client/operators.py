@@ -71,13 +71,11 @@ def inplace(name: str) -> Callable[[Any, Any], Any]:
         if kind is self.__class__:
             plan = core.plans.get((spec, self._meta, other._meta))
             if plan is not None and other._core is core:
-                core.writes += 1
                 core.issue(plan, plan.pack(plan.id, self._id, other._id), _frame(1))
                 return self
         elif kind is float or (kind is int and -_INT64 <= other < _INT64):
             plan = core.plans.get((spec, self._meta, "f" if kind is float else "i"))
             if plan is not None:
-                core.writes += 1
                 core.issue(plan, plan.pack(plan.id, self._id, other), _frame(1))
                 return self
         elif not (isinstance(other, _SCALARS) or hasattr(other, "_meta")):

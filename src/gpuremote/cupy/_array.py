@@ -20,6 +20,7 @@ from gpuremote.client.origin import caller
 from gpuremote.cupy._methods import FUNCTIONS, Methods, integers, wire
 from gpuremote.errors import DTypeError, ImplicitTransfer, ShapeError, UnsupportedOp
 from gpuremote.ops.catalogue import find
+from gpuremote.ops.plan import params_key
 
 __all__ = ["FUNCTIONS", "integers", "ndarray", "own", "several", "single", "store", "wire"]
 
@@ -73,12 +74,7 @@ def _key(name: str, operands: Sequence[Any], params: dict[str, Any]) -> tuple[An
             values.append(operand)
         else:
             return None, []
-    key = (*kinds, *params.items())
-    try:
-        hash(key)
-    except TypeError:
-        return None, []
-    return key, values
+    return (*kinds, *params_key(params)), values
 
 
 def _remember(
@@ -91,7 +87,7 @@ def _remember(
         for o in operands
     ]
     given = {key: value for key, value in params.items() if value is not None}
-    plan = core.plans.get((spec, device, *kinds, *given.items()) if given else (spec, *kinds))
+    plan = core.plans.get((spec, device, *kinds, *params_key(given)) if given else (spec, *kinds))
     if plan is not None and plan.result is not None and plan.n_out == 1:
         if len(core.short) >= _MOST:
             core.short.clear()
@@ -126,6 +122,8 @@ def store(result: ndarray, out: Any, casting: str = "same_kind") -> ndarray:
 
 
 _GETITEM: Final = find("getitem")
+_ELEMENT: Final[Any] = params_key({"index": ("i",)})
+_RANGE: Final[Any] = params_key({"index": ("s110",)})
 
 
 class ndarray(Methods):
@@ -263,7 +261,7 @@ class ndarray(Methods):
             return None
         length = meta.shape[0]
         if kind is int:
-            template, ints, rest = ("i",), [index], meta.shape[1:]
+            template, ints, rest = _ELEMENT, [index], meta.shape[1:]
             if not -length <= index < length:
                 return None
         else:
@@ -272,11 +270,9 @@ class ndarray(Methods):
                 return None
             if not (-_INT64 < start < _INT64 and -_INT64 < stop < _INT64):
                 return None
-            template, ints = ("s110",), [start, stop]
+            template, ints = _RANGE, [start, stop]
             rest = (len(range(*index.indices(length))), *meta.shape[1:])
-        plan = core.plans.get(
-            (_GETITEM, meta.device, meta, *("i",) * len(ints), ("index", template))
-        )
+        plan = core.plans.get((_GETITEM, meta.device, meta, *("i",) * len(ints), *template))
         if plan is None:
             return None
         number = core.issue(plan, plan.pack(plan.id, self._id, *ints), caller(_frame(1)))

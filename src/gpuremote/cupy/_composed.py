@@ -14,6 +14,7 @@ from gpuremote.client.array import RemoteArray
 from gpuremote.cupy._array import ndarray, single, store
 from gpuremote.cupy._creation import arange, array_of, operand, zeros
 from gpuremote.cupy._elementwise import UFUNCS
+from gpuremote.cupy._home import chosen
 
 __all__ = [
     "allclose",
@@ -287,8 +288,9 @@ class vectorize:
     def __init__(self, pyfunc: Any, otypes: Any = None, doc: Any = None, **kwargs: Any) -> None:
         self.pyfunc = pyfunc
         self.otypes = otypes
+        self._device = chosen()
         self.__doc__ = doc or getattr(pyfunc, "__doc__", None)
 
     def __call__(self, *args: Any) -> Any:
-        found = self.pyfunc(*map(array_of, args))
+        found = self.pyfunc(*(array_of(x, self._device) for x in args))
         return found.astype(self.otypes[0]) if self.otypes else found

@@ -37,19 +37,13 @@ __all__ = [
     "empty_like",
     "eye",
     "from_dlpack",
-    "frombuffer",
-    "fromfile",
     "fromfunction",
-    "fromiter",
-    "fromstring",
     "full",
     "full_like",
-    "genfromtxt",
     "geomspace",
     "identity",
     "indices",
     "linspace",
-    "loadtxt",
     "logspace",
     "meshgrid",
     "ones",
@@ -133,11 +127,20 @@ def _as_remote(obj: RemoteArray, dtype: Any, device: Any, copy: bool | None) -> 
     if wanted == obj.dtype and there:
         if copy:
             return single("copy", obj)
-        return own(obj)
+        return _named(obj)
     if copy is False:
         raise ValueError(f"{obj.dtype} on {obj.device} can't be {wanted} there without a copy")
-    found = own(obj) if wanted == obj.dtype else own(obj).astype(wanted)
+    found = _named(obj) if wanted == obj.dtype else _named(obj).astype(wanted)
     return found if there else found.to_device(device_of(device))
+
+
+def _named(array: RemoteArray) -> ndarray:
+    """An array of the device's own methods under a name of this namespace: the same memory."""
+    if isinstance(array, ndarray):
+        return array
+    if not isinstance(array, BlockingArray):
+        return own(array)  # says what to do
+    return several("getitem", (array,), index=("...",))[0]
 
 
 def _has_remote(values: Iterable[Any]) -> bool:
@@ -217,9 +220,9 @@ def require(a: Any, dtype: npt.DTypeLike | None = None, requirements: Any = None
     return asarray(a, dtype)
 
 
-def array_of(value: Any) -> ndarray:
+def array_of(value: Any, device: Any = None) -> ndarray:
     """An operand that has to be an array: a remote one as it is, numbers and lists of them
-    uploaded.
+    uploaded (to ``device``).
 
     Raises
     ------
@@ -233,12 +236,12 @@ def array_of(value: Any) -> ndarray:
             f"a host array of shape {value.shape} can't be mixed with remote ones: upload it with "
             "asarray(...) first"
         )
-    return asarray(value)
+    return asarray(value, device=None if isinstance(value, RemoteArray) else device)
 
 
-def operand(value: Any) -> Any:
-    """An operand that may be a scalar: lists become arrays, the rest stays."""
-    return asarray(value) if isinstance(value, list | tuple) else value
+def operand(value: Any, device: Any = None) -> Any:
+    """An operand that may be a scalar: lists become arrays (of ``device``), the rest stays."""
+    return asarray(value, device=device) if isinstance(value, list | tuple) else value
 
 
 def from_dlpack(x: Any, /, *, device: Any = None, copy: bool | None = None) -> ndarray:
@@ -257,30 +260,6 @@ def astype(x: Any, dtype: npt.DTypeLike, /, *, copy: bool = True, device: Any = 
 
 def copy(a: Any, order: Any = "K") -> ndarray:
     return asarray(a, copy=True)
-
-
-def frombuffer(*args: Any, **kwargs: Any) -> ndarray:
-    return asarray(np.frombuffer(*args, **kwargs))
-
-
-def fromfile(*args: Any, **kwargs: Any) -> ndarray:
-    return asarray(np.fromfile(*args, **kwargs))
-
-
-def fromiter(*args: Any, **kwargs: Any) -> ndarray:
-    return asarray(np.fromiter(*args, **kwargs))
-
-
-def fromstring(*args: Any, **kwargs: Any) -> ndarray:
-    return asarray(np.fromstring(*args, **kwargs))
-
-
-def genfromtxt(*args: Any, **kwargs: Any) -> ndarray:
-    return asarray(np.genfromtxt(*args, **kwargs))
-
-
-def loadtxt(*args: Any, **kwargs: Any) -> ndarray:
-    return asarray(np.loadtxt(*args, **kwargs))
 
 
 def fromfunction(
@@ -480,13 +459,19 @@ def linspace(
 def _between(start: Any, stop: Any, num: int, endpoint: bool, dtype: Any, axis: int) -> Any:
     place = (start if isinstance(start, RemoteArray) else stop).device
     span = stop - start
-    steps = arange(num, dtype=float, device=place)
+    ends = (getattr(end, "dtype", end) for end in (start, stop))
+    kind = np.result_type(*ends, 1.0)
+    steps = arange(num, dtype=kind if kind.kind == "f" else float, device=place)
     steps = steps.reshape((num,) + (1,) * span.ndim) / max(num - 1 if endpoint else num, 1)
     found = steps * span + start
     if endpoint and num > 1:
         found[-1] = stop
     if dtype is not None:
+        if np.dtype(dtype).kind in "iu":
+            found = single("floor", found)
         found = found.astype(dtype)
+    elif found.dtype != kind:
+        found = found.astype(kind)
     if axis not in (0, -found.ndim):
         order = list(range(1, found.ndim))
         order.insert(axis if axis >= 0 else found.ndim + axis, 0)

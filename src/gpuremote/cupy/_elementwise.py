@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from gpuremote.client import issue
 from gpuremote.client.array import RemoteArray
-from gpuremote.cupy._array import ndarray, own, single, store
+from gpuremote.cupy._array import ndarray, own, single, store, wire
 from gpuremote.cupy._creation import array_of, empty, operand
 from gpuremote.errors import DTypeError, UnsupportedOp
 from gpuremote.ops.catalogue import find
@@ -89,7 +89,6 @@ class ufunc:
         dtype: npt.DTypeLike | None = None,
         order: str = "K",
         subok: bool = True,
-        device: Any = None,
     ) -> Any:
         if out is None and where is True and dtype is None and self.nout == 1:
             known = self._known(args)
@@ -102,11 +101,12 @@ class ufunc:
             out = more
         elif len(args) < self.nin:
             raise TypeError(f"{self.__name__}() takes {self.nin} operands, not {len(args)}")
-        operands = list(map(operand, args))
+        place = next((x.device for x in args if isinstance(x, RemoteArray)), None)
+        operands = [operand(x, place) for x in args]
         if not any(isinstance(x, RemoteArray) for x in operands):
             operands[0] = array_of(operands[0])
         if dtype is not None:
-            operands = self._cast(operands, check_dtype(dtype))
+            operands = self._cast(operands, check_dtype(dtype), casting)
         if out is None and where is True:
             found = issue.apply(self._spec, operands, array_type=ndarray)
             return found[0] if self.nout == 1 else tuple(found)
@@ -141,14 +141,18 @@ class ufunc:
         assert result is not None  # it has one of a known shape, as every ufunc
         return ndarray(core, core.issue(plan, record, _frame(2)), result)
 
-    def _cast(self, operands: Sequence[Any], dtype: np.dtype[Any]) -> list[Any]:
+    def _cast(self, operands: Sequence[Any], dtype: np.dtype[Any], casting: str) -> list[Any]:
         """The operands in the dtypes that the loop for results of ``dtype`` takes."""
         given = [
             type(x) if type(x) in _WEAK else np.dtype(getattr(x, "dtype", bool)) for x in operands
         ]
         wanted = (*[None] * self.nin, *[dtype] * self.nout)
         try:
-            loop = self._like.resolve_dtypes((*given, *[None] * self.nout), signature=wanted)
+            loop = self._like.resolve_dtypes(
+                (*given, *[None] * self.nout),
+                signature=wanted,
+                casting=casting,  # type: ignore[arg-type]
+            )
         except TypeError as error:
             raise DTypeError(str(error), op=self.__name__) from error
         return [
@@ -213,13 +217,13 @@ class ufunc:
         if name is None:
             raise UnsupportedOp(f"{self.__name__}.accumulate does not run on a device")
         x = array_of(array)
-        if dtype is not None:
-            x = x.astype(dtype)
-        return single(name, x, axis=operator.index(axis), dtype=x.dtype.str[1:], out=out)
+        kind = None if dtype is None else wire(dtype)
+        return single(name, x, axis=operator.index(axis), dtype=kind, out=out)
 
     def outer(self, a: Any, b: Any, **kwargs: Any) -> Any:
         """The function of every pair of elements."""
-        x, y = array_of(a), array_of(b)
+        x = array_of(a)
+        y = array_of(b, x.device)
         return self(x.reshape(x.shape + (1,) * y.ndim), y, **kwargs)
 
     def at(self, a: ndarray, indices: Any, b: Any = None) -> None:
@@ -238,8 +242,8 @@ _SCATTERED = frozenset(
 def scatter(name: str, a: ndarray, indices: Any, b: Any) -> None:
     """``a[indices] OP= b``, where an index that comes twice counts twice."""
     places = indices if isinstance(indices, tuple) else (indices,)
-    arrays = [array_of(np.asarray(p) if isinstance(p, np.generic) else p) for p in places]
-    issue.apply(find(f"{name}.at_"), (a, operand(b), *arrays))
+    arrays = [array_of(np.asarray(p) if isinstance(p, np.generic) else p, a.device) for p in places]
+    issue.apply(find(f"{name}.at_"), (a, operand(b, a.device), *arrays))
 
 
 def _by_name(name: str) -> ufunc:

@@ -14,7 +14,7 @@ from gpuremote.client.blocking import BlockingDevice, Session
 from gpuremote.client.connect import connect_sync
 from gpuremote.errors import DeviceMismatch, GpuRemoteError, UnsupportedOp
 
-__all__ = ["chosen", "close", "current", "device_of", "session", "use", "using"]
+__all__ = ["chosen", "close", "current", "device_of", "is_default", "session", "use", "using"]
 
 _lock = threading.RLock()
 _default: Session | None = None
@@ -63,6 +63,14 @@ def current() -> BlockingDevice:
 def chosen() -> BlockingDevice | None:
     """The device that the program has put in use, if it has."""
     return _in_use.get()
+
+
+def is_default(device: BlockingDevice) -> bool:
+    """Whether new arrays would be made there."""
+    found = _in_use.get()
+    if found is not None:
+        return device is found
+    return _default is not None and device is _default.devices[0]
 
 
 def device_of(device: Any) -> BlockingDevice:
@@ -115,6 +123,7 @@ def _forget_in_child() -> None:
     global _default, _lock
     _lock = threading.RLock()
     _default = None
+    _in_use.set(None)
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

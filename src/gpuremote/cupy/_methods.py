@@ -202,7 +202,7 @@ class Methods(BlockingArray):
         ddof: float = 0,
         keepdims: bool = False,
     ) -> Any:
-        return self._reduced("var", axis, keepdims, dtype, out, correction=ddof)
+        return self._reduced("var", axis, keepdims, dtype, out, correction=_number(ddof))
 
     def std(
         self,
@@ -212,7 +212,7 @@ class Methods(BlockingArray):
         ddof: float = 0,
         keepdims: bool = False,
     ) -> Any:
-        return self._reduced("std", axis, keepdims, dtype, out, correction=ddof)
+        return self._reduced("std", axis, keepdims, dtype, out, correction=_number(ddof))
 
     def cumsum(self, axis: int | None = None, dtype: Any = None, out: Any = None) -> Any:
         return self._run("cumulative_sum", axis, dtype, out)
@@ -292,6 +292,10 @@ class Methods(BlockingArray):
     def _run(self, name: str, axis: int | None, dtype: Any, out: Any) -> Any:
         params = {} if dtype is None else {"dtype": wire(dtype)}
         return self._apply(name, axis=integers(axis), out=out, **params)
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _do(name: str, *operands: Any) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import numpy as np
 
+from gpuremote.client.array import RemoteArray
 from gpuremote.cupy import (
     _composed,
+    _counting,
     _creation,
     _dispatch,
     _elementwise,
@@ -73,7 +76,9 @@ _ALIASES: Final = {
 }
 """Names of the standard's, and such as NumPy had before its second version and CuPy still has."""
 
-_INTERNAL: Final = frozenset({"FROM_NUMPY", "array_of", "info", "operand", "settled"})
+_INTERNAL: Final = frozenset(
+    {"flag", "plain", "FROM_NUMPY", "array_of", "info", "operand", "settled"}
+)
 
 
 def _collected() -> dict[str, Any]:
@@ -82,6 +87,7 @@ def _collected() -> dict[str, Any]:
     for module in (
         _creation,
         _statistics,
+        _counting,
         _manipulation,
         _selection,
         _sets,
@@ -115,7 +121,94 @@ def get_array_module(*args: Any) -> Any:
     return np
 
 
+_TOGETHER: Final = (
+    # Functions of several arrays.
+    "allclose",
+    "append",
+    "array_equal",
+    "array_equiv",
+    "average",
+    "bincount",
+    "choose",
+    "clip",
+    "compress",
+    "convolve",
+    "corrcoef",
+    "correlate",
+    "cov",
+    "cross",
+    "diff",
+    "digitize",
+    "dot",
+    "ediff1d",
+    "einsum",
+    "extract",
+    "gradient",
+    "histogram",
+    "histogram2d",
+    "histogramdd",
+    "in1d",
+    "inner",
+    "insert",
+    "interp",
+    "intersect1d",
+    "isclose",
+    "isin",
+    "kron",
+    "matmul",
+    "outer",
+    "percentile",
+    "piecewise",
+    "place",
+    "polyadd",
+    "polyfit",
+    "polymul",
+    "polysub",
+    "polyval",
+    "put",
+    "put_along_axis",
+    "putmask",
+    "quantile",
+    "ravel_multi_index",
+    "searchsorted",
+    "select",
+    "setdiff1d",
+    "setxor1d",
+    "take_along_axis",
+    "tensordot",
+    "trapezoid",
+    "union1d",
+    "vdot",
+    "vecdot",
+    "where",
+)
+
+
+def _beside(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lists and numbers that a function takes go where its arrays are."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        place = _place(args) or _place(kwargs.values())
+        if place is None or _home.is_default(place):
+            return function(*args, **kwargs)
+        with _home.using(place):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _place(values: Iterable[Any]) -> Any:
+    for value in values:
+        if isinstance(value, RemoteArray):
+            return value.device
+        if isinstance(value, list | tuple) and (found := _place(value)) is not None:
+            return found
+    return None
+
+
 NAMES: Final[dict[str, Any]] = _collected()
+NAMES.update({name: _beside(NAMES[name]) for name in _TOGETHER})
 _described(NAMES)
 FUNCTIONS |= {name: value for name, value in NAMES.items() if callable(value)}
 FUNCTIONS |= {

@@ -1,4 +1,4 @@
-"""Arrays as text and as host arrays: what fetches values because the program asks for them."""
+"""Arrays as text, as host arrays and in files of this host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ __all__ = [
     "array_str",
     "asnumpy",
     "disp",
+    "frombuffer",
+    "fromfile",
+    "fromiter",
+    "fromstring",
+    "genfromtxt",
     "load",
+    "loadtxt",
     "save",
     "savetxt",
     "savez",
@@ -126,3 +132,27 @@ def load(file: Any, mmap_mode: Any = None, allow_pickle: bool | None = None) -> 
         return asarray(found)
     with found:
         return {name: asarray(found[name]) for name in found.files}
+
+
+def frombuffer(*args: Any, **kwargs: Any) -> ndarray:
+    return asarray(np.frombuffer(*args, **kwargs))
+
+
+def fromfile(*args: Any, **kwargs: Any) -> ndarray:
+    return asarray(np.fromfile(*args, **kwargs))
+
+
+def fromiter(*args: Any, **kwargs: Any) -> ndarray:
+    return asarray(np.fromiter(*args, **kwargs))
+
+
+def fromstring(*args: Any, **kwargs: Any) -> ndarray:
+    return asarray(np.fromstring(*args, **kwargs))
+
+
+def genfromtxt(*args: Any, **kwargs: Any) -> ndarray:
+    return asarray(np.genfromtxt(*args, **kwargs))
+
+
+def loadtxt(*args: Any, **kwargs: Any) -> ndarray:
+    return asarray(np.loadtxt(*args, **kwargs))

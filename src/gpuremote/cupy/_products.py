@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from gpuremote.cupy._array import integers, ndarray, single
+from gpuremote.cupy._array import integers, ndarray, single, store
+from gpuremote.cupy._counting import convolve
 from gpuremote.cupy._creation import array_of, ones, operand, vander, zeros
 from gpuremote.cupy._elementwise import UFUNCS
 from gpuremote.cupy._manipulation import concatenate, trim_zeros
-from gpuremote.cupy._statistics import convolve
 from gpuremote.errors import ShapeError, UnsupportedOp
+from gpuremote.ops.shapes import normal_axis
 
 __all__ = [
     "cross",
@@ -35,12 +36,15 @@ __all__ = [
 ]
 
 
-def matmul(x1: Any, x2: Any, /, out: Any = None, **kwargs: Any) -> ndarray:
-    a, b = array_of(x1), array_of(x2)
-    dtype = kwargs.get("dtype")
+def matmul(
+    x1: Any, x2: Any, /, out: Any = None, *, dtype: Any = None, casting: str = "same_kind"
+) -> ndarray:
+    a = array_of(x1)
+    b = array_of(x2, a.device)
     if dtype is not None:
         a, b = a.astype(dtype, copy=False), b.astype(dtype, copy=False)
-    return single("matmul", a, b, out=out)
+    found = single("matmul", a, b)
+    return found if out is None else store(found, out, casting)
 
 
 def dot(a: Any, b: Any, out: Any = None) -> Any:
@@ -73,8 +77,22 @@ def vdot(a: Any, b: Any) -> ndarray:
     return single("matmul", x.conj() if x.dtype.kind == "c" else x, y)
 
 
-def vecdot(x1: Any, x2: Any, /, *, axis: int = -1, **kwargs: Any) -> ndarray:
-    return single("vecdot", array_of(x1), array_of(x2), axis=operator.index(axis))
+def vecdot(
+    x1: Any,
+    x2: Any,
+    /,
+    out: Any = None,
+    *,
+    axis: int = -1,
+    dtype: Any = None,
+    casting: str = "same_kind",
+) -> ndarray:
+    a = array_of(x1)
+    b = array_of(x2, a.device)
+    if dtype is not None:
+        a, b = a.astype(dtype, copy=False), b.astype(dtype, copy=False)
+    found = single("vecdot", a, b, axis=operator.index(axis))
+    return found if out is None else store(found, out, casting)
 
 
 def tensordot(a: Any, b: Any, axes: Any = 2) -> Any:
@@ -108,12 +126,12 @@ def cross(
     )
     found = single("cross", x, y)
     order = list(range(found.ndim - 1))
-    order.insert(axisc % found.ndim, found.ndim - 1)
+    order.insert(normal_axis(axisc, found.ndim), found.ndim - 1)
     return found.transpose(order)
 
 
 def _last(x: ndarray, axis: int) -> Any:
-    at = axis % x.ndim
+    at = normal_axis(axis, x.ndim)
     return x.transpose([*(i for i in range(x.ndim) if i != at), at])
 
 
@@ -220,6 +238,8 @@ def poly(seq_of_zeros: Any) -> ndarray:
         raise ValueError("roots along one axis, or a square matrix, are needed")
     if not zeros_.size:
         return ones(())
+    if zeros_.dtype.kind not in "fc" or zeros_.dtype.itemsize == 2:
+        zeros_ = zeros_.astype(float)
     found = ones(1, zeros_.dtype, device=zeros_.device)
     for k in range(zeros_.size):
         factor = concatenate([ones(1, zeros_.dtype, device=zeros_.device), -zeros_[k : k + 1]])

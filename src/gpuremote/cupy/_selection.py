@@ -15,6 +15,7 @@ from gpuremote.cupy._creation import arange, array_of, asarray, operand, tri, ze
 from gpuremote.cupy._elementwise import scatter
 from gpuremote.errors import IndexOutOfBounds, ShapeError, UnsupportedOp
 from gpuremote.ops.catalogue import find
+from gpuremote.ops.shapes import normal_axis
 
 __all__ = [
     "argpartition",
@@ -78,6 +79,7 @@ def take(
     places = asarray(indices, device=x.device) if not isinstance(indices, RemoteArray) else indices
     if mode in ("wrap", "clip"):
         length = x.size if axis is None else x.shape[axis]
+        places = places.astype(np.intp, copy=False)
         places = places % length if mode == "wrap" else single("clip", places, 0, length - 1)
     elif mode not in (None, "raise"):
         raise ValueError(f"no mode {mode!r}")
@@ -362,6 +364,7 @@ def unravel_index(indices: Any, dims: Any, order: str = "C") -> tuple[ndarray, .
     if places.dtype.kind not in "iu":
         raise TypeError(f"indices have to be integers, not {places.dtype}")
     lengths = integers(dims if isinstance(dims, tuple | list) else (dims,))
+    places = places.astype(np.intp, copy=False)
     found: list[ndarray] = []
     for length in reversed(lengths) if order == "C" else lengths:
         found.append(places % length)
@@ -374,7 +377,7 @@ def ravel_multi_index(
 ) -> ndarray:
     """Places in the flattened array. With ``mode="raise"`` it waits, to see that all are within
     bounds."""
-    places = [array_of(place) for place in multi_index]
+    places = [array_of(place).astype(np.intp, copy=False) for place in multi_index]
     lengths = integers(dims if isinstance(dims, tuple | list) else (dims,))
     modes = mode if isinstance(mode, tuple | list) else (mode,) * len(lengths)
     checked = []
@@ -403,8 +406,7 @@ def _target(a: Any) -> ndarray:
 
 
 def _values(v: Any, like: ndarray) -> Any:
-    values = asarray(v, like.dtype) if isinstance(v, list | tuple) else v
-    return values if isinstance(values, RemoteArray) else asarray(values, like.dtype)
+    return v if isinstance(v, RemoteArray) else asarray(v, like.dtype, device=like.device)
 
 
 def put(a: Any, ind: Any, v: Any, mode: str = "wrap") -> None:
@@ -452,7 +454,7 @@ def scatter_min(a: Any, slices: Any, value: Any) -> None:
 def apply_along_axis(func1d: Callable[..., Any], axis: int, arr: Any, *args: Any, **kw: Any) -> Any:
     """What a function gives for each slice along an axis; as many ops as there are slices."""
     x = array_of(arr)
-    at = operator.index(axis) % x.ndim
+    at = normal_axis(axis, x.ndim)
     moved = x.transpose([*(i for i in range(x.ndim) if i != at), at])
     lead = moved.shape[:-1]
     rows = moved.reshape(-1, moved.shape[-1])

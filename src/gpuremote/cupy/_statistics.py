@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gpuremote.cupy._array import integers, ndarray, several, single, wire
-from gpuremote.cupy._creation import array_of, asarray, full, operand
+from gpuremote.cupy._creation import array_of, full, operand
 from gpuremote.cupy._elementwise import UFUNCS
-from gpuremote.errors import ShapeError, UnsupportedOp
+from gpuremote.errors import ShapeError
 
 __all__ = [
     "all",
@@ -22,10 +22,7 @@ __all__ = [
     "argmax",
     "argmin",
     "average",
-    "bincount",
-    "convolve",
     "corrcoef",
-    "correlate",
     "count_nonzero",
     "cov",
     "cumprod",
@@ -33,13 +30,9 @@ __all__ = [
     "cumulative_prod",
     "cumulative_sum",
     "diff",
-    "digitize",
     "ediff1d",
+    "flag",
     "gradient",
-    "histogram",
-    "histogram2d",
-    "histogramdd",
-    "interp",
     "max",
     "mean",
     "median",
@@ -57,6 +50,7 @@ __all__ = [
     "nansum",
     "nanvar",
     "percentile",
+    "plain",
     "prod",
     "ptp",
     "quantile",
@@ -70,7 +64,12 @@ __all__ = [
 _divide, _subtract, _multiply = UFUNCS["divide"], UFUNCS["subtract"], UFUNCS["multiply"]
 
 
-def _flag(keepdims: Any) -> bool | None:
+def plain(value: Any) -> Any:
+    """A number as one of Python's; one on the device is waited for."""
+    return value.item() if isinstance(value, np.generic | ndarray) else value
+
+
+def flag(keepdims: Any) -> bool | None:
     return True if keepdims is True or (keepdims is not False and bool(keepdims)) else None
 
 
@@ -154,7 +153,7 @@ def std(
 
 
 def count_nonzero(a: Any, axis: Any = None, *, keepdims: bool = False) -> Any:
-    return single("count_nonzero", array_of(a), axis=integers(axis), keepdims=_flag(keepdims))
+    return single("count_nonzero", array_of(a), axis=integers(axis), keepdims=flag(keepdims))
 
 
 def cumsum(a: Any, axis: int | None = None, dtype: Any = None, out: Any = None) -> Any:
@@ -183,7 +182,7 @@ def _cumulative(name: str) -> Callable[..., Any]:
             x if x.ndim else x.reshape(1),
             axis=integers(-1 if axis is None else axis),
             dtype=None if dtype is None else wire(dtype),
-            include_initial=_flag(include_initial),
+            include_initial=flag(include_initial),
             out=out,
         )
 
@@ -208,7 +207,7 @@ def _nan_reduction(name: str, spread: bool = False, dtyped: bool = True) -> Call
             keepdims: bool = False,
         ) -> Any:
             kind = None if dtype is None else wire(dtype)
-            axes, keep = integers(axis), _flag(keepdims)
+            axes, keep = integers(axis), flag(keepdims)
             x = array_of(a)
             return single(name, x, axis=axes, dtype=kind, ddof=ddof, keepdims=keep, out=out)
 
@@ -218,7 +217,7 @@ def _nan_reduction(name: str, spread: bool = False, dtyped: bool = True) -> Call
             a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False
         ) -> Any:
             kind = None if dtype is None else wire(dtype)
-            axes, keep = integers(axis), _flag(keepdims)
+            axes, keep = integers(axis), flag(keepdims)
             return single(name, array_of(a), axis=axes, dtype=kind, keepdims=keep, out=out)
 
     else:
@@ -226,7 +225,7 @@ def _nan_reduction(name: str, spread: bool = False, dtyped: bool = True) -> Call
         def function(  # type: ignore[misc]
             a: Any, axis: Any = None, out: Any = None, keepdims: bool = False
         ) -> Any:
-            axes, keep = integers(axis), _flag(keepdims)
+            axes, keep = integers(axis), flag(keepdims)
             return single(name, array_of(a), axis=axes, keepdims=keep, out=out)
 
     function.__name__ = function.__qualname__ = name
@@ -245,13 +244,13 @@ nanmin = _nan_reduction("nanmin", dtyped=False)
 def nanargmax(
     a: Any, axis: int | None = None, dtype: Any = None, out: Any = None, keepdims: bool = False
 ) -> Any:
-    return single("nanargmax", array_of(a), axis=integers(axis), keepdims=_flag(keepdims), out=out)
+    return single("nanargmax", array_of(a), axis=integers(axis), keepdims=flag(keepdims), out=out)
 
 
 def nanargmin(
     a: Any, axis: int | None = None, dtype: Any = None, out: Any = None, keepdims: bool = False
 ) -> Any:
-    return single("nanargmin", array_of(a), axis=integers(axis), keepdims=_flag(keepdims), out=out)
+    return single("nanargmin", array_of(a), axis=integers(axis), keepdims=flag(keepdims), out=out)
 
 
 def nancumsum(a: Any, axis: int | None = None, dtype: Any = None, out: Any = None) -> Any:
@@ -272,7 +271,7 @@ def median(
     keepdims: bool = False,
 ) -> Any:
     x = array_of(a)
-    keep = _flag(keepdims) if x.ndim else None  # CuPy makes an axis where there was none
+    keep = flag(keepdims) if x.ndim else None  # CuPy makes an axis where there was none
     return single("median", x, axis=integers(axis), keepdims=keep, out=out)
 
 
@@ -284,7 +283,7 @@ def nanmedian(
     keepdims: bool = False,
 ) -> Any:
     x = array_of(a)
-    keep = _flag(keepdims) if x.ndim else None
+    keep = flag(keepdims) if x.ndim else None
     return single("nanmedian", x, axis=integers(axis), keepdims=keep, out=out)
 
 
@@ -299,7 +298,7 @@ def _at(name: str) -> Callable[..., Any]:
         keepdims: bool = False,
     ) -> Any:
         places = operand(q)
-        axes, keep = integers(axis), _flag(keepdims)
+        axes, keep = integers(axis), flag(keepdims)
         return single(name, array_of(a), places, axis=axes, method=method, keepdims=keep, out=out)
 
     function.__name__ = function.__qualname__ = name
@@ -368,7 +367,7 @@ def cov(
     ddof = ddof if ddof is not None else (0 if bias else 1)
     if w is None:
         total: Any = data.shape[1]
-        scale: Any = total - ddof
+        scale: Any = total - ddof if total > ddof else 0
         data = data - data.mean(axis=1, keepdims=True)
         weighted = data
     else:
@@ -380,8 +379,12 @@ def cov(
         )
         data = data - (data * w).sum(axis=1, keepdims=True) / total
         weighted = data * w
-    found = (data @ weighted.T.conj()) * (1 / np.float64(scale) if w is None else 1 / scale)
+    found = (data @ weighted.T.conj()) * (_inverse(scale) if w is None else 1 / scale)
     return found.squeeze()
+
+
+def _inverse(count: float) -> float:
+    return 1 / count if count else float("inf")
 
 
 def _rows(x: ndarray, rowvar: bool) -> Any:
@@ -485,107 +488,6 @@ def unwrap(p: Any, discont: Any = None, axis: int = -1, *, period: float = 2 * n
         "unwrap",
         array_of(p),
         axis=operator.index(axis),
-        discont=discont,
-        period=None if default else period,
+        discont=plain(discont),
+        period=None if default else plain(period),
     )
-
-
-# -- counting -----------------------------------------------------------------------------------
-
-
-def bincount(x: Any, weights: Any = None, minlength: int = 0) -> ndarray:
-    """How often each number comes; waits for the largest."""
-    values = array_of(x)
-    if values.ndim != 1:
-        raise ShapeError(f"shape {values.shape}: one axis is needed", op="bincount")
-    most = int(values.max()) + 1 if values.size else 0
-    length = minlength if minlength > most else most
-    if weights is None:
-        return single("bincount", values, minlength=length)
-    return several("bincount", (values, array_of(weights)), minlength=length, given=("weights",))[0]
-
-
-def histogram(
-    x: Any, bins: Any = 10, range: Any = None, weights: Any = None, density: bool = False
-) -> tuple[ndarray, ndarray]:
-    """Counts in bins, and the edges of these. Nothing is waited for."""
-    if isinstance(bins, str):
-        raise UnsupportedOp("bins by a rule: name their number, or their edges", op="histogram")
-    operands, given = [array_of(x)], []
-    params: dict[str, Any] = {"density": _flag(density)}
-    if isinstance(bins, int | np.integer):
-        params["bins"] = int(bins)
-        if range is not None:
-            params["range"] = tuple(map(float, range))
-    else:
-        operands.append(asarray(bins))
-        given.append("bins")
-    if weights is not None:
-        operands.append(array_of(weights))
-        given.append("weights")
-    counts, edges = several("histogram", operands, given=tuple(given) or None, **params)
-    return counts, edges
-
-
-def histogramdd(
-    sample: Any, bins: Any = 10, range: Any = None, weights: Any = None, density: bool = False
-) -> tuple[ndarray, list[ndarray]]:
-    x = (
-        several("stack", [array_of(c).ravel() for c in sample], axis=1)[0]
-        if isinstance(sample, list | tuple)
-        else array_of(sample)
-    )
-    if x.ndim == 1:
-        x = x.reshape(-1, 1)
-    numbers = (bins,) * x.shape[1] if isinstance(bins, int) else tuple(bins)
-    if not _all_ints(numbers):
-        raise UnsupportedOp("histogramdd takes numbers of bins, not edges", op="histogramdd")
-    params: dict[str, Any] = {"bins": numbers, "density": _flag(density)}
-    if range is not None:
-        params["range"] = tuple(None if r is None else tuple(map(float, r)) for r in range)
-    operands = [x] if weights is None else [x, array_of(weights)]
-    given = None if weights is None else ("weights",)
-    counts, *edges = several("histogramdd", operands, given=given, **params)
-    return counts, edges
-
-
-def _all_ints(values: Sequence[Any]) -> bool:
-    return not [v for v in values if not isinstance(v, int | np.integer)]
-
-
-def histogram2d(
-    x: Any,
-    y: Any,
-    bins: Any = 10,
-    range: Any = None,
-    weights: Any = None,
-    density: bool = False,
-) -> tuple[ndarray, ndarray, ndarray]:
-    counts, (first, second) = histogramdd([x, y], bins, range, weights, density)
-    return counts, first, second
-
-
-def digitize(x: Any, bins: Any, right: bool = False) -> ndarray:
-    """The bin of each element, of edges that grow (or shrink: waits to see which)."""
-    values, edges = array_of(x), array_of(bins)
-    side = "left" if right else "right"
-    if edges.size < 2 or bool(edges[0] <= edges[-1]):
-        return single("searchsorted", edges, values, side=side)
-    return edges.size - single("searchsorted", edges[::-1], values, side=side)
-
-
-def interp(
-    x: Any, xp: Any, fp: Any, left: Any = None, right: Any = None, period: Any = None
-) -> ndarray:
-    points = operand(x)
-    return single(
-        "interp", points, array_of(xp), array_of(fp), left=left, right=right, period=period
-    )
-
-
-def convolve(a: Any, v: Any, mode: str = "full") -> ndarray:
-    return single("convolve", array_of(a), array_of(v), mode=mode)
-
-
-def correlate(a: Any, v: Any, mode: str = "valid") -> ndarray:
-    return single("correlate", array_of(a), array_of(v), mode=mode)

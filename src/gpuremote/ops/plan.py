@@ -102,12 +102,15 @@ class Plan:
         The first of ``outputs``.
     plain : bool
         Every operand is an array.
+    inplace : bool
+        It writes to an array that was there before.
     """
 
     __slots__ = (
         "bounds",
         "device",
         "id",
+        "inplace",
         "layout",
         "n_out",
         "nbytes_out",
@@ -144,6 +147,7 @@ class Plan:
         self.pack = self.layout.pack
         self.step = self.n_out or 1
         self.result = self.outputs[0] if self.outputs else None
+        self.inplace = spec.inplace
         self.plain = not any(isinstance(o, str) for o in operands)
 
     def __repr__(self) -> str:
@@ -243,14 +247,21 @@ def upper_bound_nbytes(plan: Plan) -> int:
     return sum(meta.nbytes for meta in plan.bounds)
 
 
-def params_key(params: Params) -> Hashable:
-    """What stands for the parameters in the key of a plan cache."""
-    key = tuple(params.items())
-    try:
-        hash(key)
-    except TypeError:
-        return tuple((name, _frozen(value)) for name, value in params.items())
-    return key
+def params_key(params: Params) -> tuple[Hashable, ...]:
+    """What stands for the parameters in the key of a plan cache.
+
+    1, 1.0 and True are equal in Python, and so are 0.0 and -0.0; as parameters they are not.
+    """
+    return tuple([(name, _exactly(value)) for name, value in params.items()])
+
+
+def _exactly(value: Any) -> Hashable:
+    kind = value.__class__
+    if kind is int or kind is str or value is None:
+        return value  # type: ignore[no-any-return]
+    if kind is tuple or kind is list:
+        return tuple, *map(_exactly, value)
+    return kind, repr(value)
 
 
 def encode_definition(plan: Plan) -> list[Any]:

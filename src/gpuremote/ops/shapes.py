@@ -149,7 +149,7 @@ def supported(dtype: DType) -> DType:
     return found
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def dtypes_of(
     function: Callable[..., Any], *kinds: Kind, ndim: int = 1, **kwargs: Any
 ) -> tuple[DType, ...]:

@@ -192,6 +192,7 @@ class Call:
         Packs a call.
     """
 
+    inplace = False  # as far as an array's client is concerned, which can't tell
     __slots__ = (
         "arguments",
         "default",

@@ -52,6 +52,8 @@ class Graph:
         Record numbers that a call uses.
     """
 
+    inplace = False
+
     def __init__(self, ident: int, inputs: int, nodes: list[Node], outputs: tuple[int, ...]):
         self.id = ident
         self.inputs = inputs

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -480,6 +481,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     channel = socket.socket(fileno=options.channel)
     code = 0
+    # What NumPy warns of (the mean of nothing) is nan at the client, as on a GPU; said here it
+    # would reach the terminal of a program with a local server, and nobody else.
+    warnings.simplefilter("ignore", RuntimeWarning)
     try:
         worker = Worker(channel, options)
         with worker.backend.activate(None):
