@@ -9,6 +9,12 @@ it: an operand that is not there yet or has failed, an array that is still being
 written to, two views of memory that the run writes to. A run that fails has changed nothing, and
 its ops are run one by one, so that the one to blame is found. Where an op in place has written
 already, nothing that can fail is in the same run.
+
+Looking for runs costs every program the same few looks at each of its calls, however long its
+queue is. Calls that have nothing to do with each other end a look soon, and those that were found
+to be no part of a run are not looked at again. Where runs turn out shorter than what was looked at
+(results that another stream may wait for, no room for all, too many blocks), the next look of this
+stream goes only twice as far as the run went, and further again as they grow.
 """
 
 from __future__ import annotations
@@ -33,6 +39,13 @@ __all__ = ["Fusion", "run_fusible"]
 
 MAX_RUN: Final = 512
 """Ops of one run: what comes behind it, and whoever waits for its results, waits for all of it."""
+LEAST: Final = 8
+"""Calls that are looked at, however short the runs before were."""
+PART: Final = 3
+"""By one of so many the calls without a link to one before may outnumber those with one: a sum of
+two products is worth it."""
+LOOSE: Final = 16
+"""By how many more before a look ends."""
 MAX_PROGRAMS: Final = 1024
 MAX_STEPS: Final = 1 << 15
 """Of all programs that are kept."""
@@ -84,13 +97,18 @@ class Fusion:
     ----------
     ops : int
         How many have been executed as part of a run.
+    looks : int
+        How often a call in a queue has been looked at.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._programs: dict[Any, Fused | None] = {}
         self._steps = 0
+        self._reach: dict[int, int] = {}
+        """How far the next look goes, for streams where that is not MAX_RUN."""
         self.ops = 0
+        self.looks = 0
         # Without the interpreter's lock a count of references says nothing.
         locked = getattr(sys, "_is_gil_enabled", lambda: True)()
         self._on = locked and os.environ.get("GPUREMOTE_FUSION", "1") != "0"
@@ -117,6 +135,29 @@ class Fusion:
             self._programs[key] = program
             return program
 
+    def reach(self, stream: Stream) -> int:
+        """How many calls of its queue to look at."""
+        return self._reach.get(stream.ident, MAX_RUN)
+
+    def learn(self, stream: Stream, run: Run) -> None:
+        """Set how far to look the next time, by how many of the calls that were looked at need not
+        be looked at again.
+
+        The reach grows by no more than a part of those, and falls by what else was looked at: so
+        all looks together are a small multiple of all calls.
+        """
+        self.looks += run.looks
+        reach, settled = self.reach(stream), run.settled
+        if 2 * settled < len(run.numbers):
+            if len(self._reach) > MAX_PROGRAMS:
+                self._reach.clear()  # most of these streams are gone
+            self._reach[stream.ident] = max(LEAST, 2 * settled)
+        elif reach < MAX_RUN and 4 * settled >= 3 * reach:
+            if 2 * reach < MAX_RUN:
+                self._reach[stream.ident] = 2 * reach
+            else:
+                self._reach.pop(stream.ident, None)
+
 
 class Run:
     """The calls at the head of a queue that can run as one.
@@ -128,13 +169,19 @@ class Run:
     inputs : list
         Arrays and scalars.
     numbers : list of int
-        Of the calls.
+        Of the calls that were looked at, and could be in it.
+    looks : int
+        How many calls were looked at.
+    settled : int
+        How many of them need not be looked at again.
     """
 
-    def __init__(self, stream: Stream, device: int) -> None:
+    def __init__(self, stream: Stream, device: int, reach: int) -> None:
         self.wiring: list[_Call] = []
         self.inputs: list[Any] = []
         self.numbers: list[int] = []
+        self.looks = 0
+        self.settled = 0
         self._slots: list[Slot | None] = []
         self._known: dict[int, int] = {}
         """How operands refer to what a slot (by its identity) holds."""
@@ -144,17 +191,22 @@ class Run:
         self._written: set[int] = set()
         """Storages that were there before the run, which it writes to."""
         self._can_fail = False
-        self._links = 0
-        self._gather(stream, device)
+        self._worth = 0
+        """How many from the first on have enough to do with each other."""
+        self._loosest = 0
+        """Where the calls without a link first outnumber those with one by most."""
+        self._gather(stream, device, reach)
 
-    def _gather(self, stream: Stream, device: int) -> None:
+    def _gather(self, stream: Stream, device: int, reach: int) -> None:
         queue, wiring, known, inputs = stream.queue, self.wiring, self._known, self.inputs
         shape = queue[0][2][1].shape
-        for count in range(MAX_RUN):
+        loose = most = 0
+        for count in range(reach):
             try:
                 number, function, arguments = queue[count]
             except IndexError:
                 return
+            self.looks += 1
             if function is not run_fusible:
                 return
             _, op, operands, outs = arguments
@@ -185,7 +237,6 @@ class Run:
                 if not self._written.isdisjoint(self._shared):
                     return
                 linked = True
-            self._links += linked
             self.numbers.append(number)
             wiring.append((op, tuple(refs)))
             if outs:
@@ -194,6 +245,14 @@ class Run:
                 self._slots.append(slot)
             else:
                 self._slots.append(None)
+            loose += -1 if linked else 1
+            allowed = (count + 1) // PART
+            if loose <= max(1, allowed):
+                self._worth = count + 1
+            if loose > most:
+                most, self._loosest = loose, count
+                if loose > LOOSE + allowed:
+                    return
 
     def _admits(self, op: FusibleExecutable, target: Any, ref: int) -> bool:
         """Whether an op that writes in place or can fail may be in this run; it is entered then."""
@@ -227,18 +286,35 @@ class Run:
         return ref
 
     @property
-    def worthwhile(self) -> bool:
-        """Whether its calls have to do with each other."""
-        return len(self.wiring) > 1 and 2 * self._links >= len(self.wiring) - 1
+    def worthwhile(self) -> int:
+        """How many of its calls, from the first on, are worth running as one."""
+        return self._worth
 
-    def writes(self, length: int) -> bool:
-        """Whether its first ``length`` calls write to what was there before."""
-        return any(op.inplace and refs[0] < 0 for op, refs in self.wiring[:length])
+    @property
+    def loose(self) -> int:
+        """How many of its calls, from the first on, have nothing to do with what follows, if none
+        are worth running as one."""
+        return min(len(self.numbers), max(1, self._loosest))
 
-    def kept(self, length: int) -> list[int]:
-        """Of its first ``length`` calls those with a result that something else can name."""
-        uses = [1] * length  # that of the call itself
-        for _, refs in self.wiring[:length]:
+    def cut(self, length: int) -> None:
+        """Leave away all but the first ``length`` calls."""
+        del self.wiring[length:], self._slots[length:]
+
+    def refuse(self, stream: Stream, count: int) -> None:
+        """Have the first ``count`` calls run one by one."""
+        if count:
+            stream.unfused = self.numbers[count - 1]
+        self.settled = count
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes to what was there before."""
+        return any(op.inplace and refs[0] < 0 for op, refs in self.wiring)
+
+    def kept(self) -> list[int]:
+        """Those of its calls with a result that something else can name."""
+        uses = [1] * len(self.wiring)  # that of the call itself
+        for _, refs in self.wiring:
             for ref in refs:
                 if ref >= 0:
                     uses[ref] += 1
@@ -246,7 +322,7 @@ class Run:
         return [
             number
             for number, (slot, count, own) in enumerate(
-                zip(self._slots, references, uses, strict=False)
+                zip(self._slots, references, uses, strict=True)
             )
             if slot is not None and count > own
         ]
@@ -296,35 +372,54 @@ def _stream_of(number: int, session: WorkerSession) -> Stream:
 
 def _run_ahead(session: WorkerSession, stream: Stream, device: int) -> bool:
     """Run the head of the queue and what follows as one; False if nothing was done."""
-    run = Run(stream, device)
-    if not run.worthwhile:
+    fusion = session.fusion
+    run = Run(stream, device, fusion.reach(stream))
+    done = _run_as_one(session, stream, run)
+    fusion.learn(stream, run)
+    return done
+
+
+def _run_as_one(session: WorkerSession, stream: Stream, run: Run) -> bool:
+    """Run as much of it as can be; False if nothing was done."""
+    if run.worthwhile < 2:
+        run.refuse(stream, run.loose)
         return False
-    length = len(run.wiring)
-    kept = run.kept(length)
-    if session.streams and kept and kept[0] + 1 < length:
+    run.cut(run.worthwhile)
+    kept = run.kept()
+    if session.streams and kept and kept[0] + 1 < len(run.wiring):
         # Another stream may wait for this one: it gets it as early as it would one by one.
-        length = kept[0] + 1
-        kept = run.kept(length)
-    program = session.fusion.program(run.wiring[:length], kept)
-    while program is None and length > 1:
-        length //= 2
-        kept = run.kept(length)
-        program = session.fusion.program(run.wiring[:length], kept)
-    if program is None or length < 2:
+        if kept[0] == 0:
+            run.refuse(stream, _leading(kept))
+            return False
+        run.cut(kept[0] + 1)
+        kept = run.kept()
+    program = session.fusion.program(run.wiring, kept)
+    while program is None and len(run.wiring) >= 4:
+        run.cut(len(run.wiring) // 2)
+        kept = run.kept()
+        program = session.fusion.program(run.wiring, kept)
+    if program is None:
+        run.refuse(stream, len(run.numbers))
         return False
     made = _made(session, run, kept)
     if len(made) < len(kept):
         # No room for this one: its turn comes when what is before it has run.
         length = kept[len(made)]
-        kept = run.kept(length)
+        del made  # it takes the room
+        run.cut(length)
+        kept = run.kept()
         made = _made(session, run, kept)
-        if len(made) < len(kept) or length < 2:
-            stream.unfused = run.numbers[length]
+        program = session.fusion.program(run.wiring, kept) if length > 1 else None
+        if program is None or len(made) < len(kept):
+            # The next few are no better off: memory comes back as one after the other has run.
+            run.refuse(stream, min(len(run.numbers), max(length + 1, LEAST // 2)))
             return False
-        program = session.fusion.program(run.wiring[:length], kept)
-        if program is None:
-            return False
-    return _execute(session, stream, run, length, program, list(zip(kept, made, strict=True)))
+    return _execute(session, stream, run, program, list(zip(kept, made, strict=True)))
+
+
+def _leading(kept: list[int]) -> int:
+    """How many calls from the first on are all kept."""
+    return next((k for k, number in enumerate(kept) if number != k), len(kept))
 
 
 def _made(session: WorkerSession, run: Run, kept: list[int]) -> list[tuple[Any, Storage]]:
@@ -345,22 +440,22 @@ def _execute(
     session: WorkerSession,
     stream: Stream,
     run: Run,
-    length: int,
     program: Fused,
     results: list[tuple[int, tuple[Any, Storage]]],
 ) -> bool:
-    queue = stream.queue
+    queue, length = stream.queue, len(run.wiring)
     try:
         program(run.inputs, [array for _, (array, _) in results])
     except Exception as error:
-        stream.unfused = run.numbers[length - 1]
-        if not run.writes(length):
+        run.refuse(stream, length)
+        if not run.writes:
             return False
         _spoil(session, stream, length, error)
     else:
         for number, (array, storage) in results:
             _, op, _, outs = queue[number][2]
             outs[0].fill(array, op.result, storage)
+    run.settled = length
     session.ops_executed += length
     session.fusion.ops += length
     for _ in range(length - 1):
