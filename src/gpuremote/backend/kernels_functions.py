@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any
 
+from gpuremote.errors import ShapeError
 from gpuremote.ops.plan import Plan
 from gpuremote.ops.shapes import dtype_param
 
@@ -46,12 +47,53 @@ def by_path(xp: Any, plan: Plan) -> Kernel:
 def _choose(xp: Any, function: Kernel, plan: Plan) -> Kernel:
     if xp.__name__ == "numpy":
         return lambda index, *choices, **keywords: function(index, choices, **keywords)
-    dtype = plan.bounds[0].dtype
+    # CuPy wants one array of all that there is to choose from: here it is never made.
+    (out,), many = plan.bounds, len(plan.operands) - 1
 
-    def run(index: Any, *choices: Any, **keywords: Any) -> Any:
-        # CuPy wants one array of all that there is to choose from.
-        arrays = xp.broadcast_arrays(*(xp.asarray(choice, dtype) for choice in choices))
-        return function(index, xp.stack(arrays), **keywords)
+    def run(index: Any, *choices: Any, mode: str = "raise") -> Any:
+        if index.dtype.itemsize == 1:
+            index = index.astype("i2")  # there may be more choices than it can say
+        if mode == "wrap":
+            index = index % many
+        elif mode == "clip":
+            index = index.clip(0, many - 1)
+        elif index.size and not 0 <= int(index.min()) <= int(index.max()) < many:
+            raise ValueError("invalid entry in choice array")
+        found = xp.empty(out.shape, out.dtype)
+        for place, choice in enumerate(choices):
+            xp.copyto(found, xp.asarray(choice, out.dtype), where=index == place)
+        return found
+
+    return run
+
+
+def _bincount(_xp: Any, function: Kernel, plan: Plan) -> Kernel:
+    (length,) = plan.bounds[0].shape
+
+    def run(x: Any, **keywords: Any) -> Any:
+        # A count is made up to the largest number, however large that is.
+        if x.size and int(x.max()) >= length:
+            raise ShapeError(f"{int(x.max())} is among the numbers, to be counted up to {length}")
+        return function(x, **keywords)
+
+    return run
+
+
+def _resize(xp: Any, _function: Kernel, plan: Plan) -> Kernel:
+    (out,) = plan.bounds
+
+    def run(x: Any, **_: Any) -> Any:
+        if not x.size or not out.size:
+            return xp.zeros(out.shape, out.dtype)
+        # NumPy's joins as many arrays as there are repeats. This doubles what is there.
+        made = xp.empty(out.size, out.dtype)
+        done = min(x.size, out.size)
+        made[:done] = x.ravel()[:done]
+        while done < out.size:
+            more = min(done, out.size - done)
+            made[done : done + more] = made[:more]
+            done += more
+        return made.reshape(out.shape)
 
     return run
 
@@ -108,10 +150,12 @@ _ADAPTED: dict[str, Callable[[Any, Kernel, Plan], Kernel]] = {
             "bitwise_xor",
         )
     },
+    "bincount": _bincount,
     "choose": _choose,
     "einsum": _einsum,
     "gradient": _gradient,
     "histogramdd": _histogramdd,
+    "resize": _resize,
     "unique": _several,
     "linalg.multi_dot": _joined,
 }

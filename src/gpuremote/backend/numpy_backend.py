@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
+import resource
 import time
 from contextlib import AbstractContextManager
 from typing import Any, Final
@@ -22,8 +24,13 @@ from gpuremote.memory.host import host_memory
 from gpuremote.ops.operands import DType
 from gpuremote.ops.plan import Plan
 
-__all__ = ["NumpyBackend"]
+__all__ = ["ROOM", "NumpyBackend", "limit_data"]
 
+ROOM: Final = 1 << 30
+"""Bytes at least that ops may take while they run."""
+
+_PER_CORE: Final = 48 << 20
+"""What a library that multiplies matrices takes for each of its threads: a buffer, and a stack."""
 
 # Ops that look at an operand, and then rely on what they saw: where an index leads, how much room
 # the result needs, where an order ends. Memory that another process can write to must not change
@@ -109,6 +116,12 @@ class NumpyBackend(ArrayNamespaceBackend):
             [*arguments[:first], *(_private(argument) for argument in arguments[first:])]
         )
 
+    def confine(self, nbytes: int) -> None:
+        """What ops take while they run is counted by rules of ours on how NumPy goes about it.
+        Should one be wrong, the kernel stops this process before the machine is out of memory."""
+        # Operands and results several times over, and blocks that are kept for the next op.
+        limit_data(nbytes + max(ROOM, 6 * nbytes))
+
     def piece(self, plan: Plan) -> Piece | None:
         return Piece.of(plan)
 
@@ -157,3 +170,14 @@ class NumpyBackend(ArrayNamespaceBackend):
 
     def synchronize(self, stream: Any) -> None:
         """Done already."""
+
+
+def limit_data(nbytes: int) -> None:
+    """Let this process have ``nbytes`` of memory of its own beyond what it has. What it shares with
+    others does not count."""
+    with open("/proc/self/status") as status:
+        used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = used + nbytes + _PER_CORE * (os.cpu_count() or 1)
+    if wanted < (1 << 62) and (most == resource.RLIM_INFINITY or wanted < most):
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted, most))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
 
 from gpuremote._types import Shape
 from gpuremote.backend.base import Compiled
-from gpuremote.backend.numpy_backend import NumpyBackend
+from gpuremote.backend.numpy_backend import ROOM, NumpyBackend, limit_data
 from gpuremote.backend.torch_calls import Block, Permits, compile_call, translate
 from gpuremote.errors import GpuRemoteError, ShapeError
 from gpuremote.memory.device import DeviceTarget
@@ -22,9 +21,6 @@ from gpuremote.ops.plan import Plan
 from gpuremote.ops.torch_call import Call
 
 __all__ = ["HostTorchBackend"]
-
-ROOM: Final = 1 << 30
-"""Bytes at least that ops may take while they run."""
 
 
 class HostTorchBackend(NumpyBackend):
@@ -55,12 +51,7 @@ class HostTorchBackend(NumpyBackend):
         """What a definition says of an op's memory is compared with what it made, and that is after
         the fact. So the kernel sees to it that this process stays within bounds: beyond what the
         session may hold there is room for what ops need while they run."""
-        with open("/proc/self/status") as status:
-            used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
-        _, most = resource.getrlimit(resource.RLIMIT_DATA)
-        wanted = used + nbytes + max(ROOM, nbytes // 2)
-        if most == resource.RLIM_INFINITY or wanted < most:
-            resource.setrlimit(resource.RLIMIT_DATA, (wanted, most))
+        limit_data(nbytes + max(ROOM, nbytes // 2))
 
     def permit(self, namespaces: Mapping[str, str], weights: str) -> None:
         self._permits = Permits(namespaces, weights)

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gpuremote._types import Shape
 from gpuremote.backend.base import Backend
 from gpuremote.errors import InternalError, OpError, ProtocolError, ShapeError
 from gpuremote.ops.meta import Meta, MetaTable
@@ -18,6 +19,7 @@ from gpuremote.ops.plan import (
     plan_of,
     upper_bound_nbytes,
 )
+from gpuremote.ops.scratch import Scratch, scratch_of, written
 from gpuremote.server.storage import STALLED, Failure, Slot, Storage
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class Executable:
         Bytes that a call allocates at most.
     checks : list of (int, Meta)
         What each array operand was declared to be.
+    scratch : Scratch or None
+        What a call takes while it runs, if that has to be counted.
     simple : Meta or None
         The result of an op that makes one new array of a known shape: most ops.
     """
@@ -55,6 +59,7 @@ class Executable:
         "plan",
         "reserve",
         "run",
+        "scratch",
         "simple",
         "step",
         "view",
@@ -73,6 +78,8 @@ class Executable:
         self.outputs: tuple[Meta, ...] | None = plan.outputs
         # A view allocates nothing; where a reshape has to copy after all it is counted then.
         self.reserve = 0 if plan.spec.view else upper_bound_nbytes(plan)
+        scratch = scratch_of(plan)
+        self.scratch: Scratch | None = scratch if scratch.any else None
         self.function = function
         self.checks = [
             (position, operand)
@@ -137,6 +144,7 @@ class RefusedPlan(Executable):
         self.inplace = not outline.dtypes and isinstance(next(iter(self._kinds), None), Meta)
         self.outputs = None
         self.reserve = 0
+        self.scratch = None
         self.checks = []
         self.simple = None
         # Not the error itself: with its traceback it would hold on to what it passed.
@@ -180,6 +188,8 @@ def run_plan(
         for position, expected in op.checks:
             if operands[position].meta is not expected:
                 _check_meta(operands[position].meta, expected, op)
+        # Given back when this function is done.
+        room = None if op.scratch is None else _room(session, op.scratch, operands)  # noqa: F841
         if op.simple is not None:
             _run_simple(session, op, values, outs[0])
         elif op.inplace:
@@ -202,6 +212,16 @@ def poison_op(op: Executable, operands: list[Any], outs: list[Slot], failure: Fa
         operands[0].poison(failure)
 
 
+def _room(session: WorkerSession, scratch: Scratch, operands: list[Any]) -> Storage | None:
+    """Memory counted for what an op takes while it runs."""
+    spread = 0
+    for position, meta in scratch.spread:
+        if meta.nbytes > operands[position].storage.nbytes:
+            spread += written(meta)
+    nbytes = scratch.nbytes + max(0, spread - scratch.free)
+    return Storage(session.quota, nbytes) if nbytes else None
+
+
 def _run_simple(session: WorkerSession, op: Executable, values: list[Any], out: Slot) -> None:
     """One new array of a known shape."""
     meta = op.simple
@@ -221,7 +241,10 @@ def _run_general(
 ) -> None:
     """Several results, views, and results whose shape depends on values."""
     backend, quota = session.backend, session.quota
-    reservation = Storage(quota, op.reserve)
+    reserve = op.reserve
+    if op.view and op.name == "reshape" and not _stays(values[0], op.plan.bounds[0].shape):
+        reserve = op.plan.bounds[0].nbytes
+    reservation = Storage(quota, reserve)
     results = op.function(values)
     if op.outputs is not None and not op.view:
         storages = reservation.split([meta.nbytes for meta in op.outputs])
@@ -237,11 +260,33 @@ def _run_general(
         if root is not None and backend.storage_of(result) is root:
             slot.fill(result, meta, operands[0].storage)
         else:
-            # A copy that a view rule did not foresee (a reshape of a transposed array), or the
-            # part of the upper bound that was needed.
+            # A copy (a reshape of a transposed array), or the part of the upper bound that was
+            # needed.
             del reservation
             reservation = Storage(quota, meta.nbytes)
             slot.fill(result, meta, reservation)
+
+
+def _stays(array: Any, wanted: Shape) -> bool:
+    """Whether a reshape gives a view, as NumPy tells and CuPy after it."""
+    flags = getattr(array, "flags", None)  # one of a tensor's memory is in C order always
+    if flags is None or flags.c_contiguous or not array.size:
+        return True
+    axes = [axis for axis in zip(array.shape, array.strides, strict=True) if axis[0] != 1]
+    lengths = [length for length in wanted if length != 1]
+    while axes and lengths:
+        # The shortest runs of axes with as many elements as one another.
+        old, stride = axes.pop()
+        new = lengths.pop()
+        while old != new:
+            if old > new:
+                new *= lengths.pop()
+            else:
+                length, step = axes.pop()
+                if step != old * stride:
+                    return False
+                old *= length
+    return True
 
 
 def _check_result(result: Any, meta: Meta, op: Executable) -> None:

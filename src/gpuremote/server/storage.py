@@ -92,6 +92,11 @@ class Storage:
         quota.reserve(nbytes)
         self._nbytes = nbytes
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are counted for it."""
+        return self._nbytes
+
     def split(self, sizes: Sequence[int]) -> list[Storage]:
         """Hand the bytes over to one storage for each of ``sizes``."""
         parts = []
