@@ -126,7 +126,7 @@ def position(kinds: str, nan: bool = True) -> Maker:
 def running(kinds: str) -> Maker:
     def make(d: Draw) -> Call:
         x = d.array(kinds, nan=True)
-        return call(x, **d.some(axis=lambda: d.axis(x.ndim), dtype=lambda: "float64"))
+        return call(x, **d.some(axis=lambda: d.axis(x.ndim), dtype=lambda: "complex128"))
 
     return make
 

@@ -223,7 +223,9 @@ SELECTION: dict[str, Maker] = {
     "compress": compressed,
     "extract": lambda d: call(d.array("b", shape=(s := d.shape())), d.array("if", shape=s)),
     "diagonal": lambda d: call(d.array("if", 2), d.number(-2, 2)),
-    "trace": lambda d: call(d.array("bifc", 2), d.number(-2, 2), **d.some(dtype=lambda: "float64")),
+    "trace": lambda d: call(
+        d.array("bifc", 2), d.number(-2, 2), **d.some(dtype=lambda: "complex128")
+    ),
     "sort": ordered("biufc"),
     "argsort": lambda d: call(np.arange(6.0)[:: d.choice([1, -1])].reshape(2, 3), d.axis(2)),
     "msort": only(1, 2, "if"),

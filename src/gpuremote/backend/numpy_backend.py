@@ -45,6 +45,42 @@ _READ_TWICE: Final = {
     "unique_values": 0,
     "sort": 0,
     "argsort": 0,
+    "argpartition": 0,
+    "argwhere": 0,
+    "bincount": 0,
+    "choose": 0,
+    "compress": 0,
+    "extract": 0,
+    "flatnonzero": 0,
+    "histogram": 0,
+    "histogramdd": 0,
+    "interp": 0,
+    "intersect1d": 0,
+    "isin": 0,
+    "lexsort": 0,
+    "partition": 0,
+    "place_": 1,
+    "put_": 1,
+    "put_along_axis_": 1,
+    "putmask_": 1,
+    "searchsorted": 0,
+    "setdiff1d": 0,
+    "setxor1d": 0,
+    "trim_zeros": 0,
+    "union1d": 0,
+    "unique": 0,
+    **{
+        f"{name}.at_": 1
+        for name in (
+            "add",
+            "subtract",
+            "maximum",
+            "minimum",
+            "bitwise_and",
+            "bitwise_or",
+            "bitwise_xor",
+        )
+    },
 }
 
 

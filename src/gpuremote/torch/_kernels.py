@@ -67,6 +67,8 @@ class CallPlan:
     operands : tuple of Operand
     """
 
+    inplace = False  # of arrays; see ops.torch_call
+
     __slots__ = (
         "back",
         "fresh",
