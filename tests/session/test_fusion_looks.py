@@ -17,13 +17,13 @@ from gpuremote.ops.plan import define
 from gpuremote.server.session import WorkerSession
 from gpuremote.server.storage import Slot, Storage
 from gpuremote.server.streams import Stream, StreamThread
+from tests.session.test_fusion import Failing, floats
 
 Array = npt.NDArray[Any]
 
 MiB: Final = 1 << 20
 N: Final = MiB // 8
 NEVER: Final = 1 << 63
-from tests.session.test_fusion import Failing
 
 
 class Queue:
