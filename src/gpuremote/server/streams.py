@@ -73,7 +73,8 @@ class Stream:
     closing : bool
         The client has dropped it: it ends with its queue.
     unfused : int
-        Number up to which ops are run one by one, as some of them failed together.
+        Number up to which ops are run one by one: some of them failed together, or they are known
+        to be part of no chain.
     wake : callable
         Makes whoever runs it look again whether the head can run.
 
