@@ -113,8 +113,8 @@ def _descriptors() -> Iterator[tuple[int, str]]:
 
 
 _strangers: set[str] = set()
-"""Processes that were there the last time and are none of ours. Most are, and to look at all of
-them twice per test took longer than most tests."""
+"""Processes that are older than this one. Most are, and to look at all of them twice per test took
+longer than most tests."""
 
 
 def _descendants() -> Iterator[tuple[int, Process]]:
@@ -128,18 +128,17 @@ def _descendants() -> Iterator[tuple[int, Process]]:
     for name in names:
         if name in _strangers:
             continue
-        _strangers.add(name)  # until it is seen to be one of ours
         # A process may end at any moment, and some are not ours to read.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             stat = _stat(name)
             if stat.began < began:
-                continue  # older than this process: most are, and the rest is slow to read
+                _strangers.add(name)
+                continue
             if stat.parent == me or mark in _read(name, "environ").split(b"\0"):
                 command = (
                     _read(name, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
                 )
                 text = f"{command or stat.comm} (state {stat.state}, parent {stat.parent})"
-                _strangers.discard(name)
                 yield int(name), Process(stat.parent, text)
 
 

@@ -68,9 +68,14 @@ class Worker:
         To the daemon (``server.control``).
     options : argparse.Namespace
         As given on the command line.
+    alone : bool
+        The process is for this alone, and may be confined to what its session may hold.
     """
 
-    def __init__(self, channel: socket.socket, options: argparse.Namespace) -> None:
+    def __init__(
+        self, channel: socket.socket, options: argparse.Namespace, *, alone: bool = False
+    ) -> None:
+        self._alone = alone
         self.channel = channel
         self.options = options
         self.backend = registry.create(options.backend, devices=options.devices)
@@ -376,7 +381,7 @@ class Worker:
             resumed = self.state.value is not State.NEW
             if not resumed and hello.memory_limit:
                 session.quota.limit = min(session.quota.limit, hello.memory_limit)
-            if not resumed:
+            if not resumed and self._alone:
                 self.backend.confine(session.quota.limit)
         # Without the lock: what the receipt says stays true, as nothing can come in meanwhile.
         connection: Connection | None = None
@@ -485,7 +490,7 @@ def main(arguments: list[str] | None = None) -> None:
     # would reach the terminal of a program with a local server, and nobody else.
     warnings.simplefilter("ignore", RuntimeWarning)
     try:
-        worker = Worker(channel, options)
+        worker = Worker(channel, options, alone=True)
         with worker.backend.activate(None):
             worker.run()
     except KeyboardInterrupt:
