@@ -10,9 +10,11 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # For instance: make test PYTEST_ARGS="-n 0 -x -k transport"
 PYTEST_ARGS ?=
-# A test process per core, up to four, as each starts device servers of its own. The tests of a
-# file share a server and stay together. The order is kept: the last files are short ones.
-SPREAD := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A test process per core and one more, as they wait a quarter of their time; five at most, as each
+# starts device servers of its own. The tests of a file share a server and stay together. The order
+# is kept: the last files are short ones.
+SPREAD := -n $(shell echo $$(($$(nproc) + 1))) --maxprocesses 5 --dist loadfile \
+	--no-loadscope-reorder
 BENCH_ARGS ?=
 # Which of the RDMA tests: all, or short for those that are marked so.
 RDMA ?= all
@@ -23,9 +25,12 @@ LOOPLESS := $(addprefix --ignore=tests/,arrays ops backend memory wire cli test_
 	test_examples.py test_structure.py test_config.py test_benchmarks.py \
 	transport/test_cutting.py test_fixtures.py)
 # Long ones, which find on one loop and with one part what they would with the other.
-LONG := $(addprefix --ignore=tests/,faults/test_strangers.py session/test_fusion.py \
-	session/test_large.py session/test_long_runs.py pytorch/test_operator.py \
-	pytorch/test_processes.py pytorch/test_program_memory.py pytorch/test_programs.py)
+LONG := $(addprefix --ignore=tests/,faults/test_flow.py faults/test_strangers.py \
+	faults/test_tls.py session/test_copies.py session/test_fusion.py \
+	session/test_fusion_looks.py session/test_given.py session/test_large.py \
+	session/test_long_runs.py session/test_many.py session/test_streams.py \
+	pytorch/test_operator.py pytorch/test_processes.py pytorch/test_program_memory.py \
+	pytorch/test_programs.py)
 
 # The tests start some hundred servers; what was compiled for one need not be for the next.
 unexport PYTHONDONTWRITEBYTECODE

@@ -517,7 +517,7 @@ class Place(int):
     """Of an array."""
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     dtypes=st.lists(st.sampled_from(["f4", "f8", "i4", "i8", "c8", "u1"]), min_size=2, max_size=3),
     size=st.sampled_from([N, N + 1, 3 * N // 2 + 17]),
