@@ -94,8 +94,8 @@ class ServerOptions:
         found["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
         # Results of a few MiB come and go with every op. The C library would give their pages back
         # to the system, and have them cleared again, each time: several times the cost of the op.
-        found.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
-        found.setdefault("MALLOC_TRIM_THRESHOLD_", str(64 << 20))
+        found.setdefault("MALLOC_MMAP_THRESHOLD_", str(16 << 20))
+        found.setdefault("MALLOC_TRIM_THRESHOLD_", str(32 << 20))
         return found
 
     def worker_arguments(self) -> list[str]:
