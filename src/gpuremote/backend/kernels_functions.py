@@ -7,6 +7,7 @@ from functools import partial, reduce
 from typing import Any
 
 from gpuremote.errors import ShapeError
+from gpuremote.ops.counting import SCATTERED
 from gpuremote.ops.plan import Plan
 from gpuremote.ops.shapes import dtype_param
 
@@ -138,18 +139,7 @@ def _joined(_xp: Any, function: Kernel, _plan: Plan) -> Kernel:
 
 
 _ADAPTED: dict[str, Callable[[Any, Kernel, Plan], Kernel]] = {
-    **{
-        f"{name}.at": _scatter
-        for name in (
-            "add",
-            "subtract",
-            "maximum",
-            "minimum",
-            "bitwise_and",
-            "bitwise_or",
-            "bitwise_xor",
-        )
-    },
+    **{f"{name}.at": _scatter for name in SCATTERED},
     "bincount": _bincount,
     "choose": _choose,
     "einsum": _einsum,

@@ -21,6 +21,7 @@ from gpuremote.backend.fused import Blocked, Chain, Fused, Piece, Scratch
 from gpuremote.errors import InvalidBuffer
 from gpuremote.memory.device import DeviceTarget
 from gpuremote.memory.host import host_memory
+from gpuremote.ops.counting import SCATTERED
 from gpuremote.ops.operands import DType
 from gpuremote.ops.plan import Plan
 
@@ -69,18 +70,7 @@ _READ_TWICE: Final = {
     "trim_zeros": 0,
     "union1d": 0,
     "unique": 0,
-    **{
-        f"{name}.at_": 1
-        for name in (
-            "add",
-            "subtract",
-            "maximum",
-            "minimum",
-            "bitwise_and",
-            "bitwise_or",
-            "bitwise_xor",
-        )
-    },
+    **{f"{name}.at_": 1 for name in SCATTERED},
 }
 
 

@@ -17,12 +17,22 @@ from gpuremote.client import issue
 from gpuremote.client.array import RemoteArray
 from gpuremote.client.blocking import BlockingArray, BlockingDevice
 from gpuremote.client.origin import caller
-from gpuremote.cupy._methods import FUNCTIONS, Methods, integers, wire
+from gpuremote.cupy._methods import FUNCTIONS, Methods, axis_of, integers, wire
 from gpuremote.errors import DTypeError, ImplicitTransfer, ShapeError, UnsupportedOp
 from gpuremote.ops.catalogue import find
 from gpuremote.ops.plan import params_key
 
-__all__ = ["FUNCTIONS", "integers", "ndarray", "own", "several", "single", "store", "wire"]
+__all__ = [
+    "FUNCTIONS",
+    "axis_of",
+    "integers",
+    "ndarray",
+    "own",
+    "several",
+    "single",
+    "store",
+    "wire",
+]
 
 _MOST: Final = 1 << 14
 _INT64: Final = 1 << 63
@@ -362,7 +372,7 @@ class ndarray(Methods):
 
     def swapaxes(self, axis1: int, axis2: int) -> Any:
         axes = list(range(self.ndim))
-        first, second = (_axis(axis, self.ndim) for axis in (axis1, axis2))
+        first, second = (axis_of(axis, self.ndim) for axis in (axis1, axis2))
         axes[first], axes[second] = axes[second], axes[first]
         return self._apply("permute_dims", axes=tuple(axes))
 
@@ -421,9 +431,3 @@ def own(array: RemoteArray) -> ndarray:
         # It has the same slots, and no name yet: a second array would drop the handle twice.
         array.__class__ = ndarray
     return cast(ndarray, array)
-
-
-def _axis(axis: int, ndim: int) -> int:
-    if not -ndim <= axis < ndim:
-        raise np.exceptions.AxisError(axis, ndim)
-    return axis % ndim

@@ -17,6 +17,7 @@ from gpuremote.cupy._array import ndarray, own, single, store, wire
 from gpuremote.cupy._creation import array_of, empty, operand
 from gpuremote.errors import DTypeError, UnsupportedOp
 from gpuremote.ops.catalogue import find
+from gpuremote.ops.counting import SCATTERED
 from gpuremote.ops.meta import check_dtype
 from gpuremote.ops.ufuncs import BINARY, UNARY
 
@@ -229,14 +230,9 @@ class ufunc:
     def at(self, a: ndarray, indices: Any, b: Any = None) -> None:
         """Apply in place at indices, as often as each of them comes; of ``add``, ``subtract``,
         ``maximum``, ``minimum``, ``bitwise_and``, ``bitwise_or`` and ``bitwise_xor``."""
-        if self._name not in _SCATTERED:
+        if self._name not in SCATTERED:
             raise UnsupportedOp(f"{self.__name__}.at does not run on a device")
         scatter(self._name, a, indices, b)
-
-
-_SCATTERED = frozenset(
-    {"add", "subtract", "maximum", "minimum", "bitwise_and", "bitwise_or", "bitwise_xor"}
-)
 
 
 def scatter(name: str, a: ndarray, indices: Any, b: Any) -> None:

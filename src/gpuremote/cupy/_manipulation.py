@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuremote.cupy._array import integers, ndarray, several, single, store
+from gpuremote.cupy._array import axis_of, integers, ndarray, several, single, store
 from gpuremote.cupy._creation import array_of, asarray, operand
 from gpuremote.errors import IndexOutOfBounds, ShapeError, UnsupportedOp
 
@@ -62,13 +62,6 @@ __all__ = [
 ]
 
 
-def _axis(axis: Any, ndim: int) -> int:
-    number = operator.index(axis)
-    if not -ndim <= number < ndim:
-        raise np.exceptions.AxisError(number, ndim)
-    return number % ndim
-
-
 # -- one array ----------------------------------------------------------------------------------
 
 
@@ -100,7 +93,7 @@ def swapaxes(a: Any, axis1: int, axis2: int) -> Any:
 def moveaxis(a: Any, source: Any, destination: Any) -> Any:
     x = array_of(a)
     origins, places = (
-        [_axis(i, x.ndim) for i in (axes if isinstance(axes, tuple | list) else (axes,))]
+        [axis_of(i, x.ndim) for i in (axes if isinstance(axes, tuple | list) else (axes,))]
         for axes in (source, destination)
     )
     if len(origins) != len(places) or len(set(origins)) != len(origins):
@@ -115,10 +108,8 @@ def moveaxis(a: Any, source: Any, destination: Any) -> Any:
 
 def rollaxis(a: Any, axis: int, start: int = 0) -> Any:
     x = array_of(a)
-    axis = _axis(axis, x.ndim)
-    if not -x.ndim <= start <= x.ndim:
-        raise np.exceptions.AxisError(start, x.ndim)
-    start = start + x.ndim if start < 0 else start
+    axis = axis_of(axis, x.ndim)
+    start = axis_of(start, x.ndim) if start != x.ndim else start
     return moveaxis(x, axis, start - (axis < start))
 
 
@@ -186,7 +177,7 @@ def rot90(a: Any, k: int = 1, axes: Sequence[int] = (0, 1)) -> Any:
     x = array_of(a)
     if len(axes) != 2:
         raise ValueError("two axes are needed")
-    first, second = (_axis(axis, x.ndim) for axis in axes)
+    first, second = (axis_of(axis, x.ndim) for axis in axes)
     if first == second:
         raise ValueError(f"axes {tuple(axes)} are the same")
     match k % 4:
@@ -213,7 +204,7 @@ def repeat(a: Any, repeats: Any, axis: int | None = None) -> ndarray:
             repeats = int(counts.reshape(-1)[0])
         else:
             flat = x if axis is not None else x.ravel()
-            at = 0 if axis is None else _axis(axis, x.ndim)
+            at = 0 if axis is None else axis_of(axis, x.ndim)
             places = np.repeat(np.arange(flat.shape[at]), counts)
             return single("take", flat, asarray(places, device=x.device), axis=at)
     return single("repeat", x, repeats=operator.index(repeats), axis=integers(axis))
@@ -358,7 +349,7 @@ def unstack(x: Any, /, *, axis: int = 0) -> tuple[ndarray, ...]:
 def array_split(ary: Any, indices_or_sections: Any, axis: int = 0) -> list[ndarray]:
     """Parts along an axis, not necessarily of one length; views."""
     x = array_of(ary)
-    at = _axis(axis, x.ndim)
+    at = axis_of(axis, x.ndim)
     length = x.shape[at]
     if isinstance(indices_or_sections, int | np.integer):
         sections = int(indices_or_sections)
@@ -378,7 +369,7 @@ def array_split(ary: Any, indices_or_sections: Any, axis: int = 0) -> list[ndarr
 def split(ary: Any, indices_or_sections: Any, axis: int = 0) -> list[ndarray]:
     x = array_of(ary)
     if isinstance(indices_or_sections, int | np.integer):
-        length = x.shape[_axis(axis, x.ndim)]
+        length = x.shape[axis_of(axis, x.ndim)]
         if indices_or_sections <= 0 or length % indices_or_sections:
             raise ValueError(f"{length} elements make no {indices_or_sections} equal parts")
     return array_split(x, indices_or_sections, axis)
@@ -423,7 +414,7 @@ def delete(arr: Any, indices: Any, axis: int | None = None) -> ndarray:
     x = array_of(arr)
     if axis is None:
         x, axis = x.ravel(), 0
-    at = _axis(axis, x.ndim)
+    at = axis_of(axis, x.ndim)
     length = x.shape[at]
     places = _host_index(indices, length)
     if np.any((places < -length) | (places >= length)):
@@ -437,7 +428,7 @@ def insert(arr: Any, obj: Any, values: Any, axis: int | None = None) -> ndarray:
     x, more = array_of(arr), operand(values)
     if axis is None:
         x, axis = x.ravel(), 0
-    at = _axis(axis, x.ndim)
+    at = axis_of(axis, x.ndim)
     length = x.shape[at]
     places = _host_index(obj, length)
     alone = not places.ndim

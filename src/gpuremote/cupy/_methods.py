@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from gpuremote.client.blocking import BlockingArray
 from gpuremote.ops.meta import check_dtype
+from gpuremote.ops.shapes import normal_axis
 
-__all__ = ["FUNCTIONS", "Methods", "integers", "wire"]
+__all__ = ["FUNCTIONS", "Methods", "axis_of", "integers", "wire"]
 
 _MOST: Final = 256
 
@@ -35,6 +36,11 @@ def wire(dtype: npt.DTypeLike) -> str:
     if len(_wires) < _MOST and isinstance(dtype, str | type | np.dtype):
         _wires[dtype] = found
     return found
+
+
+def axis_of(axis: Any, ndim: int) -> int:
+    """An axis as a number from 0 on; AxisError where there is none."""
+    return normal_axis(operator.index(axis), ndim)
 
 
 def integers(value: Any) -> Any:

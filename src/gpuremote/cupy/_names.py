@@ -33,6 +33,7 @@ from gpuremote.cupy import (
 )
 from gpuremote.cupy._array import FUNCTIONS, ndarray
 from gpuremote.cupy._missing import missing
+from gpuremote.errors import AxisError
 
 __all__ = ["NAMES"]
 
@@ -245,7 +246,6 @@ NAMES.update(
         **{
             name: getattr(np.exceptions, name)
             for name in (
-                "AxisError",
                 "ComplexWarning",
                 "ModuleDeprecationWarning",
                 "RankWarning",
@@ -253,6 +253,7 @@ NAMES.update(
                 "VisibleDeprecationWarning",
             )
         },
+        "AxisError": AxisError,
         "ufunc": _elementwise.ufunc,
         "use": _home.use,
         "using": _home.using,

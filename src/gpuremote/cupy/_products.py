@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from gpuremote.cupy._array import integers, ndarray, single, store
+from gpuremote.cupy._array import axis_of, integers, ndarray, single, store
 from gpuremote.cupy._counting import convolve
 from gpuremote.cupy._creation import array_of, ones, operand, vander, zeros
 from gpuremote.cupy._elementwise import UFUNCS
 from gpuremote.cupy._manipulation import concatenate, trim_zeros
 from gpuremote.errors import ShapeError, UnsupportedOp
-from gpuremote.ops.shapes import normal_axis
 
 __all__ = [
     "cross",
@@ -126,12 +125,12 @@ def cross(
     )
     found = single("cross", x, y)
     order = list(range(found.ndim - 1))
-    order.insert(normal_axis(axisc, found.ndim), found.ndim - 1)
+    order.insert(axis_of(axisc, found.ndim), found.ndim - 1)
     return found.transpose(order)
 
 
 def _last(x: ndarray, axis: int) -> Any:
-    at = normal_axis(axis, x.ndim)
+    at = axis_of(axis, x.ndim)
     return x.transpose([*(i for i in range(x.ndim) if i != at), at])
 
 

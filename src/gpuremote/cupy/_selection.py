@@ -10,12 +10,11 @@ import numpy as np
 
 from gpuremote.client import issue
 from gpuremote.client.array import RemoteArray
-from gpuremote.cupy._array import integers, ndarray, several, single, store
+from gpuremote.cupy._array import axis_of, integers, ndarray, several, single, store
 from gpuremote.cupy._creation import arange, array_of, asarray, operand, tri, zeros_like
 from gpuremote.cupy._elementwise import scatter
 from gpuremote.errors import IndexOutOfBounds, ShapeError, UnsupportedOp
 from gpuremote.ops.catalogue import find
-from gpuremote.ops.shapes import normal_axis
 
 __all__ = [
     "argpartition",
@@ -213,8 +212,7 @@ def sort(
     x = array_of(a)
     if axis is None:
         x, axis = x.ravel(), -1
-    if not x.ndim:
-        raise np.exceptions.AxisError(axis, 0)
+    axis_of(axis, x.ndim)
     return single("sort", x, axis=operator.index(axis), descending=bool(descending) or None)
 
 
@@ -251,10 +249,7 @@ def lexsort(keys: Any, axis: int = -1) -> Any:
     if joined.ndim == 1:
         return argsort(zeros_like(joined[:1])) if joined.size else joined
     last = joined.ndim - 1
-    at = operator.index(axis)
-    at = at + last if at < 0 else at
-    if not 0 <= at < last:
-        raise np.exceptions.AxisError(axis, last)
+    at = axis_of(axis, last)
     if at != last - 1:  # CuPy sorts along the last axis only
         order = [i for i in range(joined.ndim) if i != at + 1]
         sorted_ = single("lexsort", joined.transpose([*order, at + 1]))
@@ -454,7 +449,7 @@ def scatter_min(a: Any, slices: Any, value: Any) -> None:
 def apply_along_axis(func1d: Callable[..., Any], axis: int, arr: Any, *args: Any, **kw: Any) -> Any:
     """What a function gives for each slice along an axis; as many ops as there are slices."""
     x = array_of(arr)
-    at = normal_axis(axis, x.ndim)
+    at = axis_of(axis, x.ndim)
     moved = x.transpose([*(i for i in range(x.ndim) if i != at), at])
     lead = moved.shape[:-1]
     rows = moved.reshape(-1, moved.shape[-1])

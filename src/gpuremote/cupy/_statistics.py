@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuremote.cupy._array import integers, ndarray, several, single, wire
+from gpuremote.cupy._array import axis_of, integers, ndarray, several, single, wire
 from gpuremote.cupy._creation import array_of, full, operand
 from gpuremote.cupy._elementwise import UFUNCS
 from gpuremote.errors import ShapeError
@@ -423,9 +423,7 @@ def diff(a: Any, n: int = 1, axis: int = -1, prepend: Any = None, append: Any = 
     n = operator.index(n)
     if n < 0 or not x.ndim:
         raise ValueError(f"{n} differences of an array with {x.ndim} axes")
-    axis = operator.index(axis) % x.ndim if -x.ndim <= axis < x.ndim else axis
-    if not 0 <= axis < x.ndim:
-        raise np.exceptions.AxisError(axis, x.ndim)
+    axis = axis_of(axis, x.ndim)
     if n and (prepend is not None or append is not None):
         ends = [None if e is None else _end(array_of(e), x, axis) for e in (prepend, append)]
         parts = [p for p in (ends[0], x, ends[1]) if p is not None]

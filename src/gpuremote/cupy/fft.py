@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from gpuremote.cupy._array import integers, ndarray, several, single, store
+from gpuremote.cupy._array import axis_of, integers, ndarray, several, single, store
 from gpuremote.cupy._creation import arange, array_of
 from gpuremote.errors import DTypeError
 
@@ -109,10 +109,7 @@ def _places(
     """Each axis to transform along, from 0 up, with its number of points."""
     if axes is None:
         axes = range(x.ndim) if s is None else range(-len(s), 0)
-    for axis in axes:
-        if not -x.ndim <= axis < x.ndim:
-            raise np.exceptions.AxisError(axis, x.ndim)
-    places = tuple(axis % x.ndim for axis in axes)
+    places = tuple(axis_of(axis, x.ndim) for axis in axes)
     if s is None:
         lengths = [x.shape[axis] for axis in places]
         if doubled and lengths:
@@ -204,10 +201,7 @@ def _shifted(x: ndarray, axes: Any, forward: bool) -> ndarray:
     places: Sequence[int] = (
         range(x.ndim) if named is None else (named,) if isinstance(named, int) else named
     )
-    for axis in places:
-        if not -x.ndim <= axis < x.ndim:
-            raise np.exceptions.AxisError(axis, x.ndim)
-    halves = [x.shape[axis] // 2 for axis in places]
+    halves = [x.shape[axis_of(axis, x.ndim)] // 2 for axis in places]
     shifts = tuple(n if forward else -n for n in halves)
     return single("roll", x, shift=shifts, axis=tuple(places))
 

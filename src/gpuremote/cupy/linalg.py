@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from gpuremote.cupy import _products
-from gpuremote.cupy._array import integers, ndarray, several, single, store, wire
+from gpuremote.cupy._array import axis_of, integers, ndarray, several, single, store, wire
 from gpuremote.cupy._creation import array_of, empty, eye, zeros
 from gpuremote.cupy._elementwise import UFUNCS
 from gpuremote.errors import DTypeError, ShapeError
@@ -338,10 +338,7 @@ def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> A
 
 
 def _matrix_norm(x: ndarray, order: Any, axes: tuple[int, ...], keepdims: bool) -> Any:
-    for axis in axes:
-        if not -x.ndim <= axis < x.ndim:
-            raise np.exceptions.AxisError(axis, x.ndim)
-    places = tuple(axis % x.ndim for axis in axes)
+    places = tuple(axis_of(axis, x.ndim) for axis in axes)
     rest = tuple(i for i in range(x.ndim) if i not in places)
     if len(rest) + 2 != x.ndim:
         raise ShapeError(f"axes {axes} are the same", op="norm")

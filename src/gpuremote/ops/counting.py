@@ -10,7 +10,7 @@ import numpy as np
 
 from gpuremote._types import Shape
 from gpuremote.errors import DTypeError, ShapeError
-from gpuremote.ops.functions import INTP, exactly, function, joined_dtype
+from gpuremote.ops.functions import INTP, exactly, function
 from gpuremote.ops.indexing import check_value_shape
 from gpuremote.ops.operands import DType, Operand, array_operand, default_dtype, kind_of, shape_of
 from gpuremote.ops.shapes import (
@@ -19,12 +19,13 @@ from gpuremote.ops.shapes import (
     dtypes_of,
     int_param,
     is_int,
+    joined_dtype,
     normal_axis,
     shape_param,
 )
 from gpuremote.ops.spec import VARIES, Infer, Inferred, OpSpec, Params
 
-__all__ = ["SPECS"]
+__all__ = ["SCATTERED", "SPECS"]
 
 
 def _given(
@@ -270,7 +271,7 @@ def _trim_zeros(operands: Sequence[Operand], params: Params) -> Inferred:
     return ((x.shape, x.dtype),)
 
 
-_SCATTERED = [
+SCATTERED = (
     "add",
     "subtract",
     "maximum",
@@ -278,10 +279,11 @@ _SCATTERED = [
     "bitwise_and",
     "bitwise_or",
     "bitwise_xor",
-]  # what CuPy has
+)
+"""Ufuncs that have ``at``: those that CuPy has it for."""
 
 SPECS: list[OpSpec] = [
-    *(function(f"{name}.at", _scatter, inplace=True) for name in _SCATTERED),
+    *(function(f"{name}.at", _scatter, inplace=True) for name in SCATTERED),
     function("bincount", _bincount, "minlength", names=("weights",)),
     function("histogram", _histogram, "bins", "range", "density", n_out=2, names=_HISTOGRAM),
     function("convolve", _convolved(np.convolve), "mode"),

@@ -21,6 +21,7 @@ from gpuremote.ops.shapes import (
     dtypes_of,
     int_param,
     is_int,
+    joined_dtype,
     normal_axes,
     normal_axis,
     number_param,
@@ -30,7 +31,7 @@ from gpuremote.ops.shapes import (
 from gpuremote.ops.spec import VARIES, Infer, Inferred, OpSpec, Params
 from gpuremote.ops.ufuncs import refuse_complex_to_real
 
-__all__ = ["INTP", "SPECS", "elementwise", "exactly", "function", "joined_dtype", "reduction"]
+__all__ = ["INTP", "SPECS", "elementwise", "exactly", "function", "reduction"]
 
 INTP: DType = np.dtype(np.intp)
 
@@ -125,10 +126,6 @@ def _choose(operands: Sequence[Operand], params: Params) -> Inferred:
     kinds = dict.fromkeys(map(kind_of, operands[1:]))
     (dtype,) = dtypes_of(joined_dtype, *kinds)
     return ((broadcast(*map(shape_of, operands)), dtype),)
-
-
-def joined_dtype(*samples: Any) -> Any:
-    return np.result_type(*samples).type(0)
 
 
 # -- reductions ---------------------------------------------------------------------------------

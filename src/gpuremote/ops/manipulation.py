@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from gpuremote.ops.shapes import (
     dtypes_of,
     int_param,
     is_int,
+    joined_dtype,
     normal_axes,
     normal_axis,
     shape_param,
@@ -185,13 +185,9 @@ def _arrays(operands: Sequence[Operand]) -> list[Meta]:
     return [array_operand(operands, i) for i in range(len(operands))]
 
 
-def _joined_dtype(*arrays: Any) -> Any:
-    return np.result_type(*arrays).type(0)
-
-
 def _concat(operands: Sequence[Operand], params: Params) -> Inferred:
     arrays = _arrays(operands)
-    (dtype,) = dtypes_of(_joined_dtype, *dict.fromkeys(x.dtype for x in arrays))
+    (dtype,) = dtypes_of(joined_dtype, *dict.fromkeys(x.dtype for x in arrays))
     given = params.get("axis", 0)
     if given is None:
         return (((sum(x.size for x in arrays),), dtype),)
@@ -210,7 +206,7 @@ def _concat(operands: Sequence[Operand], params: Params) -> Inferred:
 
 def _stack(operands: Sequence[Operand], params: Params) -> Inferred:
     arrays = _arrays(operands)
-    (dtype,) = dtypes_of(_joined_dtype, *dict.fromkeys(x.dtype for x in arrays))
+    (dtype,) = dtypes_of(joined_dtype, *dict.fromkeys(x.dtype for x in arrays))
     first = arrays[0].shape
     for x in arrays:
         if x.shape != first:

@@ -8,9 +8,9 @@ import numpy as np
 
 from gpuremote._types import Shape
 from gpuremote.errors import ShapeError
-from gpuremote.ops.functions import function, joined_dtype
+from gpuremote.ops.functions import function
 from gpuremote.ops.operands import Operand, array_operand
-from gpuremote.ops.shapes import broadcast, dtypes_of
+from gpuremote.ops.shapes import broadcast, dtypes_of, joined_dtype
 from gpuremote.ops.spec import Inferred, OpSpec, Params
 
 __all__ = ["SPECS", "einsum_shape"]

@@ -25,6 +25,7 @@ __all__ = [
     "dtypes_of",
     "int_param",
     "is_int",
+    "joined_dtype",
     "names_of",
     "normal_axes",
     "normal_axis",
@@ -169,6 +170,11 @@ def dtypes_of(
         raise DTypeError(f"dtypes {names_of(kinds)} are refused: {error}") from error
     results = found if isinstance(found, tuple) else (found,)
     return tuple(supported(np.asarray(result).dtype) for result in results)
+
+
+def joined_dtype(*samples: Any) -> Any:
+    """For :func:`dtypes_of`: what has the dtype of arrays that are put together."""
+    return np.result_type(*samples).type(0)
 
 
 def names_of(kinds: Iterable[Kind]) -> str:

@@ -189,7 +189,7 @@ def run_plan(
             if operands[position].meta is not expected:
                 _check_meta(operands[position].meta, expected, op)
         # Given back when this function is done.
-        room = None if op.scratch is None else _room(session, op.scratch, operands)  # noqa: F841
+        room = None if op.scratch is None else _room(session, op.scratch, operands)
         if op.simple is not None:
             _run_simple(session, op, values, outs[0])
         elif op.inplace:
@@ -198,6 +198,7 @@ def run_plan(
             op.function(values)
         else:
             _run_general(session, op, operands, values, outs)
+        del room
     except Exception as error:
         poison_op(op, operands, outs, session.failed(number, op.name, error))
     session.ops_executed += 1
