@@ -25,6 +25,7 @@ OPTIONS = argparse.Namespace(
     grace=30.0,
     software="gpuremote",
     allow_ops=[],
+    allow_kernels=False,
     **dict.fromkeys(("certfile", "keyfile", "client_ca", "cafile", "weights"), ""),
 )
 HELLO = Hello(transports={"tcp": ""})

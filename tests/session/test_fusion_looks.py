@@ -48,7 +48,7 @@ class Queue:
             session, metas = self.session, [self._meta] * len(operands)
             plan = define(64 + len(self._ops), find(name), metas, {}, 0, session.metas)
             op = self._ops[name] = session.fusion.executable(plan, session.backend.compile(plan))
-        outs = [] if op.inplace else [Slot()]
+        outs = [] if op.writes else [Slot()]
         self.number += 1
         item = (self.number, op.run, (self.session, op, list(operands), outs))
         self.session.default.queue.append(item)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 from gpuremote.backend.base import Backend, Compiled
-from gpuremote.backend.kernels import MAKERS, Kernel
+from gpuremote.backend.kernels import MAKERS, Kernel, Maker
 from gpuremote.backend.kernels_functions import by_path
 from gpuremote.errors import GpuRemoteError, InternalError, LinearAlgebraError, UnsupportedOp
+from gpuremote.ops.client_kernels import SPECS
 from gpuremote.ops.meta import Meta
 from gpuremote.ops.plan import Plan
 
 __all__ = ["ArrayNamespaceBackend"]
+
+CLIENT_KERNELS: Final = frozenset(spec.name for spec in SPECS)
 
 
 class ArrayNamespaceBackend(Backend):
@@ -29,9 +33,12 @@ class ArrayNamespaceBackend(Backend):
     exact : bool
         The namespace promotes exactly as the NumPy of this process does, with which the plan's
         results were inferred, so nothing has to be checked per call.
+    makers : mapping
+        How ops are done that are no function of the namespace.
     """
 
     exact = False
+    makers: Mapping[str, Maker] = MAKERS
 
     def __init__(self, xp: Any, devices: int = 0) -> None:
         super().__init__(devices)
@@ -39,21 +46,27 @@ class ArrayNamespaceBackend(Backend):
 
     def compile(self, plan: Plan) -> Compiled:
         spec = plan.spec
-        maker = by_path if spec.path else MAKERS.get(spec.name)
+        maker = by_path if spec.path else self.makers.get(spec.name)
         if maker is None:
-            raise UnsupportedOp(f"backend {self.name} lacks this op", op=spec.name)
+            raise UnsupportedOp(self.lacking(spec.name), op=spec.name)
         try:
             kernel = maker(self.xp, plan)
         except AttributeError as error:
             raise UnsupportedOp(
                 f"backend {self.name} lacks this op: {error}", op=spec.name
             ) from error
-        if spec.inplace:
+        if plan.inplace:
             return lambda arguments: kernel(*arguments)
         outputs = plan.outputs
         if outputs is None or not self.exact:
             return self._checked(plan, kernel)
         return self._trusted(plan, kernel, all(meta.ndim for meta in outputs))
+
+    def lacking(self, op: str) -> str:
+        """Why there is no such op here."""
+        if op in CLIENT_KERNELS:
+            return "kernels of programs run on servers with --backend cupy --allow-kernels"
+        return f"backend {self.name} lacks this op"
 
     def _trusted(self, plan: Plan, kernel: Kernel, arrays: bool) -> Compiled:
         """The results are right; they only may be scalars where an array has no axes."""

@@ -74,19 +74,21 @@ class Backend(abc.ABC):
     def __init__(self, devices: int = 0) -> None:
         self._wanted = devices
 
-    def permit(self, namespaces: Mapping[str, str], weights: str) -> None:
+    def permit(self, namespaces: Mapping[str, str], weights: str, kernels: bool) -> None:
         """What the operator allows beside the catalogue: ops of other namespaces, each with the
-        module that makes them, and files of weights in a folder.
+        module that makes them, files of weights in a folder, and kernels that programs bring.
 
         Raises
         ------
         ConfigError
-            This backend has neither, or there is no such module.
+            This backend has none of these, or there is no such module.
         """
         if namespaces or weights:
             raise ConfigError(
                 f"--allow-ops and --weights are for the backend torch, not {self.name}"
             )
+        if kernels:
+            raise ConfigError(f"--allow-kernels is for the backend cupy, not {self.name}")
 
     # -- what there is --------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from gpuremote._types import Shape
 from gpuremote.backend.array_namespace import ArrayNamespaceBackend
 from gpuremote.backend.base import Compiled, DeviceInfo
+from gpuremote.backend.cupy_kernels import CLIENT_KERNELS
 from gpuremote.backend.cupy_order import Order
 from gpuremote.errors import InvalidBuffer
 from gpuremote.memory.cuda import CudaDriver, CudaError, cuda_driver
@@ -82,6 +83,11 @@ class CupyBackend(ArrayNamespaceBackend):
             name.decode() if isinstance(name, bytes) else str(name),
             int(properties["totalGlobalMem"]),
         )
+
+    def permit(self, namespaces: Mapping[str, str], weights: str, kernels: bool) -> None:
+        super().permit(namespaces, weights, False)
+        if kernels:
+            self.makers = {**self.makers, **CLIENT_KERNELS}
 
     def devices(self) -> list[DeviceInfo]:
         return self._devices

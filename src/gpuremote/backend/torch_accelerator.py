@@ -87,7 +87,8 @@ class AcceleratorTorchBackend(Backend):
             op=plan.spec.name,
         )
 
-    def permit(self, namespaces: Mapping[str, str], weights: str) -> None:
+    def permit(self, namespaces: Mapping[str, str], weights: str, kernels: bool) -> None:
+        super().permit({}, "", kernels)
         self._permits = Permits(namespaces, weights)
 
     def compile_call(

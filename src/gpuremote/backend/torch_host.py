@@ -53,7 +53,8 @@ class HostTorchBackend(NumpyBackend):
         session may hold there is room for what ops need while they run."""
         limit_data(nbytes + max(ROOM, nbytes // 2))
 
-    def permit(self, namespaces: Mapping[str, str], weights: str) -> None:
+    def permit(self, namespaces: Mapping[str, str], weights: str, kernels: bool) -> None:
+        super().permit({}, "", kernels)
         self._permits = Permits(namespaces, weights)
 
     def compile_call(

@@ -116,6 +116,12 @@ def add_parser(commands: Any) -> None:
         "module that makes them (default: of the same name); may be given several times",
     )
     parser.add_argument(
+        "--allow-kernels",
+        action="store_true",
+        help="with --backend cupy: sessions may bring kernels in CUDA C++ (RawKernel, ...), which "
+        "can do on the device, and include from this machine, whatever this user may",
+    )
+    parser.add_argument(
         "--weights",
         default="",
         metavar="FOLDER",
@@ -157,7 +163,9 @@ def run(options: argparse.Namespace) -> int:
         client_ca=options.client_ca or "",
         cafile=options.cafile or "",
         allow_ops=tuple(options.allow_ops or ()),
+        allow_kernels=options.allow_kernels,
         weights=options.weights,
+        content_cache=-1 if options.content_cache is None else parse_size(options.content_cache),
     )
     if server_options.cafile:
         TlsClient(server_options.cafile).context()  # workers would find out one by one

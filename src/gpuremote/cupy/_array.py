@@ -39,7 +39,7 @@ _INT64: Final = 1 << 63
 _frame = sys._getframe
 
 
-def several(name: str, operands: Sequence[Any], **params: Any) -> list[ndarray]:
+def several(name: str, operands: Sequence[Any], /, **params: Any) -> list[ndarray]:
     """The results of an op; parameters that are None are left out."""
     given = {key: value for key, value in params.items() if value is not None}
     found: list[ndarray] = issue.apply(find(name), operands, given, ndarray)

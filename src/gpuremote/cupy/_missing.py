@@ -7,14 +7,9 @@ from typing import Final
 __all__ = ["missing"]
 
 _ADDRESSES: Final = "where arrays lie in memory is known on the device alone"
-_KERNELS: Final = "kernels of the program do not run on the server"
 _OLD: Final = "NumPy has dropped it"
 
 _REASONS: Final[dict[str, str]] = {
-    "ElementwiseKernel": _KERNELS,
-    "RawKernel": _KERNELS,
-    "RawModule": _KERNELS,
-    "ReductionKernel": _KERNELS,
     "byte_bounds": _ADDRESSES,
     "disable_experimental_feature_warning": "there is no such warning",
     "flatiter": "index the flattened array, ravel()",

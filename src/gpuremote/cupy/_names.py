@@ -17,6 +17,7 @@ from gpuremote.cupy import (
     _elementwise,
     _home,
     _indexing,
+    _kernels,
     _manipulation,
     _namespace,
     _printing,
@@ -95,6 +96,7 @@ def _collected() -> dict[str, Any]:
         _products,
         _composed,
         _indexing,
+        _kernels,
         _printing,
         _types,
     ):

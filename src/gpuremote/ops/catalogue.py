@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gpuremote.errors import UnsupportedOp
 from gpuremote.ops import (
+    client_kernels,
     counting,
     creation,
     fft,
@@ -34,6 +35,7 @@ CATALOGUE: dict[str, OpSpec] = table(
         products,
         fft,
         random,
+        client_kernels,
     )
     for spec in group.SPECS
 )

@@ -16,6 +16,7 @@ import numpy as np
 from gpuremote._types import Shape
 from gpuremote.errors import DTypeError, LimitExceeded, OpError, ProtocolError, ShapeError
 from gpuremote.ops.catalogue import find
+from gpuremote.ops.client_kernels import CODE
 from gpuremote.ops.meta import DTYPES, Meta, MetaTable
 from gpuremote.ops.operands import SCALAR_FORMATS, WEAK, Operand
 from gpuremote.ops.spec import OpSpec, Params
@@ -56,6 +57,8 @@ class PlanCaps:
         Levels of lists inside the parameters.
     text : int
         Characters of a string.
+    code : int
+        Characters of a parameter that is text of a program.
     """
 
     devices: int = 1024
@@ -63,6 +66,7 @@ class PlanCaps:
     params: int = 1024
     depth: int = 3
     text: int = 64
+    code: int = 256 << 10
 
 
 class Plan:
@@ -103,7 +107,9 @@ class Plan:
     plain : bool
         Every operand is an array.
     inplace : bool
-        It writes to an array that was there before.
+        It writes to arrays that were there before.
+    writes : tuple of int
+        Which operands it writes to.
     """
 
     __slots__ = (
@@ -122,6 +128,7 @@ class Plan:
         "result",
         "spec",
         "step",
+        "writes",
     )
 
     def __init__(
@@ -148,6 +155,9 @@ class Plan:
         self.step = self.n_out or 1
         self.result = self.outputs[0] if self.outputs else None
         self.inplace = spec.inplace
+        self.writes: tuple[int, ...] = ()
+        if spec.inplace:
+            self.writes = (0,) if spec.writes is None else spec.writes(operands, params)
         self.plain = not any(isinstance(o, str) for o in operands)
 
     def __repr__(self) -> str:
@@ -388,7 +398,12 @@ def _decode_operand(obj: Any, metas: MetaTable, device: int) -> Operand:
 def _check_values(params: Mapping[str, Any], caps: PlanCaps) -> None:
     """Refuse parameters of other types, or too many or too deep."""
     left = caps.params
-    pending: list[tuple[Any, int]] = [(params, 0)]
+    code = sum(isinstance(value, str) and len(value) for value in map(params.get, CODE))
+    if code > caps.code:
+        raise LimitExceeded(f"a kernel of {code} characters; at most {caps.code}")
+    pending: list[tuple[Any, int]] = [
+        ({name: value for name, value in params.items() if name not in CODE}, 0)
+    ]
     while pending:
         value, depth = pending.pop()
         if isinstance(value, dict | list | tuple):

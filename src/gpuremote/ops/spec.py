@@ -40,7 +40,10 @@ class OpSpec:
     view : bool
         A result may share memory with operand 0.
     inplace : bool
-        Writes operand 0 and has no result.
+        Writes operands and has no result.
+    writes : callable or None
+        ``writes(operands, params)`` gives the positions of those that an op in place writes to.
+        None: it is operand 0.
     data_dependent : bool
         The shape of the result depends on values, so the client asks the server for it.
     indexed : bool
@@ -59,6 +62,7 @@ class OpSpec:
     params: frozenset[str] = frozenset()
     view: bool = False
     inplace: bool = False
+    writes: Callable[[Sequence[Operand], Params], tuple[int, ...]] | None = None
     data_dependent: bool = False
     indexed: bool = False
     path: str = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gpuremote._types import Shape
 from gpuremote.backend.base import Backend
@@ -25,7 +25,14 @@ from gpuremote.server.storage import STALLED, Failure, Slot, Storage
 if TYPE_CHECKING:
     from gpuremote.server.session import WorkerSession
 
-__all__ = ["Executable", "poison_op", "run_plan"]
+__all__ = ["Executable", "Writes", "poison_op", "run_plan"]
+
+
+class Writes(Protocol):
+    """An op that runs, and the operands that it writes to."""
+
+    name: str
+    writes: tuple[int, ...]
 
 
 class Executable:
@@ -45,13 +52,14 @@ class Executable:
         What a call takes while it runs, if that has to be counted.
     simple : Meta or None
         The result of an op that makes one new array of a known shape: most ops.
+    writes : tuple of int
+        Operands that it writes to.
     """
 
     __slots__ = (
         "checks",
         "function",
         "ident",
-        "inplace",
         "layout",
         "n_out",
         "name",
@@ -63,6 +71,7 @@ class Executable:
         "simple",
         "step",
         "view",
+        "writes",
     )
 
     def __init__(self, plan: Plan, function: Callable[[Sequence[Any]], Any]) -> None:
@@ -74,7 +83,7 @@ class Executable:
         self.step = plan.n_out or 1
         self.name: str = plan.spec.name
         self.view: bool = plan.spec.view
-        self.inplace: bool = plan.spec.inplace
+        self.writes = plan.writes
         self.outputs: tuple[Meta, ...] | None = plan.outputs
         # A view allocates nothing; where a reshape has to copy after all it is counted then.
         self.reserve = 0 if plan.spec.view else upper_bound_nbytes(plan)
@@ -108,11 +117,13 @@ class Executable:
         outline = decode_outline(blob, metas)
         if not 0 <= outline.device < devices:
             raise ProtocolError(f"plan {outline.id} is for device {outline.device}, of {devices}")
+        writes = None
         try:
             plan = plan_of(outline, metas)
+            writes = plan.writes
             return make(plan, backend.compile(plan))
         except OpError as error:
-            return RefusedPlan(outline, error)
+            return RefusedPlan(outline, error, writes)
 
     def operands(
         self, fields: tuple[Any, ...], table: dict[int, Slot], missing: Callable[[int], Slot]
@@ -128,11 +139,22 @@ class RefusedPlan(Executable):
     """A plan that can't run here: an op of a newer client's, or one that promotes differently.
 
     Its calls fail, one by one, and the session goes on.
+
+    Parameters
+    ----------
+    outline : Outline
+    error : OpError
+        Why.
+    writes : tuple of int, optional
+        Operands that it would have written to. Where that is not known, an op without results is
+        taken for one that writes to its first.
     """
 
     __slots__ = ("_kinds",)
 
-    def __init__(self, outline: Outline, error: OpError) -> None:
+    def __init__(
+        self, outline: Outline, error: OpError, writes: tuple[int, ...] | None = None
+    ) -> None:
         self._kinds = outline.operands
         self.run = run_plan
         self.ident = outline.id
@@ -141,7 +163,10 @@ class RefusedPlan(Executable):
         self.step = self.n_out or 1
         self.name = outline.name[:64]
         self.view = False
-        self.inplace = not outline.dtypes and isinstance(next(iter(self._kinds), None), Meta)
+        if writes is None:
+            first = not outline.dtypes and isinstance(next(iter(self._kinds), None), Meta)
+            writes = (0,) if first else ()
+        self.writes = writes
         self.outputs = None
         self.reserve = 0
         self.scratch = None
@@ -192,9 +217,10 @@ def run_plan(
         room = None if op.scratch is None else _room(session, op.scratch, operands)
         if op.simple is not None:
             _run_simple(session, op, values, outs[0])
-        elif op.inplace:
-            if operands[0].storage.outgoing:
-                return STALLED
+        elif not op.n_out:
+            for position in op.writes:
+                if operands[position].storage.outgoing:
+                    return STALLED
             op.function(values)
         else:
             _run_general(session, op, operands, values, outs)
@@ -205,12 +231,12 @@ def run_plan(
     return None
 
 
-def poison_op(op: Executable, operands: list[Any], outs: list[Slot], failure: Failure) -> None:
+def poison_op(op: Writes, operands: Sequence[Any], outs: list[Slot], failure: Failure) -> None:
     for slot in outs:
         slot.poison(failure)
-    if op.inplace and isinstance(operands[0], Slot):
+    for position in op.writes:
         # It may have been written to in part; what it holds can't be relied on.
-        operands[0].poison(failure)
+        operands[position].poison(failure)
 
 
 def _room(session: WorkerSession, scratch: Scratch, operands: list[Any]) -> Storage | None:

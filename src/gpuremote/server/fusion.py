@@ -63,6 +63,8 @@ class FusibleExecutable(Executable):
     device : int
     can_fail : bool
         Values decide whether it raises.
+    inplace : bool
+        It writes to its first operand.
     special : bool
         It can fail, or it writes in place.
     expected : tuple of (Meta or None)
@@ -71,7 +73,16 @@ class FusibleExecutable(Executable):
         None for an op in place.
     """
 
-    __slots__ = ("can_fail", "device", "expected", "piece", "result", "shape", "special")
+    __slots__ = (
+        "can_fail",
+        "device",
+        "expected",
+        "inplace",
+        "piece",
+        "result",
+        "shape",
+        "special",
+    )
 
     def __init__(self, plan: Plan, function: Callable[[Sequence[Any]], Any], piece: object) -> None:
         super().__init__(plan, function)
@@ -79,10 +90,11 @@ class FusibleExecutable(Executable):
         self.piece = piece
         self.device = plan.device
         self.can_fail = can_fail(plan)
+        self.inplace = plan.inplace
         self.special = self.can_fail or self.inplace
         self.expected = tuple(o if isinstance(o, Meta) else None for o in plan.operands)
         self.result = plan.result
-        target = plan.operands[0] if plan.spec.inplace else plan.result
+        target = plan.operands[0] if plan.inplace else plan.result
         assert isinstance(target, Meta)
         self.shape = target.shape
 

@@ -46,8 +46,14 @@ class ServerOptions:
         server; empty: ``certfile``, and where there is none the system's.
     allow_ops : tuple of str
         Namespaces of custom torch ops that sessions may run, ``NAME`` or ``NAME=MODULE``.
+    allow_kernels : bool
+        Sessions may run kernels in CUDA C++ that they bring along.
     weights : str
         Folder with safetensors files that sessions may load; empty: none.
+    content_cache : int
+        Bytes of uploads that are kept, so that further sessions of the same tenant need not send
+        them; 0: none. -1: ``CONTENT_CACHE``, or a sixteenth of the memory if that is less, where
+        the server knows who comes (``token``, ``client_ca``); else none.
     advertise : str
         ``HOST:PORT`` by which other servers reach this one; empty: what the client used.
     """
@@ -68,7 +74,9 @@ class ServerOptions:
     client_ca: str = ""
     cafile: str = ""
     allow_ops: tuple[str, ...] = ()
+    allow_kernels: bool = False
     weights: str = ""
+    content_cache: int = -1
 
     def __post_init__(self) -> None:
         for name in ("devices", "memory_limit", "grace", "max_sessions", "warm", "drain"):
@@ -120,4 +128,5 @@ class ServerOptions:
             "--weights",
             self.weights,
             *(part for allowed in self.allow_ops for part in ("--allow-ops", allowed)),
+            *(["--allow-kernels"] if self.allow_kernels else []),
         ]

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from gpuremote._dtypes import DTYPES
 from gpuremote.backend.base import Backend
 from gpuremote.errors import OpError, ProtocolError
 from gpuremote.ops.meta import MetaTable
 from gpuremote.ops.torch_call import Call, Views, decode
-from gpuremote.server.execute import Executable
-from gpuremote.server.storage import STALLED, Failure, Slot, Storage
+from gpuremote.server.execute import Executable, Writes, poison_op
+from gpuremote.server.storage import STALLED, Slot, Storage
 
 if TYPE_CHECKING:
     from gpuremote.server.session import WorkerSession
 
-__all__ = ["TorchExecutable", "blocks_of", "poison"]
+__all__ = ["TorchExecutable", "blocks_of"]
 
 _BYTES = DTYPES["u1"]
 
@@ -28,13 +28,11 @@ class TorchExecutable(Executable):
     Attributes
     ----------
     call : Call
-    writes : tuple of int
-        Operands that the op writes to.
     metas : tuple of (Meta or None)
         Of the storages that it makes, as flat bytes.
     """
 
-    __slots__ = ("call", "metas", "writes")
+    __slots__ = ("call", "metas")
 
     def __init__(self, call: Call, backend: Backend, metas: MetaTable) -> None:
         self.call = call
@@ -118,7 +116,7 @@ def run_call(
         else:
             op.function(values)
     except Exception as error:
-        poison(op, operands, outs, session.failed(number, op.name, error))
+        poison_op(op, operands, outs, session.failed(number, op.name, error))
     session.ops_executed += 1
     return None
 
@@ -126,7 +124,7 @@ def run_call(
 def blocks_of(
     number: int,
     session: WorkerSession,
-    op: _Writes,
+    op: Writes,
     operands: Sequence[Any],
     outs: list[Slot],
 ) -> Any:
@@ -140,12 +138,12 @@ def blocks_of(
             if value is None:
                 if operand.failure is None:
                     return operand
-                poison(op, operands, outs, operand.failure)
+                poison_op(op, operands, outs, operand.failure)
                 return None
             try:
                 storage = block(value)
             except OpError as error:  # an array that can't be shared
-                poison(op, operands, outs, session.failed(number, op.name, error))
+                poison_op(op, operands, outs, session.failed(number, op.name, error))
                 return None
             if storage is not value:
                 operand.value = storage
@@ -170,16 +168,3 @@ def _make(session: WorkerSession, op: TorchExecutable, values: list[Any], outs: 
             slot.fill(block, known, Storage(session.quota, block.nbytes))
         else:
             slot.fill(block, meta, storage)
-
-
-class _Writes(Protocol):
-    name: str
-    writes: tuple[int, ...]
-
-
-def poison(op: _Writes, operands: Sequence[Any], outs: list[Slot], failure: Failure) -> None:
-    for slot in outs:
-        slot.poison(failure)
-    for position in op.writes:
-        # It may have been written to in part; what it holds can't be relied on.
-        operands[position].poison(failure)

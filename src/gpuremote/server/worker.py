@@ -80,7 +80,8 @@ class Worker:
         self.options = options
         self.backend = registry.create(options.backend, devices=options.devices)
         pairs = [allowed.partition("=") for allowed in options.allow_ops]
-        self.backend.permit({name: module or name for name, _, module in pairs}, options.weights)
+        spaces = {name: module or name for name, _, module in pairs}
+        self.backend.permit(spaces, options.weights, options.allow_kernels)
         self.state = SessionState()
         self._wake_main = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake_control = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -482,6 +483,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("--certfile", "--keyfile", "--client-ca", "--cafile", "--weights"):
         parser.add_argument(name, default="")
     parser.add_argument("--allow-ops", action="append", default=[])
+    parser.add_argument("--allow-kernels", action="store_true")
     parser.add_argument("--software", default="gpuremote")
     options = parser.parse_args(arguments)
     channel = socket.socket(fileno=options.channel)
