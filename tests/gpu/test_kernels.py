@@ -70,13 +70,13 @@ def test_elementwise_kernels(cp: Any) -> None:
     count = cp.ElementwiseKernel("int64 x", "raw int32 n", "atomicAdd(&n[x % 5], 1)", "count")
     count(cp.arange(12), out)
     assert out.tolist() == [3, 3, 2, 2, 2]
-    shifted = cp.ElementwiseKernel("raw T x", "T y", "y = x[(i + 1) % n]", "shifted")
+    shifted = cp.ElementwiseKernel("raw T x", "T y", "y = x[(i + 1) % _ind.size()]", "shifted")
     assert shifted(cp.arange(4.0), size=4).tolist() == [1, 2, 3, 0]
 
 
 def test_reduction_kernels(cp: Any) -> None:
     x = np.random.default_rng(1).random((20, 30))
-    norm = cp.ReductionKernel("T x", "T y", "x * x", "a + b", "y = sqrt(a)", "0", "norm")
+    norm = cp.ReductionKernel("T x", "T y", "x * x", "a + b", "y = sqrt(a)", "0", "norm_of")
     np.testing.assert_allclose(norm(cp.asarray(x)).item(), np.linalg.norm(x))
     np.testing.assert_allclose(norm(cp.asarray(x), axis=1).get(), np.linalg.norm(x, axis=1))
     out = cp.zeros((1, 30))
@@ -89,8 +89,10 @@ def test_views_and_streams(cp: Any) -> None:
     x = np.arange(12.0).reshape(3, 4)
     np.testing.assert_array_equal(kernel(cp.asarray(x).T[1:]).get(), 2 * x.T[1:])
     target = cp.zeros((3, 4))
-    with cp.cuda.Stream():
+    stream = cp.cuda.Stream()
+    with stream:
         kernel(cp.asarray(x)[:, ::2], target[:, ::2])
+    stream.synchronize()  # nothing else tells another stream of what is written in place
     np.testing.assert_array_equal(target[:, ::2].get(), 2 * x[:, ::2])
 
 

@@ -123,7 +123,7 @@ class ElementwiseKernel:
         ``"float32 x, T y, raw T z"``: dtypes, or single letters that stand for the dtype of the
         array given there. Raw ones are indexed by the kernel itself.
     operation : str
-        The loop's body; ``i`` is the index and ``n`` the length.
+        The loop's body; ``i`` is the index and ``_ind.size()`` the length.
     name : str
     preamble, loop_prep, after_loop : str
         Code in front of the kernel, and before and after its loop.
