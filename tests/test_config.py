@@ -42,6 +42,7 @@ GIB = 1 << 30
         ("gpu://h?lanes=16", Target("gpu", "h", lanes=16)),
         ("local://?lanes=1&compression=off", Target("local", lanes=1, compression="off")),
         ("gpu://h?compression=lz4", Target("gpu", "h", compression="lz4")),
+        ("gpu://h?dedupe=on", Target("gpu", "h", dedupe="on")),
         ("gpu://h?tls=on", Target("gpu", "h", tls=True)),
         ("gpu://h?tls=0", Target("gpu", "h", tls=False)),
         (
@@ -114,6 +115,7 @@ def test_url(url: str, target: Target) -> None:
         ("gpu://h?lanes=many", "expected auto or a whole number from 1 to 16"),
         ("gpu://h?lanes=1.5", "expected auto or a whole number from 1 to 16"),
         ("gpu://h?compression=gzip", "expected one of auto, off, lz4, zstd"),
+        ("gpu://h?dedupe=yes", "expected one of auto, on, off"),
         ("gpu://h?grace=100000", "expected 0 to 86400 seconds"),
         ("gpu://h?grace=-1", "expected seconds"),
         ("gpu://h?devices=2", "unknown option 'devices'"),
@@ -141,8 +143,8 @@ def test_unknown_option_names_the_closest_and_all_known() -> None:
         parse_url("gpu://node1?tranport=tcp")
     assert str(caught.value) == (
         "'gpu://node1?tranport=tcp': unknown option 'tranport', did you mean 'transport'? "
-        "known: transport, require, connect_timeout, grace, memory, lanes, compression, tls, "
-        "cafile, certfile, keyfile"
+        "known: transport, require, connect_timeout, grace, memory, lanes, compression, dedupe, "
+        "tls, cafile, certfile, keyfile"
     )
 
 

@@ -71,6 +71,7 @@ _UNITS: Final = {
     "tib": 2**40,
 }
 _COMPRESSION: Final = ("auto", "off", "lz4", "zstd")
+_DEDUPE: Final = ("auto", "on", "off")
 _SIZE: Final = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,8})", re.ASCII)
 _HOST: Final = re.compile(r"[\w.-]{1,253}")
 _NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
@@ -106,6 +107,9 @@ class Target:
         Connections for large payloads over tcp, 1 to 16; 0: as many as the way needs.
     compression : {"auto", "off", "lz4", "zstd"}
         Of large payloads over tcp; ``auto``: on a slow way, where it pays.
+    dedupe : {"auto", "on", "off"}
+        Whether a large upload is preceded by its digest, and does not travel where the server has
+        its bytes already; ``auto``: where the way is slow compared with making a digest.
     memory : int or None
         Bytes of device memory: the session's limit, or with ``pool`` what each device must have.
     count : int
@@ -131,6 +135,7 @@ class Target:
     devices: int | None = None
     lanes: int = 0
     compression: str = "auto"
+    dedupe: str = "auto"
     memory: int | None = None
     count: int = 1
     tls: bool | None = None
@@ -392,6 +397,12 @@ def _compression(text: str) -> str:
     return text
 
 
+def _dedupe(text: str) -> str:
+    if text not in _DEDUPE:
+        raise ConfigError(f"expected one of {', '.join(_DEDUPE)}")
+    return text
+
+
 def _positive_size(text: str) -> int:
     if not (size := parse_size(text)):
         raise ConfigError("expected more than 0 bytes")
@@ -419,6 +430,7 @@ _COMMON: Final[dict[str, _Reader]] = {
     "memory": _positive_size,
     "lanes": _lanes,
     "compression": _compression,
+    "dedupe": _dedupe,
 }
 _REMOTE: Final[dict[str, _Reader]] = {
     **_COMMON,

@@ -26,6 +26,7 @@ OPTIONS = argparse.Namespace(
     software="gpuremote",
     allow_ops=[],
     allow_kernels=False,
+    contents=-1,
     **dict.fromkeys(("certfile", "keyfile", "client_ca", "cafile", "weights"), ""),
 )
 HELLO = Hello(transports={"tcp": ""})

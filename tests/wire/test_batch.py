@@ -39,6 +39,7 @@ FIXED = {
     Op.STATS: (),
     Op.COPY: (9, 1),
     Op.CLEAR_PLANS: (),
+    Op.CONTENTS: (),
 }
 BLOBS: dict[Op, tuple[tuple[int, ...], Any]] = {
     Op.DEFINE: ((), [64, "add", 0, [], {}]),
@@ -46,6 +47,7 @@ BLOBS: dict[Op, tuple[tuple[int, ...], Any]] = {
     Op.PUT_INLINE: ((), [[2], "u1", 0, b"ab"]),
     Op.SEND_TO: ((4,), {"host": "h", "port": 1, "session": b"", "ticket": b"t"}),
     Op.EXPECT: ((), [[1], "f8", 0, b"t" * 16]),
+    Op.OFFER: ((), [[1 << 20], "u1", 0, b"d" * 32]),
 }
 
 

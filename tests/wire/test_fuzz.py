@@ -74,6 +74,7 @@ def batches() -> list[bytes]:
     body += free_record([1, 2, 3]) + fixed_record(Op.GET, 4) + fixed_record(Op.SYNC, 0)
     body += blob_record(Op.PUT_INLINE, blob=pack_info([[4], "u1", 0, b"abcd"]))
     body += blob_record(Op.EXPECT, blob=pack_info([[4], "u1", 0, b"t" * 16]))
+    body += blob_record(Op.OFFER, blob=pack_info([[1 << 20], "u1", 0, b"d" * 32]))
     return [bytes(body), PREFIX.pack(9) + fixed_record(Op.STREAM_NEW, 1, 0)]
 
 

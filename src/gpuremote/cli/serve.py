@@ -127,6 +127,13 @@ def add_parser(commands: Any) -> None:
         metavar="FOLDER",
         help="with --backend torch: safetensors files that sessions may load from here",
     )
+    parser.add_argument(
+        "--content-cache",
+        default=None,
+        metavar="BYTES",
+        help="memory for uploads, such as 4GiB, that further sessions of the same tenant then need "
+        "not send; 0: none (default: 1GiB with a token or --client-ca, else 0)",
+    )
     parser.add_argument("--json", action="store_true", help="say where it listens as JSON")
     parser.add_argument("--verbose", action="store_true", help="log every session")
     parser.add_argument("--ready-fd", type=int, default=-1, help=argparse.SUPPRESS)

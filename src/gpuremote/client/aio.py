@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
 from typing import Any, Final, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from gpuremote import _clock
 from gpuremote.client.aio_driver import AsyncDriver
 from gpuremote.client.array import RemoteArray
 from gpuremote.client.core import Core
 from gpuremote.client.device import Device
+from gpuremote.client.known import PIECE as HASHED
 from gpuremote.client.link import Link
+from gpuremote.client.offering import Steps
 from gpuremote.client.session import SessionBase
 from gpuremote.client.stream import Event, Stream
 from gpuremote.client.waits import Wait
@@ -174,6 +178,9 @@ class AsyncDevice(Device[AsyncArray]):
             return given
         await self._driver.room()
         host = self._host_array(value, dtype)
+        if self._core.known.enabled and (steps := self._offering([host])) is not None:
+            del host
+            return (await self._make(steps, timeout))[0]
         staged = self._staged(value, host)
         if staged is not None:
             if staged is not host.view:
@@ -194,10 +201,30 @@ class AsyncDevice(Device[AsyncArray]):
     ) -> list[AsyncArray]:
         """Upload several arrays in one message and one wait; as :meth:`put`."""
         await self._driver.room()
-        arrays, wait = self._upload_many(values, dtype)
+        hosts = self._host_arrays(values, dtype)
+        if (steps := self._offering(hosts)) is not None:
+            return await self._make(steps, timeout)
+        arrays, wait = self._upload_many(hosts)
         if wait is not None:
             await self._driver.wait(wait, timeout)
         return arrays
+
+    async def _make(self, steps: Steps[AsyncArray], timeout: float | None) -> list[AsyncArray]:
+        """Make the steps of an upload, one after the other."""
+        deadline = None if timeout is None else _clock.now() + timeout
+        answer: object = None
+        with contextlib.closing(steps):
+            while True:
+                try:
+                    step = steps.send(answer)
+                except StopIteration as end:
+                    arrays: list[AsyncArray] = end.value
+                    return arrays
+                if isinstance(step, memoryview):
+                    answer = await _digest(step)
+                else:
+                    left = None if deadline is None else max(0.0, deadline - _clock.now())
+                    answer = await self._driver.wait(step, left)
 
     async def synchronize(self, timeout: float | None = None) -> None:
         """Wait until everything issued so far has been executed; raises what failed."""
@@ -228,6 +255,20 @@ async def _copy(target: memoryview, source: memoryview) -> None:
             await asyncio.sleep(0)
         end = start + PIECE
         copy_bytes(target[start:end], source[start:end], away=True)
+
+
+async def _digest(view: memoryview) -> bytes:
+    """Make a digest, in a thread of the loop's executor."""
+    loop = asyncio.get_running_loop()
+    made = hashlib.sha256()
+    for start in range(0, view.nbytes, HASHED):
+        piece = loop.run_in_executor(None, made.update, view[start : start + HASHED])
+        try:
+            await asyncio.shield(piece)
+        except asyncio.CancelledError:
+            await asyncio.wait([piece])  # on return nobody looks at the memory any more
+            raise
+    return made.digest()
 
 
 class AsyncStream(Stream):

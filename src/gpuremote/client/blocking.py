@@ -16,7 +16,9 @@ from gpuremote.client.array import RemoteArray
 from gpuremote.client.blocking_driver import BlockingDriver
 from gpuremote.client.core import Core
 from gpuremote.client.device import Device
+from gpuremote.client.known import digest_of
 from gpuremote.client.link import Link
+from gpuremote.client.offering import Steps
 from gpuremote.client.session import SessionBase
 from gpuremote.client.stream import Event, Stream
 from gpuremote.client.waits import Wait
@@ -142,7 +144,10 @@ class BlockingDevice(Device[BlockingArray]):
         if dtype is None and (given := self._given(value)) is not None:
             return given
         self._driver.room()
-        array, wait = self._upload(value, dtype)
+        host = self._host_array(value, dtype)
+        if self._core.known.enabled and (steps := self._offering([host])) is not None:
+            return self._make(steps, timeout)[0]
+        array, wait = self._upload_host(value, host)
         if wait is not None:
             self._driver.wait(wait, timeout)
         return array
@@ -162,10 +167,30 @@ class BlockingDevice(Device[BlockingArray]):
     ) -> list[BlockingArray]:
         """Upload several arrays in one message and one wait; as :meth:`put`."""
         self._driver.room()
-        arrays, wait = self._upload_many(values, dtype)
+        hosts = self._host_arrays(values, dtype)
+        if (steps := self._offering(hosts)) is not None:
+            return self._make(steps, timeout)
+        arrays, wait = self._upload_many(hosts)
         if wait is not None:
             self._driver.wait(wait, timeout)
         return arrays
+
+    def _make(self, steps: Steps[BlockingArray], timeout: float | None) -> list[BlockingArray]:
+        """Make the steps of an upload, one after the other."""
+        deadline = None if timeout is None else _clock.now() + timeout
+        answer: object = None
+        with contextlib.closing(steps):
+            while True:
+                try:
+                    step = steps.send(answer)
+                except StopIteration as end:
+                    arrays: list[BlockingArray] = end.value
+                    return arrays
+                if isinstance(step, memoryview):
+                    answer = digest_of(step)
+                else:
+                    left = None if deadline is None else max(0.0, deadline - _clock.now())
+                    answer = self._driver.wait(step, left)
 
     @property
     def xp(self) -> Any:

@@ -26,8 +26,9 @@ def connect(url: str | None = None) -> Connecting:
     url : str, optional
         ``gpu://host:port`` (a device server) or ``local://`` (a server on this machine, started
         as a child and ended with the last session). Options: ``transport``, ``require``,
-        ``connect_timeout``, ``grace``, ``memory``, ``lanes``, ``compression``; with ``gpu://`` also
-        ``cafile``, ``tls``, ``certfile``, ``keyfile``. Default: ``GPUREMOTE_URL``, else ``local://``.
+        ``connect_timeout``, ``grace``, ``memory``, ``lanes``, ``compression``, ``dedupe``;
+        with ``gpu://`` also ``cafile``, ``tls``, ``certfile``, ``keyfile``. Default:
+        ``GPUREMOTE_URL``, else ``local://``.
 
     Returns
     -------

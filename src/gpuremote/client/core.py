@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from gpuremote.client.issuing import FLUSH_NS, NEVER
+from gpuremote.client.known import Known
 from gpuremote.client.origin import describe
 from gpuremote.client.stats import SessionStats
 from gpuremote.client.uploading import Uploader
@@ -66,6 +67,8 @@ class Core(Uploader):
         Debugging: the driver waits after every op.
     download_policy : str
         What an implicit download does: ``"error"``, ``"warn"`` or ``"allow"``.
+    dedupe : {"auto", "on", "off"}
+        Whether digests of large uploads are told.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Core(Uploader):
         stack_depth: int = 2,
         sync: bool = False,
         download_policy: str = "error",
+        dedupe: str = "off",
     ) -> None:
         super().__init__(self, stack_depth, sync)
         self.peer.on_lost = self.count
@@ -86,6 +90,7 @@ class Core(Uploader):
         self.devices: list[Any] = []
         self.owner: Any = None
         self.download_policy = download_policy
+        self.known = Known(dedupe)
         self.draining = False
         self.wait: Callable[..., Any] = _nothing
         """Set by the driver: wait (or what to await) for a ``Wait``, with an optional timeout."""
@@ -122,6 +127,7 @@ class Core(Uploader):
         kind: str,
         into: memoryview | None = None,
         name: str = "",
+        blob: Any = None,
     ) -> Wait:
         """Issue a record that has an answer, and send everything up to it."""
         with self.lock:
@@ -129,7 +135,7 @@ class Core(Uploader):
             wait = Wait(0, kind, into)
             try:
                 try:
-                    wait.number = number = self._record(op, values, name)
+                    wait.number = number = self._record(op, values, name, blob)
                 finally:
                     self.flush_after = 0
                 self._waits[number] = wait

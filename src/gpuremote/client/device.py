@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from gpuremote._types import Shape
 from gpuremote.client import issue
 from gpuremote.client.array import RemoteArray
 from gpuremote.client.core import Core
+from gpuremote.client.offering import Steps, upload
 from gpuremote.client.waits import Wait
 from gpuremote.config import parse_address
 from gpuremote.errors import SessionClosed
@@ -126,7 +127,9 @@ class Device(Generic[A]):
     # -- uploads and copies ---------------------------------------------------------------------
 
     def _upload(self, value: Any, dtype: npt.DTypeLike | None = None) -> tuple[A, Wait | None]:
-        host = self._host_array(value, dtype)
+        return self._upload_host(value, self._host_array(value, dtype))
+
+    def _upload_host(self, value: Any, host: HostArray) -> tuple[A, Wait | None]:
         staged = self._staged(value, host)
         if staged is None:
             return self._put(host)
@@ -189,14 +192,22 @@ class Device(Generic[A]):
             raise
         return self._array_type(core, number, meta)
 
-    def _upload_many(
-        self, values: Any, dtype: npt.DTypeLike | None = None
-    ) -> tuple[list[A], Wait | None]:
-        hosts = [host_array(value, dtype) for value in values]
+    def _offering(self, hosts: Sequence[HostArray]) -> Steps[A] | None:
+        """The steps of an upload of which the server may have bytes already; None: they are not
+        looked for."""
+        core = self._core
+        connection = core.peer.connection
+        if any(core.known.applies(host.view.nbytes, connection) for host in hosts):
+            return upload(core, self.index, hosts, self._array)
+        return None
+
+    def _host_arrays(self, values: Any, dtype: npt.DTypeLike | None) -> list[HostArray]:
+        return [self._host_array(value, dtype) for value in values]
+
+    def _upload_many(self, hosts: Sequence[HostArray]) -> tuple[list[A], Wait | None]:
         if not hosts:
             return [], None
         core = self._core
-        core.stats.payload_copied += sum(host.copied for host in hosts)
         numbers, wait = core.put_many(
             [(host.shape, _wire(host.dtype), self.index, host.view) for host in hosts]
         )

@@ -57,6 +57,8 @@ class Link:
         Whom to trust; None: nothing is encrypted.
     lanes : LanePolicy
         Further connections for large payloads, over tcp.
+    dedupe : {"auto", "on", "off"}
+        Whether digests of large uploads are told.
     on_transport : list of callable
         Called with the explanation whenever the transport changes, in whichever thread opens
         connections.
@@ -74,6 +76,7 @@ class Link:
     token: bytes = field(default=b"", repr=False)
     tls: TlsClient | None = None
     lanes: LanePolicy = field(default_factory=LanePolicy)
+    dedupe: str = "off"
     server_ended: Callable[[], str | None] = lambda: None
     welcome: Welcome = field(default_factory=Welcome)
     explanation: Explanation = field(default_factory=Explanation)
@@ -106,6 +109,7 @@ class Link:
             core.session = welcome.session
             core.advertised = welcome.advertise or self.name
             core.encrypted = self.tls is not None
+            core.known.enabled = welcome.contents == 1
             core.peer.grant(welcome.window)
             core.state.advance(Stimulus.WELCOME)
             try:

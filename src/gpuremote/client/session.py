@@ -197,6 +197,7 @@ def make_core(link: Link) -> Core:
         stack_depth=settings.stack,
         sync=settings.debug == "sync",
         download_policy=settings.download,
+        dedupe=link.dedupe,
     )
 
 
@@ -221,4 +222,5 @@ def make_link(target: Target, host: str, port: int) -> Link:
         token=settings.token if target.scheme != "local" else b"",
         tls=tls,
         lanes=LanePolicy(target.lanes, target.compression),
+        dedupe=target.dedupe,
     )

@@ -33,6 +33,8 @@ class SessionStats:
     payload_copied : int
         Array bytes copied in user space on this side (small arrays that travel inside a message,
         first bytes that arrive together with a header, input that was not contiguous).
+    payload_spared : int
+        Array bytes that were not sent, as the server had them already.
     implicit_downloads : int
         Arrays that came to the host without ``get`` being called.
     freed : int
@@ -56,6 +58,7 @@ class SessionStats:
     payload_sent: int = 0
     payload_received: int = 0
     payload_copied: int = 0
+    payload_spared: int = 0
     implicit_downloads: int = 0
     freed: int = 0
     reconnects: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, Final, NamedTuple
 
 import numpy.typing as npt
@@ -185,9 +186,12 @@ class Uploader(Issuer):
         return known
 
     def put_many(
-        self, items: Sequence[tuple[tuple[int, ...], str, int, memoryview]]
+        self,
+        items: Sequence[tuple[tuple[int, ...], str, int, memoryview]],
+        digests: Sequence[bytes] = (),
     ) -> tuple[list[int], Wait]:
-        """Upload several arrays, up to ``GROUP`` of them as the payload of one message."""
+        """Upload several arrays, up to ``GROUP`` of them as the payload of one message. The server
+        may keep those of which there are digests (empty: there is none)."""
         wait = Wait(self._next, "put")
         entries: list[Entry] = []
         wait.entries = entries
@@ -199,7 +203,8 @@ class Uploader(Issuer):
             try:
                 for start in range(0, len(items), GROUP):
                     with self.peer.together():
-                        numbers += self._put_group(items[start : start + GROUP], wait, entries)
+                        group = items[start : start + GROUP]
+                        numbers += self._put_group(group, digests[start:], wait, entries)
             except BaseException:
                 self.cancel(wait)
                 raise
@@ -208,26 +213,62 @@ class Uploader(Issuer):
             self._relieve()
         return numbers, wait
 
+    def bring(self, numbers: Sequence[int], views: Sequence[memoryview]) -> Wait:
+        """Send the bytes of arrays that were offered, and that the server does not have."""
+        wait = Wait(numbers[0], "put")
+        entries: list[Entry] = []
+        wait.entries = entries
+        with self.lock:
+            self.trips["put"] = self.trips.get("put", 0) + 1
+            try:
+                for start in range(0, len(numbers), GROUP):
+                    group = list(numbers[start : start + GROUP])
+                    self._waits.update(dict.fromkeys(group, wait))
+                    self._send_group(group, views[start : start + GROUP], wait, entries)
+            except BaseException:
+                self.cancel(wait)
+                raise
+            self._posted()
+        if self._stalled:
+            self._relieve()
+        return wait
+
+    def withdraw(self, numbers: Sequence[int]) -> None:
+        """Offered arrays will not be brought."""
+        with self.lock:
+            if self.dead is None:
+                for number in numbers:
+                    self._record(Op.CANCEL, (number,))
+
     def _put_group(
         self,
         items: Sequence[tuple[tuple[int, ...], str, int, memoryview]],
+        digests: Sequence[bytes],
         wait: Wait,
         entries: list[Entry],
     ) -> list[int]:
         numbers = []
-        for shape, dtype, device, _ in items:
-            number = self._record(Op.PUT, (), "put", [list(shape), dtype, device])
+        for (shape, dtype, device, _), digest in zip_longest(items, digests[: len(items)]):
+            blob: list[Any] = [list(shape), dtype, device]
+            if digest:
+                blob.append(digest)
+            number = self._record(Op.PUT, (), "put", blob)
             numbers.append(number)
             self._waits[number] = wait
         self.flush()
+        self._send_group(numbers, [view for *_, view in items], wait, entries)
+        return numbers
+
+    def _send_group(
+        self, numbers: list[int], views: Sequence[memoryview], wait: Wait, entries: list[Entry]
+    ) -> None:
         body = b"".join(NUMBER.pack(number) for number in numbers)
-        regions = [Region(view.toreadonly()) for *_, view in items]  # lent, not given away
+        regions = [Region(view.toreadonly()) for view in views]  # lent, not given away
         wait.left += 1
         entry = self.peer.post_payload(
             Kind.PAYLOAD, body, regions, lambda: self._put_done(numbers, wait)
         )
         entries.append(entry)
-        return numbers
 
     def _put_done(self, numbers: list[int], wait: Wait) -> None:
         for number in numbers:

@@ -22,9 +22,11 @@ class Arrival:
     ----------
     target : memoryview or DeviceTarget
         What is to be filled; after ``place``.
+    digest : bytes
+        By which the server may keep what comes; empty: it does not.
     """
 
-    __slots__ = ("_array", "meta", "slot", "storage", "target")
+    __slots__ = ("_array", "digest", "meta", "slot", "storage", "target")
 
     target: Target
 
@@ -32,6 +34,7 @@ class Arrival:
         self.slot = slot
         self.meta = meta
         self.storage = storage
+        self.digest = b""
         self._array: Any = None
 
     @property

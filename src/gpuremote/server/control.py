@@ -9,7 +9,7 @@ from typing import Any, Final
 from gpuremote.errors import ProtocolError
 from gpuremote.wire.frames import pack_info, unpack_info
 
-__all__ = ["pair", "receive", "send"]
+__all__ = ["pair", "receive", "receive_file", "send", "send_file"]
 
 _MAX: Final = 128 * 1024
 
@@ -23,8 +23,12 @@ def send(
     channel: socket.socket, request: dict[str, Any], sock: socket.socket | None = None
 ) -> None:
     """Send a message, and with it a socket (the sender keeps its own descriptor)."""
-    descriptors = [sock.fileno()] if sock is not None else []
-    socket.send_fds(channel, [pack_info(request)], descriptors)
+    send_file(channel, request, -1 if sock is None else sock.fileno())
+
+
+def send_file(channel: socket.socket, request: dict[str, Any], descriptor: int = -1) -> None:
+    """Send a message, and with it any open file (the sender keeps its own descriptor)."""
+    socket.send_fds(channel, [pack_info(request)], [descriptor] if descriptor >= 0 else [])
 
 
 def receive(channel: socket.socket) -> tuple[dict[str, Any], socket.socket | None]:
@@ -35,13 +39,30 @@ def receive(channel: socket.socket) -> tuple[dict[str, Any], socket.socket | Non
     EOFError
         The other end is gone.
     """
+    request, descriptor = receive_file(channel)
+    return request, None if descriptor < 0 else socket.socket(fileno=descriptor)
+
+
+def receive_file(channel: socket.socket) -> tuple[dict[str, Any], int]:
+    """The next message, and the descriptor that came with it (-1: none), the caller's from then on.
+
+    Raises
+    ------
+    EOFError
+        The other end is gone.
+    """
     data, descriptors, _, _ = socket.recv_fds(channel, _MAX, 4)
-    sock = socket.socket(fileno=descriptors[0]) if descriptors else None
     for extra in descriptors[1:]:
         os.close(extra)
-    if not data:
-        raise EOFError("the other end of the control channel is gone")
-    request = unpack_info(data, _MAX)
-    if not isinstance(request, dict):
-        raise ProtocolError("a control message that is not a map")
-    return request, sock
+    descriptor = descriptors[0] if descriptors else -1
+    try:
+        if not data:
+            raise EOFError("the other end of the control channel is gone")
+        request = unpack_info(data, _MAX)
+        if not isinstance(request, dict):
+            raise ProtocolError("a control message that is not a map")
+    except BaseException:
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise
+    return request, descriptor

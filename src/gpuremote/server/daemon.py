@@ -29,6 +29,7 @@ from gpuremote.errors import (
     WorkerDied,
 )
 from gpuremote.rpc.dial import host_identity
+from gpuremote.server.contents import ContentStore, tenant_of
 from gpuremote.server.greeting import Caller
 from gpuremote.server.options import ServerOptions
 from gpuremote.server.stock import ATTEMPTS, Stock, WorkerProcess
@@ -79,7 +80,9 @@ class DeviceServer:
         self._sessions: dict[bytes, _Session] = {}
         self._by_worker: dict[int, _Session] = {}
         self._tombstones: OrderedDict[bytes, tuple[bytes, str]] = OrderedDict()
-        self._stock = Stock(options, self._worker_ended)
+        kept = options.kept_contents
+        self._store = ContentStore(kept) if kept else None
+        self._stock = Stock(options, self._worker_ended, self._store)
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._silent: dict[asyncio.Task[None], float] = {}
@@ -161,6 +164,8 @@ class DeviceServer:
             self._listener.close()
             self._listener = None
         await self._stock.close()
+        if self._store is not None:
+            await self._store.close()
 
     def describe(self) -> dict[str, Any]:
         """What ``top`` and tests look at."""
@@ -168,6 +173,7 @@ class DeviceServer:
             "address": self.address,
             "backend": self.options.backend,
             "draining": self._draining,
+            "contents": {} if self._store is None else self._store.describe(),
             "sessions": [
                 {"worker": s.worker.pid, "alive": s.worker.alive} for s in self._sessions.values()
             ],
@@ -287,13 +293,13 @@ class DeviceServer:
                 )
             session = None
         if caller.encrypted:
-            opened = await self._open()
+            opened = await self._open(caller)
             loop = asyncio.get_running_loop()
             loop.call_later(UNCLAIMED, self._give_up_unclaimed, opened)
             await caller.say(Opened(opened.ident, opened.secret))
             return
         for left in reversed(range(ATTEMPTS)):
-            opened = session or await self._open()
+            opened = session or await self._open(caller)
             try:
                 await self._hand_over(opened, caller.sock, hello)
                 return
@@ -328,13 +334,15 @@ class DeviceServer:
         }
         await session.worker.hand_over(request, sock, HANDSHAKE_TIMEOUT)
 
-    async def _open(self) -> _Session:
+    async def _open(self, caller: Caller) -> _Session:
         ident = secrets.token_bytes(16)
         self._opening += 1
         try:
             worker = await self._stock.take(HANDSHAKE_TIMEOUT)
         finally:
             self._opening -= 1
+        if worker.desk is not None:
+            worker.desk.tenant = tenant_of(self.options.token, *caller.certificate())
         session = _Session(ident, secrets.token_bytes(32), worker)
         self._sessions[ident] = session
         self._by_worker[worker.pid] = session

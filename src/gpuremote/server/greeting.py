@@ -12,7 +12,7 @@ import secrets
 import socket
 import ssl
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from gpuremote.errors import AuthenticationFailed, GpuRemoteError, ProtocolError
 from gpuremote.transport.certificates import TlsServer
@@ -66,6 +66,12 @@ class Caller:
         self._tls: ssl.SSLObject | None = None
         self._whole = False  # the reader has a whole message
         self._failed = False  # what is said would not be understood
+
+    def certificate(self) -> tuple[dict[str, Any] | None, bytes]:
+        """The caller's own, if it has shown one that this server trusts, and the same in DER."""
+        if self._tls is None:
+            return None, b""
+        return self._tls.getpeercert(), self._tls.getpeercert(binary_form=True) or b""
 
     async def first(self) -> bool:
         """Take the first bytes; whether TLS begins."""

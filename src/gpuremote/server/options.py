@@ -6,10 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from gpuremote.errors import ConfigError
+from gpuremote.memory.host import host_memory
 
-__all__ = ["ServerOptions"]
+__all__ = ["CONTENT_CACHE", "ServerOptions"]
+
+CONTENT_CACHE: Final = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,8 @@ class ServerOptions:
         for name in ("devices", "memory_limit", "grace", "max_sessions", "warm", "drain"):
             if not getattr(self, name) >= 0:  # NaN is neither
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.content_cache < -1:
+            raise ConfigError(f"content_cache is {self.content_cache}; it must be 0 or more")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port {self.port} is not in 0..65535")
         for name in ("keyfile", "client_ca"):
@@ -92,6 +98,15 @@ class ServerOptions:
         for allowed in self.allow_ops:
             if not re.fullmatch(r"\w+(=[\w.]+)?", allowed):
                 raise ConfigError(f"allow_ops: {allowed!r} is neither NAME nor NAME=MODULE")
+
+    @property
+    def kept_contents(self) -> int:
+        """Bytes of uploads that are kept."""
+        if self.content_cache >= 0:
+            return self.content_cache
+        # Whom a server does not know it can't tell from another one.
+        known = bool(self.token or self.client_ca)
+        return min(CONTENT_CACHE, host_memory() // 16) if known else 0
 
     def worker_environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         """What a worker process finds there: the token, which a command line would show."""

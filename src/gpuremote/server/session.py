@@ -34,6 +34,7 @@ from gpuremote.server.arrivals import Arrival
 from gpuremote.server.execute import Executable
 from gpuremote.server.fusion import Fusion
 from gpuremote.server.ordering import Ordering
+from gpuremote.server.sharing import Sharing
 from gpuremote.server.storage import STALLED, Failure, Quota, Slot, Storage
 from gpuremote.server.torch_graph import GraphExecutable
 from gpuremote.server.torch_run import TorchExecutable
@@ -104,6 +105,7 @@ class WorkerSession:
         self.ops_executed = 0
         self.answers = Answers(self)
         self.ordering = Ordering(self, wake)
+        self.sharing = Sharing(self)
         self.default = self.ordering.default
         self.streams = self.ordering.streams
         self._plans: dict[int, Executable] = {}
@@ -121,6 +123,7 @@ class WorkerSession:
             Op.PUT: self._put,
             Op.PUT_INLINE: self._put_inline,
             **self.ordering.records,
+            **self.sharing.records,
             Op.META: self._meta,
             Op.CANCEL: self._cancel,
             Op.SEND_TO: self._send_to,
@@ -164,7 +167,7 @@ class WorkerSession:
             # Without one its PUT was refused (the client has been told why) or cancelled.
             place = None if places is None else places[k]
             direct = incoming.takes_device
-            if arrival is not None and self._placed(number, arrival, "put", place, direct):
+            if arrival is not None and self.place(number, arrival, "put", place, direct):
                 targets.append(arrival.target)
             else:
                 targets.append(None)
@@ -201,10 +204,27 @@ class WorkerSession:
     def on_payload_done(self, token: object) -> None:
         assert isinstance(token, _Upload)
         for number in token.numbers:
-            arrival = self._arriving.pop(number, None)
-            if arrival is not None:
+            arrival = self._arriving.get(number)
+            if arrival is not None and not self.sharing.keep(number, arrival):
+                del self._arriving[number]
                 arrival.fill(self.backend)
         self.ordering.stir()
+
+    def arriving(self, number: int) -> Arrival | None:
+        """What is to be the array ``number``, if it is still waited for."""
+        return self._arriving.get(number)
+
+    def arrived(self, number: int, arrival: Arrival, error: Exception | None) -> None:
+        """Every byte of it is in place, or will not come; without the lock."""
+        with self.lock:
+            if self._arriving.get(number) is arrival:
+                del self._arriving[number]
+                try:
+                    if error is not None:
+                        raise error
+                    arrival.fill(self.backend)
+                except Exception as failure:
+                    arrival.slot.poison(self.failed(number, "put", failure))
 
     def on_payload_cancelled(self, token: object) -> None:
         assert isinstance(token, _Upload)
@@ -330,9 +350,7 @@ class WorkerSession:
     def _stats(self, number: int) -> None:
         self.answers.info(number, self.stats())
 
-    def _announced(
-        self, number: int, op: str, shape: Any, dtype: Any, device: Any
-    ) -> Arrival | None:
+    def announce(self, number: int, op: str, shape: Any, dtype: Any, device: Any) -> Arrival | None:
         """A slot for bytes that come from outside; poisoned if they can't be taken."""
         slot = self._table[number] = Slot()
         meta = self._checked_meta(shape, dtype, device)
@@ -344,7 +362,7 @@ class WorkerSession:
         arrival = self._arriving[number] = Arrival(slot, meta, storage)
         return arrival
 
-    def _placed(
+    def place(
         self,
         number: int,
         arrival: Arrival,
@@ -381,17 +399,19 @@ class WorkerSession:
     def _put(self, number: int, blob: Any) -> None:
         match blob:
             case [shape, dtype, device]:
-                self._announced(number, "put", shape, dtype, device)
+                self.announce(number, "put", shape, dtype, device)
+            case [shape, dtype, device, bytes(digest)]:
+                self.sharing.check(digest, self.announce(number, "put", shape, dtype, device))
             case _:
                 raise ProtocolError(f"PUT {number} is malformed")
 
     def _put_inline(self, number: int, blob: Any) -> None:
         match blob:
             case [shape, dtype, device, bytes(data)]:
-                arrival = self._announced(number, "put", shape, dtype, device)
+                arrival = self.announce(number, "put", shape, dtype, device)
             case _:
                 raise ProtocolError(f"PUT_INLINE {number} is malformed")
-        if arrival is None or not self._placed(number, arrival, "put"):
+        if arrival is None or not self.place(number, arrival, "put"):
             return
         if arrival.view.nbytes != len(data):
             raise ProtocolError(f"PUT_INLINE {number} has {len(data)} of {arrival.meta.nbytes}")
@@ -458,7 +478,7 @@ class WorkerSession:
     def _expect(self, number: int, blob: Any) -> None:
         match blob:
             case [shape, dtype, device, bytes(ticket)] if len(ticket) >= 16:
-                arrival = self._announced(number, "copy_to", shape, dtype, device)
+                arrival = self.announce(number, "copy_to", shape, dtype, device)
                 if arrival is not None:
                     self._expected[ticket] = number
                 else:
@@ -477,7 +497,7 @@ class WorkerSession:
             number = self._expected.pop(ticket, 0)
             self._gone.append(ticket)
             arrival = self._arriving.get(number)
-            if arrival is None or not self._placed(number, arrival, "copy_to"):
+            if arrival is None or not self.place(number, arrival, "copy_to"):
                 return None
             self._claimed.add(number)
             return number, arrival.view
@@ -518,7 +538,7 @@ class WorkerSession:
 
     def _say_goodbye(self, number: int) -> object:
         busy = any(stream.queue for stream in list(self.streams.values()))
-        if busy or self._arriving or self.copying():
+        if busy or self._arriving or self.copying() or self.sharing.active:
             return STALLED
         with self.lock:
             self.goodbye = True
@@ -540,4 +560,6 @@ class WorkerSession:
             "messages_received": self.peer.messages_received,
             "messages_sent": self.peer.messages_sent,
             "results_kept": self.peer.unacknowledged,
+            "uploads_taken": self.sharing.taken,
+            "uploads_kept": self.sharing.kept,
         }

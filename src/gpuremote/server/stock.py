@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from gpuremote.errors import ServerBusy, WorkerDied
 from gpuremote.server import control
+from gpuremote.server.contents import ContentStore, Desk
 from gpuremote.server.options import ServerOptions
 
 __all__ = ["Stock", "WorkerProcess"]
@@ -31,6 +32,8 @@ class WorkerProcess:
     ----------
     on_exit : callable
         Called once, from the loop, when the process has ended.
+    store : ContentStore or None
+        What the server keeps of uploads.
 
     Attributes
     ----------
@@ -40,9 +43,16 @@ class WorkerProcess:
         A client has come to it over TLS.
     stats : dict
         Its last words.
+    desk : Desk or None
+        Where it asks for uploads that are kept.
     """
 
-    def __init__(self, options: ServerOptions, on_exit: Callable[[WorkerProcess], None]) -> None:
+    def __init__(
+        self,
+        options: ServerOptions,
+        on_exit: Callable[[WorkerProcess], None],
+        store: ContentStore | None = None,
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.channel, theirs = control.pair()
         self.ready: asyncio.Future[None] = loop.create_future()
@@ -52,6 +62,12 @@ class WorkerProcess:
         self._loop = loop
         self._numbers = itertools.count()
         self._handed: dict[int, asyncio.Future[None]] = {}
+        self.desk = None if store is None else Desk(store)
+        ends = [theirs.fileno()]
+        more = []
+        if self.desk is not None:
+            ends.append(self.desk.theirs.fileno())
+            more = ["--contents", str(ends[1])]
         try:
             self.process = subprocess.Popen(
                 [
@@ -60,9 +76,10 @@ class WorkerProcess:
                     "gpuremote.server.worker",
                     "--channel",
                     str(theirs.fileno()),
+                    *more,
                     *options.worker_arguments(),
                 ],
-                pass_fds=[theirs.fileno()],
+                pass_fds=ends,
                 env=options.worker_environment(os.environ),
                 stdin=subprocess.DEVNULL,
                 # A terminal's Ctrl-C is for the daemon, which then drains.
@@ -70,6 +87,8 @@ class WorkerProcess:
             )
         finally:
             theirs.close()
+            if self.desk is not None:
+                self.desk.theirs.close()
         self.channel.setblocking(False)
         self._pidfd = os.pidfd_open(self.process.pid)
         loop.add_reader(self._pidfd, self._exited)
@@ -174,6 +193,8 @@ class WorkerProcess:
             pass
         self._loop.remove_reader(self.channel.fileno())
         self.channel.close()
+        if self.desk is not None:
+            self.desk.close()
         for taken in self._handed.values():
             if not taken.done():
                 taken.set_exception(self.died())
@@ -191,10 +212,18 @@ class Stock:
     ----------
     on_exit : callable
         Called for each worker that ends, whether it had a session or not.
+    store : ContentStore or None
+        What the server keeps of uploads.
     """
 
-    def __init__(self, options: ServerOptions, on_exit: Callable[[WorkerProcess], None]) -> None:
+    def __init__(
+        self,
+        options: ServerOptions,
+        on_exit: Callable[[WorkerProcess], None],
+        store: ContentStore | None = None,
+    ) -> None:
         self._options = options
+        self._store = store
         self._on_exit = on_exit
         self._waiting: list[WorkerProcess] = []
         self._all: set[WorkerProcess] = set()
@@ -245,7 +274,7 @@ class Stock:
             await asyncio.sleep(0.005)
 
     def _start(self) -> WorkerProcess:
-        worker = WorkerProcess(self._options, self._gone)
+        worker = WorkerProcess(self._options, self._gone, self._store)
         self._all.add(worker)
         return worker
 

@@ -87,6 +87,8 @@ class Worker:
         self._wake_control = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         limit = options.memory_limit or _default_limit(self.backend)
         self.session = WorkerSession(self.backend, limit, self._wake)
+        if options.contents >= 0:
+            self.session.sharing.channel = socket.socket(fileno=options.contents)
         token = os.environ.pop("GPUREMOTE_TOKEN", "").encode()
         trust = TlsClient(options.cafile, options.certfile, options.keyfile)
         self.copies = PeerCopies(self.session, self._wake, token, trust)
@@ -151,6 +153,7 @@ class Worker:
             or session.streams
             or session.peer.held
             or self.copies.active
+            or session.sharing.active
             or session.goodbye
         )
 
@@ -456,6 +459,7 @@ class Worker:
             choice=request["choice"],
             advertise=request["advertise"],
             worker=os.getpid(),
+            contents=int(self.session.sharing.channel is not None),
         )
 
 
@@ -476,6 +480,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``python -m gpuremote.server.worker``; started by the daemon only."""
     parser = argparse.ArgumentParser(prog="gpuremote-worker")
     parser.add_argument("--channel", type=int, required=True)
+    parser.add_argument("--contents", type=int, default=-1)
     parser.add_argument("--backend", required=True)
     parser.add_argument("--devices", type=int, required=True)
     parser.add_argument("--memory-limit", type=int, required=True)

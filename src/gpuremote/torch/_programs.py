@@ -160,6 +160,8 @@ _WHY: Final[Mapping[Any, str]] = {
     Op.SYNC: "it waits for the device",
     Op.PUT: "it uploads a tensor: give it as an argument",
     Op.PUT_INLINE: "it uploads a tensor: give it as an argument",
+    Op.OFFER: "it uploads a tensor: give it as an argument",
+    Op.CONTENTS: "it uploads a tensor: give it as an argument",
     Op.CLEAR_PLANS: "there were too many plans",
 }
 

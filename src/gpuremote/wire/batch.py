@@ -46,7 +46,8 @@ class Op(enum.IntEnum):
     GET = 2
     """u64 handle: answer with the array's bytes."""
     PUT = 3
-    """blob [shape, dtype, device]: the bytes come in a PAYLOAD message."""
+    """blob [shape, dtype, device], and maybe a digest, by which the server may keep the bytes: they
+    come in a PAYLOAD message."""
     PUT_INLINE = 4
     """blob [shape, dtype, device, bytes]."""
     SYNC = 5
@@ -83,6 +84,11 @@ class Op(enum.IntEnum):
     """u64 handle, u32 device: a copy on another device of this server."""
     CLEAR_PLANS = 21
     """Every plan is forgotten."""
+    OFFER = 22
+    """blob [shape, dtype, device, digest]: as PUT, and answer whether the bytes are here already.
+    If not, the PAYLOAD has to come."""
+    CONTENTS = 23
+    """Answer with the beginnings of the digests whose bytes are here."""
 
 
 ALL_STREAMS: Final = 0xFFFFFFFF
@@ -112,8 +118,10 @@ _FIXED: Final[dict[int, struct.Struct]] = {
     Op.STATS: struct.Struct("<"),
     Op.COPY: struct.Struct("<QI"),
     Op.CLEAR_PLANS: struct.Struct("<"),
+    Op.OFFER: struct.Struct("<"),
+    Op.CONTENTS: struct.Struct("<"),
 }
-_WITH_BLOB: Final = frozenset((Op.DEFINE, Op.PUT, Op.PUT_INLINE, Op.SEND_TO, Op.EXPECT))
+_WITH_BLOB: Final = frozenset((Op.DEFINE, Op.PUT, Op.PUT_INLINE, Op.SEND_TO, Op.EXPECT, Op.OFFER))
 _WITH_KIND: Final = {op: struct.Struct("<I" + s.format[1:]) for op, s in _FIXED.items()}
 
 

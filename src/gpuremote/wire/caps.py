@@ -56,3 +56,12 @@ MAX_HANDLES: Final = 1 << 22
 
 MAX_BACKLOG: Final = 65536
 """Ops that wait in a worker's streams before it stops granting credit."""
+
+DIGEST: Final = 32
+"""Bytes of a digest of an upload (SHA-256)."""
+DIGEST_START: Final = 8
+"""Of those, the bytes that tell a client which digests to offer."""
+SHARED_LEAST: Final = 1 * MiB
+"""Bytes of an upload that may come with a digest: for less it costs more than it spares."""
+SHARED_MOST: Final = 2048
+"""Uploads that a server keeps for further sessions."""

@@ -208,6 +208,8 @@ class Welcome:
         Message bytes that the client may send before the first ACK.
     choice : dict
         The transport chosen, and every candidate with its reason.
+    contents : int
+        1 if the server keeps uploads for further sessions, and takes digests of them; else 0.
     """
 
     version: int = MAX_VERSION
@@ -225,6 +227,7 @@ class Welcome:
     choice: dict[str, Any] = field(default_factory=dict)
     advertise: str = ""
     worker: int = 0
+    contents: int = 0
 
     def encode(self) -> bytes:
         body = {
@@ -243,6 +246,7 @@ class Welcome:
             "choice": self.choice,
             "advertise": self.advertise,
             "worker": self.worker,
+            "contents": self.contents,
         }
         return _frame(HelloKind.WELCOME, body, (MIN_VERSION, MAX_VERSION))
 
@@ -267,6 +271,7 @@ class Welcome:
             choice=_get(body, "choice", dict, {}),
             advertise=_get(body, "advertise", str, ""),
             worker=_get(body, "worker", int, 0),
+            contents=_get(body, "contents", int, 0),
         )
 
 

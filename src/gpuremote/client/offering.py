@@ -1,0 +1,98 @@
+"""Uploads of which the server may have the bytes already, as steps that either driver can make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeAlias, TypeVar
+
+from gpuremote import _clock
+from gpuremote.client.core import Core
+from gpuremote.client.waits import Wait
+from gpuremote.memory.host import HostArray
+from gpuremote.wire.batch import Op
+
+__all__ = ["Steps", "upload"]
+
+T = TypeVar("T")
+
+Steps: TypeAlias = Generator[Wait | memoryview, object, list[T]]
+"""What is to be waited for, whose answer is to be sent back; or memory whose digest is."""
+
+
+def upload(
+    core: Core, device: int, hosts: Sequence[HostArray], make: Callable[[int, HostArray], T]
+) -> Steps[T]:
+    """Upload arrays, those of which the server has the bytes without sending them.
+
+    To be closed where a step fails: what was offered is taken back then.
+
+    Parameters
+    ----------
+    make : callable
+        Makes an array of its number.
+
+    Yields
+    ------
+    Wait or memoryview
+
+    Returns
+    -------
+    list
+        The arrays, in order.
+    """
+    known, connection = core.known, core.peer.connection
+    wanted = [known.worth_it(host.view.nbytes, connection) for host in hosts]
+    if any(wanted):
+        listing = known.ask(lambda: core.ask(Op.CONTENTS, kind="contents"))
+        if listing is not None:
+            yield listing
+    digests = []
+    for host, wants in zip(hosts, wanted, strict=True):
+        digest = (yield host.view) if wants else b""
+        assert isinstance(digest, bytes)
+        digests.append(digest)
+    made: dict[int, T] = {}
+    offered: dict[int, Wait] = {}
+    try:
+        for position, (host, digest) in enumerate(zip(hosts, digests, strict=True)):
+            if digest and known.has(digest):
+                blob = [list(host.shape), host.dtype.str.lstrip("<|="), device, digest]
+                wait = core.ask(Op.OFFER, kind="offer", name="put", blob=blob)
+                offered[position] = wait
+                made[position] = make(wait.number, host)
+        if len(offered) > 1:
+            core.trips["offer"] -= len(offered) - 1  # nobody waits before all are asked
+        missing = []
+        for position, wait in offered.items():
+            there = bool((yield wait))
+            known.note(digests[position], there)
+            if there:
+                core.stats.payload_spared += hosts[position].view.nbytes
+            else:
+                missing.append(position)
+        begin = _clock.now()
+        sent = 0
+        if missing:
+            views = [hosts[position].view for position in missing]
+            yield core.bring([offered[position].number for position in missing], views)
+            sent += sum(view.nbytes for view in views)
+        rest = [position for position in range(len(hosts)) if position not in offered]
+        if rest:
+            items = [
+                (host.shape, host.dtype.str.lstrip("<|="), device, host.view)
+                for host in (hosts[position] for position in rest)
+            ]
+            numbers, wait = core.put_many(items, [digests[position] for position in rest])
+            for position, number in zip(rest, numbers, strict=True):
+                made[position] = make(number, hosts[position])
+            yield wait
+            sent += sum(view.nbytes for *_, view in items)
+    except BaseException:
+        core.withdraw([wait.number for wait in offered.values()])
+        raise
+    if sent:
+        known.sent(sent, _clock.now() - begin)
+    for digest in digests:
+        if digest:
+            known.note(digest, True)
+    return [made[position] for position in range(len(hosts))]
