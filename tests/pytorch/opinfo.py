@@ -330,10 +330,11 @@ def _compare(op: Any, here: tuple[Any, Any], there: tuple[Any, Any]) -> None:
             assert one.dtype == other.dtype, f"dtype {other.dtype} for {one.dtype}"
             if _is_random(op):
                 continue
-            dense = one.to_dense() if one.layout != torch.strided else one
+            assert one.layout == other.layout, f"layout {other.layout} for {one.layout}"
+            sparse = one.layout != torch.strided
             torch.testing.assert_close(
-                other.detach().cpu(),
-                dense.detach().cpu(),
+                (other.to_dense() if sparse else other).detach().cpu(),
+                (one.to_dense() if sparse else one).detach().cpu(),
                 rtol=loose.get(one.dtype, 1e-3),
                 atol=loose.get(one.dtype, 1e-4),
                 equal_nan=True,

@@ -43,8 +43,8 @@ def make(run, plans, HELD, ODD, make_tensor, getframe, default):
                     plans.clear()
                 plans[key] = plan
             return made
-        frame = getframe()
-        number = plan.issue(plan, plan.pack(plan.id, {values}), frame.f_back or frame)
+        # By no name: a frame that names itself keeps its tensors until the garbage is collected.
+        number = plan.issue(plan, plan.pack(plan.id, {values}), getframe().f_back or getframe())
         if plan.only is not None:
             return make_tensor(plan.place, number, plan.only)
         return ({names},)[plan.back]

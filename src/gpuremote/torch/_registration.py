@@ -20,6 +20,7 @@ from gpuremote.torch._module import RemoteModule, counted
 from gpuremote.torch._printing import print_locally
 from gpuremote.torch._random import serve_generator
 from gpuremote.torch._saved import teach_storages
+from gpuremote.torch._sparse import FROM_DENSE, FRONTED_SPARSE, SPARSE
 from gpuremote.torch._special import FRONTED, SPECIAL, VIEWS
 from gpuremote.torch._storages import handle_of
 from gpuremote.torch._tier import native
@@ -47,6 +48,9 @@ LEFT_TO_TORCH: Final = frozenset(
 )
 """Ops that torch does with others, or that mean nothing here."""
 
+_OWN: Final = SPECIAL | CELLS | FROM_DENSE
+_IN_FRONT: Final = FRONTED | FRONTED_SPARSE
+
 _lock = threading.Lock()
 _allowed: set[str] = set()
 _libraries: list[Any] = []
@@ -67,9 +71,11 @@ def register() -> None:
         library: Any = torch.library.Library("aten", "IMPL")
         everything: Any = torch.library.Library("_", "IMPL")
         _libraries.extend((library, everything))
-        for name, kernel in (SPECIAL | CELLS).items():
-            if native is None or name not in FRONTED:
+        for name, kernel in _OWN.items():
+            if native is None or name not in _IN_FRONT:
                 library.impl(name.partition("::")[2], kernel, "PrivateUse1")
+        for name, kernel in SPARSE.items():
+            library.impl(name.partition("::")[2], kernel, "SparsePrivateUse1")
         register_autocast(library, everything)
         ours = {
             name: op
@@ -136,9 +142,9 @@ def _register_in_front(library: Any, ours: dict[str, Any]) -> None:
         kernel = Kernel(op)
         kinds[name.partition("::")[2]] = kernel.kinds
         library.impl(name.partition("::")[2], kernel, "QuantizedPrivateUse1")
-    for name, known in FRONTED.items():
+    for name, known in _IN_FRONT.items():
         kinds[name.partition("::")[2]] = known
-        library.impl(name.partition("::")[2], SPECIAL[name], "QuantizedPrivateUse1")
+        library.impl(name.partition("::")[2], _OWN[name], "QuantizedPrivateUse1")
     native.register_kernels(kinds, [name.partition("::")[2] for name in VIEWS])
     on_new_plans.append(native.forget_plans)
 
@@ -181,7 +187,7 @@ def _op(name: str) -> Any:
 
 def _is_ours(name: str, op: Any) -> bool:
     """Whether an op becomes a record."""
-    if name in LEFT_TO_TORCH or name in SPECIAL or name in CELLS or name in VIEWS:
+    if name in LEFT_TO_TORCH or name in _OWN or name in VIEWS:
         return False
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     if has(name, "CompositeImplicitAutograd") or torch.Tag.inplace_view in op.tags:
