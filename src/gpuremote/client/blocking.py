@@ -269,6 +269,7 @@ class Session(SessionBase[BlockingDevice]):
         except BaseException:
             self._closed = True  # it never was open
             raise
+        self._driver.begin()
         self._set_devices(BlockingDevice, BlockingArray)
 
     def __enter__(self) -> Self:
@@ -355,6 +356,7 @@ class Session(SessionBase[BlockingDevice]):
                 self._driver.wait(self._core.say_goodbye(), timeout)
         finally:
             self._finish_close()
+            self._driver.end()
             if self._on_close is not None:
                 self._on_close()
         if raise_failures:

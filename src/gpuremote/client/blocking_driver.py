@@ -11,8 +11,10 @@ import threading
 from typing import Any, Final, Protocol
 
 from gpuremote import _clock
+from gpuremote._clock import now_ns
 from gpuremote.client.core import Core
 from gpuremote.client.link import MAX_PAUSE, Link
+from gpuremote.client.tail import TAIL
 from gpuremote.client.waits import Wait
 from gpuremote.errors import ConnectionLost, DeadlineExceeded, GpuRemoteError, ProtocolError
 from gpuremote.rpc.peer import Connection
@@ -28,6 +30,11 @@ MANY: Final = 1024
 RECEIPTS: Final = 1
 """Uploads that nothing was heard of, before a further one looks whether something was: memory is
 used again as soon as the server is through with it, while it is in the caches."""
+FIRST_NS: Final = 60_000
+"""Nanoseconds after a wait for which the first op is kept, as others may follow: a send costs as
+much as several ops."""
+REST_NS: Final = 500_000
+"""Nanoseconds for which a batch is overdue, before the program is taken to do something else."""
 SHORT: Final = 0.01
 """Seconds for going back to a server on behalf of another session, apart from one attempt."""
 
@@ -79,6 +86,40 @@ class BlockingDriver:
         core.on_stall = self._stalled
         core.on_sync = self._synced
         core.poll = self._poll
+        core.idle_pause = FIRST_NS
+
+    def begin(self) -> None:
+        """From now on a thread sends what the program leaves unsent."""
+        self.core.on_buffered = self.core.on_output = TAIL.add(self)
+
+    def end(self) -> None:
+        TAIL.remove(self)
+
+    def send_rest(self) -> bool:
+        """Send what the program has left, if it has stopped issuing; whether anything was left.
+
+        Called by another thread than those of the program.
+        """
+        core = self.core
+        connection = core.peer.connection
+        sending = connection is not None and connection.pending_output
+        if core.dead is not None or not (core.unsent or sending):
+            return False
+        if not core.lock.acquire(blocking=False):
+            return True  # the program is at it
+        try:
+            if core.unsent and now_ns() > core.flush_after + REST_NS:
+                core.flush()
+            elif sending and connection is core.peer.connection:
+                connection.flush()
+        except ConnectionLost as error:
+            assert connection is not None
+            self._lost(connection, error)
+        except GpuRemoteError:
+            return False  # the program finds out at its next op
+        finally:
+            core.lock.release()
+        return True
 
     def wait(self, wait: Wait, timeout: float | None = None) -> Any:
         """The answer of ``wait``.

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from gpuremote._clock import now_ns
 from gpuremote.client.issuing import FLUSH_NS, NEVER
 from gpuremote.client.known import Known
 from gpuremote.client.origin import describe
@@ -68,7 +69,7 @@ class Core(Uploader):
     download_policy : str
         What an implicit download does: ``"error"``, ``"warn"`` or ``"allow"``.
     dedupe : {"auto", "on", "off"}
-        Whether digests of large uploads are told.
+        Whether large uploads are looked for at the server.
     """
 
     def __init__(
@@ -396,9 +397,9 @@ class Core(Uploader):
         return len(self._waits)
 
     def settled(self) -> None:
-        """A wait has ended: without another, the next record goes out at once."""
+        """A wait has ended: without another, the next record goes out soon."""
         if not self._waits:
-            self.flush_after = 0
+            self.flush_after = now_ns() + self.idle_pause if self.idle_pause else 0
             self._pause = FLUSH_NS
 
     @property

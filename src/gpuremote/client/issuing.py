@@ -97,12 +97,14 @@ class Issuer:
     dropped : deque of int
         Handles of arrays that were collected; finalisers only append to it. So do those of
         streams and events, to ``dropped_streams`` and ``dropped_events``.
+    idle_pause : int
+        Set by the driver: nanoseconds for which the first record after a wait is kept.
     on_stall : callable
         Set by the driver: make progress until ``peer.credit`` is positive (or raise).
     on_output : callable
         Set by the driver: something was left for the kernel to take later.
     on_buffered : callable or None
-        Set by the driver: records lie in the buffer and nothing will send them by itself.
+        Set by the driver: records lie in the buffer and nothing in here will send them.
     on_check : callable
         Debugging: wait for everything issued, raise what failed.
     on_plans_cleared : callable
@@ -148,6 +150,7 @@ class Issuer:
         self._first = 1
         """Number of the first record in the buffer."""
         self.flush_after = 0
+        self.idle_pause = 0
         self._pause = FLUSH_NS
         self._told = False
         self._named = 0
@@ -326,6 +329,11 @@ class Issuer:
             elif now_ns() >= self.flush_after:
                 self._flush_by_time()
         self._follow_up()
+
+    @property
+    def unsent(self) -> bool:
+        """Whether records lie in the buffer, of which the driver was told."""
+        return self._told
 
     def _merge(self) -> None:
         """Take what is on the tape; after this numbers are given here."""

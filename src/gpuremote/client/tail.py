@@ -1,0 +1,113 @@
+"""Sends what blocking sessions leave behind when their program does something else.
+
+A blocking session has no event loop: the last ops of a burst lie in its batch until the next op or
+wait, and what the kernel did not take of an upload until somebody sends on. One thread for all
+sessions of a process sees to both, so that the device works while the program computes, reads
+files or sleeps. While a session issues, the thread looks about every millisecond; when none has
+for a while, it sleeps until one does.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Final, Protocol
+
+__all__ = ["TAIL", "Tail"]
+
+PAUSE: Final = 0.001
+"""Seconds between two looks."""
+LINGER: Final = 50
+"""Looks in a row that found nothing, before the thread sleeps until it is woken."""
+
+
+class Leaver(Protocol):
+    """What may leave something unsent."""
+
+    def send_rest(self) -> bool:
+        """Send what has waited long enough, without blocking; whether something is or may soon be
+        left."""
+
+
+class Tail:
+    """The thread, and the sessions that it looks after. It runs while there are any."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: a forked child has no thread, and its sessions are the parent's."""
+        self._guard = threading.RLock()
+        self._leavers: list[weakref.ref[Leaver]] = []
+        self._called = threading.Event()
+        self._asleep = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, leaver: Leaver) -> Callable[[], None]:
+        """Look after a session, as long as it is there; gives what it calls whenever it has left
+        something."""
+        with self._guard:
+            self._leavers = [*self._leavers, weakref.ref(leaver, self._gone)]
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="gpuremote-tail", daemon=True
+                )
+                self._thread.start()
+        return self._call
+
+    def remove(self, leaver: Leaver) -> None:
+        """No longer; with the last session the thread ends, which is waited for."""
+        thread = self._without(leaver)
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _gone(self, _: object) -> None:
+        self._without(None)
+
+    def _without(self, leaver: Leaver | None) -> threading.Thread | None:
+        """Drop one, and those that were collected; the thread if it is to end now."""
+        with self._guard:
+            left = [there for there in self._leavers if there() not in (None, leaver)]
+            self._leavers = left
+            thread = self._thread
+            if left or thread is None:
+                return None
+            self._thread = None
+            self._called.set()
+            self._called = threading.Event()
+            return thread
+
+    def _call(self) -> None:
+        """On the hot path: a look at a flag, unless the thread is asleep."""
+        if self._asleep:
+            self._asleep = False
+            self._called.set()
+
+    def _run(self) -> None:
+        me, called, idle = threading.current_thread(), self._called, 0
+        while self._thread is me:
+            if idle >= LINGER:
+                self._asleep = True
+                # Who left something before it saw the flag is seen here.
+                if not self._send():
+                    called.wait()
+                self._asleep = False
+                idle = 0
+            if called.wait(PAUSE):
+                called.clear()
+            idle = 0 if self._send() else idle + 1
+
+    def _send(self) -> bool:
+        left = False
+        for there in self._leavers:
+            leaver = there()
+            left = (leaver is not None and leaver.send_rest()) or left
+        return left
+
+
+TAIL: Final = Tail()
+"""That of this process."""
+
+os.register_at_fork(after_in_child=TAIL.reset)

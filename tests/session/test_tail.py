@@ -1,0 +1,134 @@
+"""What a blocking session leaves unsent goes out while the program does something else."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpuremote
+from gpuremote.client.tail import TAIL, Tail
+from gpuremote.testing.servers import RunningServer
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Without asking the session for anything."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "gpuremote-tail"]
+
+
+@pytest.fixture
+def session(server: RunningServer) -> Any:
+    with gpuremote.connect_sync(server.url) as opened:
+        yield opened
+
+
+def test_the_last_ops_of_a_burst(session: Any) -> None:
+    device = session.devices[0]
+    x = device.ones(8)
+    for pause in (0.0, 0.2):  # also after the thread has gone to sleep
+        session.synchronize()
+        time.sleep(pause)
+        before = session.stats().messages_sent
+        for _ in range(20):
+            x = x + 1
+        until(lambda: not session._core.unsent)
+        # All of them, and in no more messages than the burst was long enough for.
+        assert 1 <= session.stats().messages_sent - before <= 3
+    assert x.tolist() == [41.0] * 8
+
+
+def test_results_that_were_dropped_are_given_back(session: Any) -> None:
+    x = session.devices[0].ones(1 << 16)
+    session.synchronize()
+    held = session.server_stats()["memory_used"]
+    y = x + 1
+    session.synchronize()
+    del y
+    z = x[:1] + 1  # an op, with which the handle travels
+    until(lambda: not session._core.unsent)
+    assert session.server_stats()["memory_used"] <= held + 4096
+    assert z.tolist() == [2.0]
+
+
+def test_the_rest_of_an_upload(server: RunningServer) -> None:
+    with gpuremote.connect_sync(f"{server.url}?transport=tcp&lanes=1") as session:
+        host = np.random.default_rng(0).random(1 << 23)
+        x = session.devices[0].put_lent(host)
+        connection: Any = session._core.peer.connection
+        assert connection.pending_output  # more than the kernel takes at once
+        until(lambda: not connection.pending_output)
+        np.testing.assert_array_equal(x.get(), host)
+
+
+def test_one_thread_as_long_as_there_are_sessions(server: RunningServer) -> None:
+    others = len(threads())
+    with gpuremote.connect_sync(server.url) as first:
+        with gpuremote.connect_sync(server.url) as second:
+            assert len(threads()) == 1
+            (first.devices[0].ones(3), second.devices[0].ones(3))
+        assert len(threads()) == 1
+        x = first.devices[0].ones(3) + 1
+        until(lambda: not first._core.unsent)
+        assert x.tolist() == [2, 2, 2]
+    assert len(threads()) == others
+
+
+def test_a_session_that_was_forgotten() -> None:
+    """The thread holds none."""
+
+    class Left:
+        def send_rest(self) -> bool:
+            return False
+
+    tail = Tail()
+    left = Left()
+    tail.add(left)
+    thread = tail._thread
+    assert thread is not None
+    del left
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+    tail.remove(Left())  # one that it does not know
+
+
+def test_a_forked_child_has_none(session: Any) -> None:
+    assert TAIL._thread is not None
+    child = os.fork()
+    if not child:
+        os._exit(len(threads()) + len(TAIL._leavers))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_many_threads_issue_while_it_sends(session: Any) -> None:
+    device = session.devices[0]
+    results: dict[int, Any] = {}
+
+    def work(seed: int) -> None:
+        x = device.full(4, float(seed))
+        for step in range(300):
+            x = x + 1
+            if step % 50 == seed % 50:
+                time.sleep(0.003)
+        results[seed] = x
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for seed, x in results.items():
+        assert x.tolist() == [seed + 300.0] * 4
