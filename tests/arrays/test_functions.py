@@ -164,3 +164,22 @@ def test_every_function_is_compared() -> None:
         and getattr(np, name) is not value
     ]
     assert not left
+
+
+def test_complex_expm1_at_infinities(xp: Any) -> None:
+    """As C99 (G.6.3.2) and the standard have it; NumPy gives nan."""
+    inf, nan = np.inf, np.nan
+    values = np.array(
+        [complex(*parts) for parts in [(inf, 0), (-inf, inf), (-inf, nan), (nan, 0), (inf, 1)]]
+    )
+    expected = np.array(
+        [complex(*parts) for parts in [(inf, 0), (-1, 0), (-1, 0), (nan, 0), (inf, inf)]]
+    )
+    for dtype in ("c8", "c16"):
+        found = xp.expm1(xp.asarray(values.astype(dtype)))
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found.get(), expected.astype(dtype))
+    finite = np.linspace(-2, 2, 7) + 1j
+    np.testing.assert_array_equal(xp.expm1(xp.asarray(finite)).get(), np.expm1(finite))
+    big = np.full(1 << 18, complex(inf, 0))  # enough for a chain
+    assert xp.all((xp.expm1(xp.asarray(big)) * 1).real == inf)

@@ -111,6 +111,9 @@ def test_every_ufunc(backend: NumpyBackend, name: str) -> None:
                     continue
                 if plan.bounds[0].nbytes < SMALLEST:
                     continue
+                if name == "expm1" and x.dtype.kind == "c":
+                    assert backend.piece(plan) is None  # it is more than NumPy's ufunc
+                    continue
                 found = fused(backend, plan, operands, 2)
                 assert found.tobytes() == expected.tobytes(), (name, dtype, size)
                 ran += 1

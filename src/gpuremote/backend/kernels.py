@@ -40,6 +40,18 @@ def _ufunc(name: str) -> Maker:
     return make
 
 
+def _expm1(xp: Any, plan: Plan) -> Kernel:
+    function: Kernel = xp.expm1
+    if not _complex(plan.operands[0]):
+        return function
+
+    def beyond(x: Any) -> Any:
+        # At infinities NumPy's has nan where C's and the array API standard's have values.
+        return xp.where(xp.isfinite(x), function(x), xp.exp(x) - 1)
+
+    return beyond
+
+
 def _complex(operand: Operand) -> bool:
     return default_dtype(kind_of(operand)).kind == "c"
 
@@ -360,6 +372,7 @@ def _nonzero(xp: Any, _plan: Plan) -> Kernel:
 MAKERS: dict[str, Maker] = {
     **{name: _ufunc(ufunc.__name__) for name, ufunc in (UNARY | BINARY).items()},
     **{f"{name}_": _ufunc_inplace(ufunc.__name__) for name, ufunc in BINARY.items()},
+    "expm1": _expm1,
     "where": _named("where"),
     "clip": _clip,
     "round": _named("round"),
