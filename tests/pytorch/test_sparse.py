@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import gpuremote.torch
+from gpuremote.errors import UnsupportedOp
 from gpuremote.torch import _homes
 from gpuremote.torch._storages import HELD
 from tests.pytorch.device import remote_device
@@ -118,6 +120,25 @@ def test_bags_of_all_kinds(device: torch.device) -> None:
         found.append((table.grad, share.grad))
     for there, here in zip(found[1], found[0], strict=True):
         _near(there, here)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("last", [False, True])
+def test_what_bags_give_for_the_backward(
+    device: torch.device, mode: str, dtype: torch.dtype, last: bool
+) -> None:
+    """It is of other sizes on hosts than torch's rules say."""
+    torch.manual_seed(0)
+    here: Any = nn.EmbeddingBag(9, 3, mode=mode, sparse=True, include_last_offset=last, dtype=dtype)
+    there: Any = copy.deepcopy(here).to(device)
+    words, starts = torch.randint(0, 9, (8,)), torch.tensor([0, 2, 2, 8])
+    for model in (here, there):
+        place = model.weight.device
+        model(words.to(place), starts.to(place)).square().sum().backward()
+    _near(there.weight.grad, here.weight.grad)
+    with torch.no_grad():
+        _near(there(words.to(device), starts.to(device)), here(words, starts))
 
 
 def test_gradients_accumulate_and_are_clipped(device: torch.device) -> None:
@@ -329,6 +350,76 @@ def test_gradients(device: torch.device, name: str) -> None:
         assert here is not None
         assert there is not None
         _near(there, here)
+
+
+def test_one_record_for_a_step(device: torch.device) -> None:
+    torch.manual_seed(0)
+    here: Any = nn.Embedding(7, 3, sparse=True)
+    there = copy.deepcopy(here).to(device)
+    words = torch.tensor([1, 1, 3])
+
+    def stepped(model: Any) -> Callable[[Tensor], Tensor]:
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step(some: Tensor) -> Tensor:
+            optimiser.zero_grad()
+            loss: Tensor = model(some).square().mean()
+            loss.backward()
+            optimiser.step()
+            return loss
+
+        return step
+
+    captured = gpuremote.torch.capture(stepped(there))
+    plain = stepped(here)
+    for _ in range(5):
+        _near(captured(words.to(device)), plain(words))
+    assert captured.replays
+    _near(there.weight, here.weight)
+    _near(there.weight.grad, here.weight.grad)
+    with pytest.raises(UnsupportedOp, match="takes no sparse tensors"):
+        gpuremote.torch.capture(lambda one: one + 1)(_sparse(0).to(device))
+    gives = gpuremote.torch.capture(
+        lambda some: torch.autograd.grad(there(some).sum(), there.weight)[0]
+    )
+    with pytest.raises(UnsupportedOp, match="gives a sparse tensor"):
+        list(map(gives, [words.to(device)] * 8))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model(device: torch.device) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    here = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
+    there = copy.deepcopy(here).to(device)
+    compiled: Any = torch.compile(there, backend="gpuremote")
+    words = torch.tensor([1, 1, 3])
+    for _ in range(3):
+        here.zero_grad()
+        there.zero_grad()
+        here(words).square().sum().backward()
+        compiled(words.to(device)).square().sum().backward()
+        for one, other in zip(there.parameters(), here.parameters(), strict=True):
+            _near(one.grad, other.grad)  # type: ignore[arg-type]
+
+
+def test_moving_a_module_with_gradients(device: torch.device) -> None:
+    layer: Any = nn.Embedding(5, 3, sparse=True)
+    layer(torch.tensor([1, 1, 3])).sum().backward()
+    before = layer.weight.grad.clone()
+    layer.to(device)
+    _near(layer.weight.grad, before)
+    layer.cpu()
+    assert layer.weight.grad.device.type == "cpu"
+    torch.testing.assert_close(layer.weight.grad.to_dense(), before.to_dense())
+
+
+def test_results_share_no_memory(device: torch.device) -> None:
+    one = _sparse(0).to(device)
+    for made in (torch.zeros_like(one) + one, one + torch.zeros_like(one), one * 1, one / 1):
+        made._values().zero_()
+        made._indices().zero_()
+    _near(one, _sparse(0))
 
 
 def test_what_is_dropped_is_freed(device: torch.device) -> None:

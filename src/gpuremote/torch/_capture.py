@@ -189,6 +189,11 @@ def _look(values: Sequence[Any], shape: Any) -> tuple[list[int], Any]:
     seen: dict[int, int] = {}
     for value in values:
         number = -1
+        if isinstance(value, torch.Tensor) and value.layout != torch.strided:
+            raise UnsupportedOp(
+                "a captured function takes no sparse tensors; give it their indices and values",
+                op="capture",
+            )
         if isinstance(value, torch.Tensor) and value.device.type == "remote":
             number = handle_of(value).number
             first = seen.setdefault(number, len(handles))

@@ -117,7 +117,9 @@ def _look(arguments: Sequence[Any]) -> tuple[list[int], Any]:
     for value in arguments:
         number = -1
         if isinstance(value, torch.Tensor):
-            if value.device.type != "remote" or value.is_conj() or value.is_neg():
+            if value.device.type != "remote" or value.layout != torch.strided:
+                return handles, None
+            if value.is_conj() or value.is_neg():
                 return handles, None
             number = handle_of(value).number
             first = seen.setdefault(number, len(handles))

@@ -185,11 +185,11 @@ def _added_to_sparse(self: Tensor, other: Tensor, alpha: Number) -> Tensor:
             f"{list(self.shape)} != {list(other.shape)}"
         )
     dtype = torch.promote_types(self.dtype, other.dtype)
-    more = other._values().to(dtype)
-    if alpha != 1:
-        more = more * alpha
     if not other._nnz():
         return self.to(dtype, copy=True)
+    more = other._values().to(dtype, copy=not self._nnz())
+    if alpha != 1:
+        more = more * alpha
     if not self._nnz():
         return _with(other, other._indices().clone(), more, coalesced=other.is_coalesced())
     if self.sparse_dim() != other.sparse_dim():

@@ -30,6 +30,10 @@ STATISTICS: Final = (
     torch.ops.aten._native_batch_norm_legit.default,
 )
 """Ops that give them beside what they normalise."""
+BAGS: Final = (
+    torch.ops.aten._embedding_bag.default,
+    torch.ops.aten._embedding_bag_forward_only.default,
+)
 _modes: list[FakeTensorMode] = []
 _making = threading.Lock()
 _inferring = threading.RLock()
@@ -116,7 +120,9 @@ def infer(op: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
     try:
         with _undisturbed():
             made = op(*arguments, **keywords)
-            return _as_hosts_do(arguments, made) if op in STATISTICS else made
+            if op in STATISTICS:
+                return _as_hosts_do(arguments, made)
+            return _bags_of_hosts(op, arguments, keywords, made) if op in BAGS else made
     except (
         DynamicOutputShapeException,
         DataDependentOutputException,
@@ -134,6 +140,29 @@ def _as_hosts_do(arguments: Any, made: Any) -> Any:
     if source.device.type != "cpu" or wide is None:
         return made
     return (made[0], *(one.to(wide) for one in made[1:]))
+
+
+def _bags_of_hosts(op: Any, arguments: Any, keywords: dict[str, Any], made: Any) -> Any:
+    """What a host gives beside the bags, for the backward, where torch's rules are those of older
+    kernels: for bfloat16, and where the last offset is the end."""
+    taken = dict(zip((one.name for one in op._schema.arguments), arguments, strict=False))
+    taken |= keywords
+    weight, offsets, mode = taken["weight"], taken["offsets"], taken.get("mode", 0)
+    if weight.device.type != "cpu":
+        return made
+    bags, places, sizes, largest = made
+    scale = taken.get("per_sample_weights")
+    if (
+        (mode, weight.dtype) == (0, torch.bfloat16)
+        and weight.stride(1) == bags.stride(1) == 1
+        and (scale is None or scale.stride(0) == 1)
+        and taken.get("padding_idx", -1) < 0
+    ):
+        places = offsets.new_empty(0)
+    if op is BAGS[1] and taken.get("include_last_offset", False):
+        sizes = offsets.new_empty(len(offsets) if not mode else len(bags))
+        largest = largest if mode == 2 else offsets.new_empty(len(sizes))
+    return bags, places, sizes, largest
 
 
 def results_of(made: Sequence[Any], views: Views) -> tuple[list[int], list[Result]]:

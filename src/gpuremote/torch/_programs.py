@@ -340,6 +340,8 @@ class Results:
                 continue
             if value.device.type != "remote":
                 raise NotRecordable("it gives a tensor of the host")
+            if value.layout != torch.strided:
+                raise NotRecordable("it gives a sparse tensor: give its indices and values")
             if value.is_conj() or value.is_neg():
                 raise NotRecordable("it gives a conjugated view")
             held = handle_of(value)
