@@ -17,14 +17,14 @@ import pytest
 from gpuremote import errors
 from gpuremote.cli import main as cli
 from gpuremote.cli import serve
-from gpuremote.client import core, issuing, link, uploading
+from gpuremote.client import core, issuing, known, link, uploading
 from gpuremote.config import DEFAULT_PORT, Settings, Target, parse_url
 from gpuremote.errors import GpuRemoteError, InvalidURL
 from gpuremote.memory import staging
 from gpuremote.ops.meta import DTYPES
 from gpuremote.ops.operands import WEAK
 from gpuremote.ops.plan import PlanCaps
-from gpuremote.server import daemon, reception, stock, worker
+from gpuremote.server import daemon, options, reception, stock, worker
 from gpuremote.transport import (
     _framing,
     _outgoing,
@@ -42,7 +42,7 @@ from gpuremote.transport.rdma import memory as rdma_memory
 from gpuremote.transport.rdma import payload as rdma_payload
 from gpuremote.transport.rdma import setup as rdma_setup
 from gpuremote.transport.verbs import pyverbs_provider
-from gpuremote.wire import caps
+from gpuremote.wire import caps, digests
 from gpuremote.wire.batch import FIRST_PLAN, Op
 from gpuremote.wire.frames import CANCELLED, CONTINUED, IGNORABLE, Kind
 from gpuremote.wire.hello import (
@@ -321,6 +321,7 @@ def test_flags_dtypes_and_scalars_are_listed() -> None:
 # -- numbers in sentences ------------------------------------------------------------------------
 
 KIB, MIB = 1 << 10, 1 << 20
+LEAST = caps.SHARED_LEAST // MIB
 LIMITS = PlanCaps()
 SENTENCES = [
     ("architecture", f"issued {issuing.FLUSH_NS // 1000} µs or more after the last batch"),
@@ -403,6 +404,16 @@ SENTENCES = [
     ("transports", f"no more than {lanes.UNSENT // KIB} KiB unsent"),
     ("transports", f"waited for, {lanes.LINGER:.0f} s at most"),
     ("transports", f"compressed < {compression.Rule.MARGIN} * raw"),
+    ("transports", f"keep uploads](operations.md#uploads-that-are-kept) of {LEAST} MiB or more"),
+    ("transports", f"look for it at the server while {known.DIGESTS} * digest <= raw"),
+    ("transports", f"after {known.ENOUGH // MIB} MiB of them"),
+    ("transports", f"what is there ({caps.SKETCH} bytes each)"),
+    ("transports", f"again after {known.REFRESH:.0f} s or more"),
+    ("transports", f"looks at {digests.SAMPLES * digests.SAMPLE // KIB} KiB of an upload"),
+    ("protocol", f"of {digests.SAMPLES} pieces of {digests.SAMPLE} bytes, piece k"),
+    ("operations", f"keeps uploads of {LEAST} MiB or more"),
+    ("operations", f"at most {caps.SHARED_MOST:,} uploads"),
+    ("operations", f"`{options.CONTENT_CACHE >> 30}GiB` or a sixteenth of the memory with a token"),
     (
         "transports",
         f"one piece in {compression.Rule.SAMPLE} is a sample, and fewer, down to one in "

@@ -108,8 +108,8 @@ class Target:
     compression : {"auto", "off", "lz4", "zstd"}
         Of large payloads over tcp; ``auto``: on a slow way, where it pays.
     dedupe : {"auto", "on", "off"}
-        Whether a large upload is preceded by its digest, and does not travel where the server has
-        its bytes already; ``auto``: where the way is slow compared with making a digest.
+        Whether a large upload does not travel where the server has its bytes already; ``auto``:
+        where the way is slow compared with finding out.
     memory : int or None
         Bytes of device memory: the session's limit, or with ``pool`` what each device must have.
     count : int

@@ -20,6 +20,7 @@ from gpuremote.errors import DeadlineExceeded, OutOfDeviceMemory
 from gpuremote.testing.cutting import CuttingProxy
 from gpuremote.testing.servers import RunningServer, device_server
 from gpuremote.wire.batch import Op
+from gpuremote.wire.digests import sketch_of
 from tests.certificates import Authority
 from tests.faults.processes import wait_until_gone
 from tests.faults.sides import Side, pattern
@@ -168,20 +169,31 @@ def test_the_bound_holds(side: Side) -> None:
             assert side.do(session.server_stats())["memory_used"] == 0  # counted apart
 
 
-def test_a_digest_that_is_wrong_is_refused(side: Side, server: RunningServer) -> None:
+def test_a_digest_that_is_wrong(side: Side, server: RunningServer) -> None:
+    """Who offers one thing and brings another has done neither to others."""
     host, claimed = data(side, 2 * MiB, 30), data(side, 2 * MiB, 31)
-    wrong = hashlib.sha256(claimed).digest()
     with side.session(server.url + ON) as session:
-        items = [((host.nbytes,), "u1", 0, memoryview(host))]
-        _, wait = session._core.put_many(items, [wrong])
-        side.do(session._core.wait(wait))
+        core = session._core
+        blob = [[host.nbytes], "u1", 0, hashlib.sha256(claimed).digest()]
+        wait = core.ask(Op.OFFER, kind="test", blob=blob)
+        assert side.do(core.wait(wait)) is False
+        side.do(core.wait(core.bring([wait.number], [memoryview(host)])))
     with side.session(server.url + ON) as session:
-        until(lambda: not offered(side, session, claimed))
-        assert not offered(side, session, host)
+        assert not offered(side, session, claimed)
+        assert offered(side, session, host)  # it is kept as what it is
         put(side, session, claimed, host)
-    with side.session(server.url + ON) as session:
-        put(side, session, claimed, host)
-        assert session.stats().payload_sent == 0
+        assert session.stats().payload_sent == claimed.nbytes
+
+
+def test_two_that_look_alike(side: Side, server: RunningServer) -> None:
+    """A sketch does not look at everything."""
+    host = data(side, 2 * MiB, 35)
+    other = host.copy()
+    other[MiB + 12345] ^= 1
+    assert sketch_of(memoryview(host)) == sketch_of(memoryview(other))
+    bring(side, server.url + ON, host)
+    assert bring(side, server.url + ON, other) == (2 * MiB, 0)
+    assert bring(side, server.url + ON, host, other) == (0, 4 * MiB)
 
 
 def test_another_tenant_finds_nothing(
@@ -235,7 +247,7 @@ def test_workers_that_are_killed_while_they_bring(side: Side) -> None:
             with side.session(server.url + ON) as session:
                 host = data(side, 12 * MiB, seed)
                 items = [((host.nbytes,), "u1", 0, memoryview(host))]
-                session._core.put_many(items, [hashlib.sha256(host).digest()])
+                session._core.put_many(items, [True])
                 time.sleep(0.01 * seed)
                 os.kill(session.worker_pid, signal.SIGKILL)
                 wait_until_gone(session.worker_pid, seconds=5)

@@ -403,6 +403,9 @@ HOSTILE = {
     "copy to no device": first(fixed_record(Op.COPY, 1, 99)),
     "send to nonsense": first(struct.pack("<IQ", Op.SEND_TO, 1) + blob(Op.SEND_TO, b"\x01")[4:]),
     "expect with a short ticket": first(blob(Op.EXPECT, pack_info([[1], "u1", 0, b"x"]))),
+    "a few bytes to be kept": first(blob(Op.PUT, pack_info([[1], "u1", 0, True]))),
+    "offer without a digest": first(blob(Op.OFFER, pack_info([[1 << 20], "u1", 0]))),
+    "offer of a few bytes": first(blob(Op.OFFER, pack_info([[1], "u1", 0, bytes(32)]))),
     "payload of no put": message(Kind.PAYLOAD, 1, bytes(8)),
 }
 

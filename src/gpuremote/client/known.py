@@ -1,25 +1,26 @@
 """Which uploads a server has already, and when it is worth finding out.
 
-A digest costs time, and so does sending what is there. Where the way is slow enough, an upload is
-preceded by its digest if the server said that it may have it, and comes with it otherwise. Nothing
-here waits: the drivers do.
+A digest costs time, and so does sending what is there. So the server tells the sketches of what it
+has: where the way is slow enough, an upload with one of them is offered by its digest first, and
+any other is sent at once, for the server to keep. Nothing here waits: the drivers do.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 from typing import Final
 
 from gpuremote import _clock
 from gpuremote.client.waits import Wait
 from gpuremote.rpc.peer import Connection
-from gpuremote.transport.lanes.compression import Rule
-from gpuremote.wire.caps import DIGEST_START, SHARED_LEAST
+from gpuremote.wire.caps import SHARED_LEAST, SKETCH
+from gpuremote.wire.digests import digest_of
 
-__all__ = ["PIECE", "Known"]
+__all__ = ["PIECE", "Known", "digest_of"]
 
+DIGESTS: Final = 4
+"""Digests that could be made of an upload while it is sent, at least."""
 PIECE: Final = 4 << 20
 """Bytes that are hashed at a time: some 3 ms."""
 TRIAL: Final = 1 << 20
@@ -48,7 +49,7 @@ class Known:
     def __init__(self, wish: str = "off") -> None:
         self.enabled = False
         self._wish = wish
-        self._starts: set[bytes] = set()
+        self._sketches: set[bytes] = set()
         self._asked: Wait | None = None
         self._asked_at = 0.0
         self._sent_bytes = 0.0
@@ -64,14 +65,14 @@ class Known:
         return self._wish == "on" or (connection is not None and not connection.shared)
 
     def worth_it(self, nbytes: int, connection: Connection | None) -> bool:
-        """Whether to make its digest: it may cost a tenth of sending the bytes, as nobody knows
-        whether that is of use. So much less has compression to cost, too."""
+        """Whether to look for it at the server. What is there costs its digest, and about as much
+        again for the server to copy it: at the limit half of what sending it costs."""
         if not self.applies(nbytes, connection):
             return False
         if self._wish == "on":
             return True
         rate = self.rate(connection)
-        return rate is not None and seconds_per_byte() <= (1 - Rule.MARGIN) / rate
+        return rate is not None and DIGESTS * seconds_per_byte() <= 1 / rate
 
     def rate(self, connection: Connection | None) -> float | None:
         """Bytes per second of the way: as uploads found it, or the transport before; None: nobody
@@ -111,26 +112,20 @@ class Known:
         self._asked = None
         found = wait.value
         if wait.error is None and isinstance(found, bytes):
-            ends = range(DIGEST_START, len(found) + 1, DIGEST_START)
-            self._starts = {found[end - DIGEST_START : end] for end in ends}
+            ends = range(SKETCH, len(found) + 1, SKETCH)
+            self._sketches = {found[end - SKETCH : end] for end in ends}
 
-    def has(self, digest: bytes) -> bool:
-        """Whether the server may have the bytes of this digest."""
+    def has(self, sketch: bytes) -> bool:
+        """Whether the server may have what has this sketch."""
         self._learn()
-        return digest[:DIGEST_START] in self._starts
+        return sketch in self._sketches
 
-    def note(self, digest: bytes, there: bool) -> None:
-        """The server has, or has not, the bytes of this digest."""
+    def note(self, sketch: bytes, there: bool) -> None:
+        """The server has, or has not, what has this sketch."""
         if there:
-            self._starts.add(digest[:DIGEST_START])
+            self._sketches.add(sketch)
         else:
-            self._starts.discard(digest[:DIGEST_START])
-
-
-def digest_of(view: memoryview) -> bytes:
-    """The digest of an upload. SHA-256: of the functions that every Python has and that nobody can
-    find two inputs for, it is the fastest where the processor has instructions for it."""
-    return hashlib.sha256(view).digest()
+            self._sketches.discard(sketch)
 
 
 @functools.cache

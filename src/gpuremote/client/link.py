@@ -58,7 +58,7 @@ class Link:
     lanes : LanePolicy
         Further connections for large payloads, over tcp.
     dedupe : {"auto", "on", "off"}
-        Whether digests of large uploads are told.
+        Whether large uploads are looked for at the server.
     on_transport : list of callable
         Called with the explanation whenever the transport changes, in whichever thread opens
         connections.

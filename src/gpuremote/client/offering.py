@@ -10,6 +10,7 @@ from gpuremote.client.core import Core
 from gpuremote.client.waits import Wait
 from gpuremote.memory.host import HostArray
 from gpuremote.wire.batch import Op
+from gpuremote.wire.digests import sketch_of
 
 __all__ = ["Steps", "upload"]
 
@@ -46,53 +47,54 @@ def upload(
         listing = known.ask(lambda: core.ask(Op.CONTENTS, kind="contents"))
         if listing is not None:
             yield listing
-    digests = []
-    for host, wants in zip(hosts, wanted, strict=True):
-        digest = (yield host.view) if wants else b""
-        assert isinstance(digest, bytes)
-        digests.append(digest)
+    sketches = [
+        sketch_of(host.view) if wants else b"" for host, wants in zip(hosts, wanted, strict=True)
+    ]
     made: dict[int, T] = {}
     offered: dict[int, Wait] = {}
+    pending: Wait | None = None
     try:
-        for position, (host, digest) in enumerate(zip(hosts, digests, strict=True)):
-            if digest and known.has(digest):
+        for position, (host, sketch) in enumerate(zip(hosts, sketches, strict=True)):
+            if sketch and known.has(sketch):
+                digest = yield host.view
                 blob = [list(host.shape), host.dtype.str.lstrip("<|="), device, digest]
                 wait = core.ask(Op.OFFER, kind="offer", name="put", blob=blob)
                 offered[position] = wait
                 made[position] = make(wait.number, host)
         if len(offered) > 1:
             core.trips["offer"] -= len(offered) - 1  # nobody waits before all are asked
-        missing = []
-        for position, wait in offered.items():
-            there = bool((yield wait))
-            known.note(digests[position], there)
-            if there:
-                core.stats.payload_spared += hosts[position].view.nbytes
-            else:
-                missing.append(position)
-        begin = _clock.now()
-        sent = 0
-        if missing:
-            views = [hosts[position].view for position in missing]
-            yield core.bring([offered[position].number for position in missing], views)
-            sent += sum(view.nbytes for view in views)
         rest = [position for position in range(len(hosts)) if position not in offered]
-        if rest:
+        begin = _clock.now()
+        if rest:  # they go out while the server looks for the others
             items = [
                 (host.shape, host.dtype.str.lstrip("<|="), device, host.view)
                 for host in (hosts[position] for position in rest)
             ]
-            numbers, wait = core.put_many(items, [digests[position] for position in rest])
+            keep = [bool(sketches[position]) for position in rest]
+            numbers, pending = core.put_many(items, keep)
             for position, number in zip(rest, numbers, strict=True):
                 made[position] = make(number, hosts[position])
-            yield wait
-            sent += sum(view.nbytes for *_, view in items)
+        missing = []
+        for position, wait in offered.items():
+            there = bool((yield wait))
+            known.note(sketches[position], there)
+            if there:
+                core.stats.payload_spared += hosts[position].view.nbytes
+            else:
+                missing.append(position)
+        if missing:
+            views = [hosts[position].view for position in missing]
+            yield core.bring([offered[position].number for position in missing], views)
+        if pending is not None:
+            yield pending
     except BaseException:
+        if pending is not None:
+            core.cancel(pending)
         core.withdraw([wait.number for wait in offered.values()])
         raise
-    if sent:
-        known.sent(sent, _clock.now() - begin)
-    for digest in digests:
-        if digest:
-            known.note(digest, True)
+    if not offered:
+        known.sent(sum(host.view.nbytes for host in hosts), _clock.now() - begin)
+    for position in rest:
+        if sketches[position]:
+            known.note(sketches[position], True)
     return [made[position] for position in range(len(hosts))]

@@ -188,10 +188,10 @@ class Uploader(Issuer):
     def put_many(
         self,
         items: Sequence[tuple[tuple[int, ...], str, int, memoryview]],
-        digests: Sequence[bytes] = (),
+        kept: Sequence[bool] = (),
     ) -> tuple[list[int], Wait]:
         """Upload several arrays, up to ``GROUP`` of them as the payload of one message. The server
-        may keep those of which there are digests (empty: there is none)."""
+        may keep some of them for other sessions."""
         wait = Wait(self._next, "put")
         entries: list[Entry] = []
         wait.entries = entries
@@ -204,7 +204,7 @@ class Uploader(Issuer):
                 for start in range(0, len(items), GROUP):
                     with self.peer.together():
                         group = items[start : start + GROUP]
-                        numbers += self._put_group(group, digests[start:], wait, entries)
+                        numbers += self._put_group(group, kept[start:], wait, entries)
             except BaseException:
                 self.cancel(wait)
                 raise
@@ -243,15 +243,15 @@ class Uploader(Issuer):
     def _put_group(
         self,
         items: Sequence[tuple[tuple[int, ...], str, int, memoryview]],
-        digests: Sequence[bytes],
+        kept: Sequence[bool],
         wait: Wait,
         entries: list[Entry],
     ) -> list[int]:
         numbers = []
-        for (shape, dtype, device, _), digest in zip_longest(items, digests[: len(items)]):
+        for (shape, dtype, device, _), keep in zip_longest(items, kept[: len(items)]):
             blob: list[Any] = [list(shape), dtype, device]
-            if digest:
-                blob.append(digest)
+            if keep:
+                blob.append(True)
             number = self._record(Op.PUT, (), "put", blob)
             numbers.append(number)
             self._waits[number] = wait

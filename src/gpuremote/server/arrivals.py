@@ -23,10 +23,12 @@ class Arrival:
     target : memoryview or DeviceTarget
         What is to be filled; after ``place``.
     digest : bytes
-        By which the server may keep what comes; empty: it does not.
+        What the client offered; empty: nothing.
+    kept : bool
+        The server may keep what comes.
     """
 
-    __slots__ = ("_array", "digest", "meta", "slot", "storage", "target")
+    __slots__ = ("_array", "digest", "kept", "meta", "slot", "storage", "target")
 
     target: Target
 
@@ -35,6 +37,7 @@ class Arrival:
         self.meta = meta
         self.storage = storage
         self.digest = b""
+        self.kept = False
         self._array: Any = None
 
     @property

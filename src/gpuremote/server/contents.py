@@ -2,9 +2,9 @@
 
 The daemon has them, as files in memory that are sealed: nobody can change them any more, whoever
 holds them. A worker that has received an upload writes such a file and hands it over; the daemon
-looks whether its bytes are those of the digest, and only then gives it to others. So a client that
-says a wrong digest, and a worker too, gains nothing and harms nobody. A worker that asks gets the
-file itself and reads its bytes into memory of its own session: no two sessions share any.
+makes the digest by which others find it. So a client that says a wrong digest, and a worker too,
+gains nothing and harms nobody. A worker that asks gets the file itself and reads its bytes into
+memory of its own session: no two sessions share any.
 
 What belongs to one tenant is never looked at for another one.
 """
@@ -15,17 +15,18 @@ import asyncio
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import resource
 import stat
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any, Final
 
 from gpuremote.errors import GpuRemoteError
 from gpuremote.server import control
-from gpuremote.wire.caps import DIGEST, DIGEST_START, SHARED_LEAST, SHARED_MOST
+from gpuremote.wire.caps import SHARED_LEAST, SHARED_MOST, SKETCH
+from gpuremote.wire.digests import sketch_of_file
 
 __all__ = ["SEALS", "ContentStore", "Desk", "tenant_of"]
 
@@ -64,26 +65,20 @@ class _Entry:
 
     Attributes
     ----------
-    bringer : Desk
-        Of the session that brings it.
     desk : Desk
-        Of the one that had to do with it last.
+        Of the session that had to do with it last.
     descriptor : int
         The file; -1 while it is being brought.
-    checked : bool
-        Its bytes are what the digest says.
-    waiting : list of callable
-        To be called when it is checked, or gone.
     """
 
-    __slots__ = ("bringer", "checked", "descriptor", "desk", "nbytes", "waiting")
+    __slots__ = ("descriptor", "desk", "nbytes", "sketch", "tenant")
 
-    def __init__(self, nbytes: int, desk: Desk) -> None:
+    def __init__(self, desk: Desk, sketch: bytes, nbytes: int) -> None:
+        self.desk = desk
+        self.tenant = desk.tenant
+        self.sketch = sketch
         self.nbytes = nbytes
-        self.bringer = self.desk = desk
         self.descriptor = -1
-        self.checked = False
-        self.waiting: list[Callable[[], None]] = []
 
 
 class ContentStore:
@@ -99,8 +94,7 @@ class ContentStore:
     used : int
         Of these.
     hits, misses, refused : int
-        Uploads that did not have to travel; that others had not brought; files that were not what
-        their digest said.
+        Uploads that did not have to travel; that were offered in vain; files that can't be kept.
     """
 
     def __init__(self, limit: int) -> None:
@@ -111,15 +105,17 @@ class ContentStore:
         self._most = SHARED_MOST
         if most_files != resource.RLIM_INFINITY:
             self._most = min(SHARED_MOST, most_files // FILES)
-        self._tenants: dict[bytes, OrderedDict[bytes, _Entry]] = {}  # oldest first
+        self._tenants: dict[bytes, OrderedDict[bytes, _Entry]] = {}  # by digest, oldest first
+        self._coming: dict[int, _Entry] = {}  # of which there is no digest yet
+        self._tickets = itertools.count(1)
         self._checking = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], _Entry] = {}
         self._closed = False
 
     @property
     def count(self) -> int:
         """Uploads that it has, or is about to have."""
-        return sum(map(len, self._tenants.values()))
+        return len(self._coming) + sum(map(len, self._tenants.values()))
 
     def describe(self) -> dict[str, int]:
         """What tests look at."""
@@ -139,139 +135,141 @@ class ContentStore:
             task.cancel()
         # A thread may still be reading a file: it is closed when that has ended.
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for tenant, entries in list(self._tenants.items()):
-            for digest in list(entries):
-                self._drop(tenant, digest)
+        for ticket in list(self._coming):
+            self._let_go(self._coming.pop(ticket))
+        for entries in self._tenants.values():
+            for entry in entries.values():
+                self._let_go(entry)
+        self._tenants.clear()
 
     # -- what desks ask -------------------------------------------------------------------------
 
-    def starts(self, tenant: bytes) -> bytes:
-        """The beginnings of the digests that a tenant's sessions can have, one after the other."""
-        entries = self._entries(tenant)
-        return b"".join([d[:DIGEST_START] for d, entry in entries.items() if entry.descriptor >= 0])
-
-    def _entries(self, tenant: bytes) -> OrderedDict[bytes, _Entry]:
-        """Of a tenant, to be read."""
-        return self._tenants.get(tenant) or OrderedDict()
+    def sketches(self, tenant: bytes) -> bytes:
+        """Of what a tenant's sessions can have, one after the other."""
+        there = [entry.sketch for entry in self._tenants.get(tenant, OrderedDict()).values()]
+        there += [e.sketch for e in self._tasks.values() if e.tenant == tenant]
+        return b"".join(there)
 
     def find(self, desk: Desk, digest: bytes) -> _Entry | None:
-        """The upload of that digest, checked or about to be; None: there is none."""
-        entries = self._entries(desk.tenant)
+        """The upload of that digest; None: there is none."""
+        entries = self._tenants.get(desk.tenant, OrderedDict())
         entry = entries.get(digest)
-        if entry is None or entry.descriptor < 0:
-            self.misses += 1
-            return None
-        entries.move_to_end(digest)
-        entry.desk = desk
-        return entry
-
-    def reserve(self, desk: Desk, digest: bytes, nbytes: int) -> bool:
-        """Make room for an upload that a session has; whether it is wanted."""
-        entries = self._entries(desk.tenant)
-        if (entry := entries.get(digest)) is not None:
+        if entry is not None:
             entries.move_to_end(digest)
             entry.desk = desk
-            return False
-        if not SHARED_LEAST <= nbytes <= self.limit:
-            return False
+        return entry
+
+    async def settled(self, tenant: bytes) -> None:
+        """Wait until there are digests of all that a tenant's sessions have brought by now."""
+        if tasks := [task for task, entry in self._tasks.items() if entry.tenant == tenant]:
+            await asyncio.wait(tasks)
+
+    def reserve(self, desk: Desk, sketch: bytes, nbytes: int, digest: bytes) -> int:
+        """Make room for an upload that a session has; 0 if it is not wanted, else the ticket with
+        which it is to be brought. ``digest`` is what the client offered, empty if it did not: then
+        it is not wanted where there is one with its sketch."""
+        entries = self._tenants.get(desk.tenant, OrderedDict())
+        if digest in entries or not SHARED_LEAST <= nbytes <= self.limit or self._closed:
+            return 0
+        others = [*entries.values(), *(e for e in self._coming.values() if e.tenant == desk.tenant)]
+        if not digest and any(entry.sketch == sketch for entry in others):
+            return 0
         while self.used + nbytes > self.limit or self.count >= self._most:
             if not self._evict(desk):
-                return False
-        self._tenants.setdefault(desk.tenant, OrderedDict())[digest] = _Entry(nbytes, desk)
+                return 0
+        ticket = next(self._tickets)
+        self._coming[ticket] = _Entry(desk, sketch, nbytes)
         self.used += nbytes
-        return True
+        return ticket
 
     def _evict(self, desk: Desk) -> bool:
         """Drop what was used longest ago, of the tenant that has most: one that brings much does
-        not push out what others have. Nor does a session push out what it brought itself, or the
-        second time a large model would find nothing of it."""
+        not push out what others have. Nor does a session push out what it brought or had itself,
+        or the second time a large model would find nothing of it."""
         weighed = sorted(
             self._tenants.items(), key=lambda item: -sum(e.nbytes for e in item[1].values())
         )
         for tenant, entries in weighed:
             for digest, entry in entries.items():
-                if entry.checked and entry.desk is not desk:
-                    self._drop(tenant, digest)
+                if entry.desk is not desk:
+                    self._let_go(entries.pop(digest))
+                    if not entries:
+                        del self._tenants[tenant]
                     return True
         return False
 
-    def _drop(self, tenant: bytes, digest: bytes) -> None:
-        entry = self._tenants[tenant].pop(digest)
-        if not self._tenants[tenant]:
-            del self._tenants[tenant]
+    def _let_go(self, entry: _Entry) -> None:
         self.used -= entry.nbytes
         if entry.descriptor >= 0:
             os.close(entry.descriptor)
             entry.descriptor = -1
-        entry.checked = False
-        waiting, entry.waiting = entry.waiting, []
-        for told in waiting:
-            told()
 
-    def brought(self, desk: Desk, digest: bytes, descriptor: int) -> None:
+    def brought(self, desk: Desk, ticket: int, descriptor: int) -> None:
         """A session hands over the file that it reserved room for (-1: it does not); the store's
         from now on."""
-        entry = self._entries(desk.tenant).get(digest)
-        if entry is None or entry.bringer is not desk or entry.descriptor >= 0 or self._closed:
+        entry = self._coming.get(ticket)
+        if entry is None or entry.desk is not desk or entry.descriptor >= 0 or self._closed:
             if descriptor >= 0:
                 os.close(descriptor)
             return
         if descriptor < 0:
-            self._drop(desk.tenant, digest)
+            self._let_go(self._coming.pop(ticket))
             return
         entry.descriptor = descriptor
-        task = asyncio.create_task(self._check(desk.tenant, digest, entry))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task = asyncio.create_task(self._check(ticket, entry))
+        self._tasks[task] = entry
+        task.add_done_callback(self._tasks.pop)
 
-    async def _check(self, tenant: bytes, digest: bytes, entry: _Entry) -> None:
-        """Look whether a file is what it is said to be; one after the other."""
-        reading: asyncio.Future[bytes] | None = None
-        found = b""
+    async def _check(self, ticket: int, entry: _Entry) -> None:
+        """Make the digest of a file; one after the other."""
+        reading: asyncio.Future[tuple[bytes, bytes]] | None = None
+        sketch = digest = b""
         try:
             async with self._checking:
                 loop = asyncio.get_running_loop()
                 # A thread: other connections are not kept waiting.
-                reading = loop.run_in_executor(None, _digest, entry.descriptor, entry.nbytes)
-                found = await asyncio.shield(reading)
+                reading = loop.run_in_executor(None, _look, entry.descriptor, entry.nbytes)
+                sketch, digest = await asyncio.shield(reading)
         except asyncio.CancelledError:
             if reading is not None:
                 await asyncio.gather(reading, return_exceptions=True)
             raise
         except OSError as error:
             log.warning("an upload could not be looked at: %s", error)
-        if found == digest:
-            entry.checked = True
-            waiting, entry.waiting = entry.waiting, []
-            for told in waiting:
-                told()
+        del self._coming[ticket]
+        entries = self._tenants.setdefault(entry.tenant, OrderedDict())
+        if digest and digest not in entries:
+            entry.sketch = sketch
+            entries[digest] = entry
             return
-        self.refused += 1
-        log.warning("an upload is not what its digest says, and is not kept for other sessions")
-        self._drop(tenant, digest)
+        if not entries:
+            del self._tenants[entry.tenant]
+        if not digest:
+            self.refused += 1
+            log.warning("what a worker brought as an upload is not kept: it could still change")
+        self._let_go(entry)
 
     def gone(self, desk: Desk) -> None:
         """A session has ended: what it was about to bring will not come."""
-        for tenant, entries in list(self._tenants.items()):
-            for digest, entry in list(entries.items()):
-                if entry.bringer is desk and entry.descriptor < 0:
-                    self._drop(tenant, digest)
+        for ticket, entry in list(self._coming.items()):
+            if entry.desk is desk and entry.descriptor < 0:
+                self._let_go(self._coming.pop(ticket))
 
 
-def _digest(descriptor: int, nbytes: int) -> bytes:
-    """Of a file that nobody can change any more; empty where it is not that."""
+def _look(descriptor: int, nbytes: int) -> tuple[bytes, bytes]:
+    """Sketch and digest of a file that nobody can change any more; empty where it is not that."""
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_size != nbytes:
-        return b""
+        return b"", b""
     if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS != SEALS:
-        return b""
+        return b"", b""
     made = hashlib.sha256()
     piece = memoryview(bytearray(PIECE))
     offset = 0
     while count := os.preadv(descriptor, [piece], offset):
         made.update(piece[:count])
         offset += count
-    return made.digest()
+    return sketch_of_file(descriptor, nbytes), made.digest()
 
 
 class Desk:
@@ -292,6 +290,7 @@ class Desk:
     def __init__(self, store: ContentStore) -> None:
         self.tenant = b""
         self._store = store
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._channel, self.theirs = control.pair()
         self._channel.setblocking(False)
@@ -305,39 +304,45 @@ class Desk:
             self._store.gone(self)
 
     def _readable(self) -> None:
-        descriptor = -1
         try:
             request, descriptor = control.receive_file(self._channel)
-            self._take(request, descriptor)
         except BlockingIOError:
             return
         except (OSError, EOFError, GpuRemoteError):
             self.close()
-
-    def _take(self, request: dict[str, Any], descriptor: int) -> None:
-        store, tenant = self._store, self.tenant
+            return
         match request:
-            case {"bring": bytes(digest)} if tenant:
-                store.brought(self, digest, descriptor)
+            case {"bring": int(ticket)} if self.tenant:
+                self._store.brought(self, ticket, descriptor)
                 return
         if descriptor >= 0:
             os.close(descriptor)
+        self._answer(request)
+
+    def _answer(self, request: dict[str, Any]) -> None:
+        store, tenant = self._store, self.tenant
         match request:
-            case {"want": bytes(digest)} if tenant and len(digest) == DIGEST:
-                entry = store.find(self, digest)
-                if entry is not None and not entry.checked:
-                    entry.waiting.append(lambda: self._give(entry))
-                else:
+            case {"want": bytes(digest)} if tenant:
+                if (entry := store.find(self, digest)) is not None:
                     self._give(entry)
-            case {"have": bytes(digest), "nbytes": int(nbytes)} if tenant and len(digest) == DIGEST:
-                self._say({"wanted": store.reserve(self, digest, nbytes)})
+                else:
+                    task = self._loop.create_task(self._look_again(digest))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+            case {"have": bytes(sketch), "nbytes": int(n), "digest": bytes(digest)} if tenant:
+                self._say({"ticket": store.reserve(self, sketch[:SKETCH], n, digest)})
             case {"list": _}:
-                self._say({"starts": store.starts(tenant)})
+                self._say({"sketches": store.sketches(tenant)})
             case _:
                 self._say({})
 
+    async def _look_again(self, digest: bytes) -> None:
+        await self._store.settled(self.tenant)
+        self._give(self._store.find(self, digest))
+
     def _give(self, entry: _Entry | None) -> None:
-        if entry is None or not entry.checked:
+        if entry is None:
+            self._store.misses += 1
             self._say({"nbytes": -1})
             return
         self._store.hits += 1

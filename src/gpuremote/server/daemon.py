@@ -80,9 +80,8 @@ class DeviceServer:
         self._sessions: dict[bytes, _Session] = {}
         self._by_worker: dict[int, _Session] = {}
         self._tombstones: OrderedDict[bytes, tuple[bytes, str]] = OrderedDict()
-        kept = options.kept_contents
-        self._store = ContentStore(kept) if kept else None
-        self._stock = Stock(options, self._worker_ended, self._store)
+        self._store: ContentStore | None = None
+        self._stock = Stock(options, self._worker_ended)
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._silent: dict[asyncio.Task[None], float] = {}
@@ -129,6 +128,8 @@ class DeviceServer:
             self._tls = await asyncio.to_thread(load)
         # Looks at files and other packages: not in the loop, and before anybody waits for it.
         await asyncio.to_thread(probe)
+        if kept := await asyncio.to_thread(lambda: options.kept_contents):
+            self._store = self._stock.store = ContentStore(kept)
         self._listener = _listen(options.host, options.port)
         self.port = self._listener.getsockname()[1]
         self._stock.fill()

@@ -204,10 +204,10 @@ class WorkerSession:
     def on_payload_done(self, token: object) -> None:
         assert isinstance(token, _Upload)
         for number in token.numbers:
-            arrival = self._arriving.get(number)
-            if arrival is not None and not self.sharing.keep(number, arrival):
-                del self._arriving[number]
+            arrival = self._arriving.pop(number, None)
+            if arrival is not None:
                 arrival.fill(self.backend)
+                self.sharing.keep(arrival)
         self.ordering.stir()
 
     def arriving(self, number: int) -> Arrival | None:
@@ -400,8 +400,8 @@ class WorkerSession:
         match blob:
             case [shape, dtype, device]:
                 self.announce(number, "put", shape, dtype, device)
-            case [shape, dtype, device, bytes(digest)]:
-                self.sharing.check(digest, self.announce(number, "put", shape, dtype, device))
+            case [shape, dtype, device, True]:
+                self.sharing.mark(self.announce(number, "put", shape, dtype, device))
             case _:
                 raise ProtocolError(f"PUT {number} is malformed")
 

@@ -1,8 +1,7 @@
 """A session's part in what its server keeps of uploads (see ``server.contents``).
 
 A thread of its own asks the daemon, and copies: from a file that is kept into memory of the
-session, or what has come into a new file. An array has its value only when that is done, so no op
-has changed the bytes by then.
+session, or what has come into a new file. Ops that would write to that memory wait meanwhile.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from gpuremote.server import control
 from gpuremote.server.contents import SEALS
 from gpuremote.wire.batch import Op
 from gpuremote.wire.caps import DIGEST, SHARED_LEAST
+from gpuremote.wire.digests import sketch_of
 
 if TYPE_CHECKING:
     from gpuremote.server.arrivals import Arrival
@@ -59,43 +59,43 @@ class Sharing:
         }
 
     @staticmethod
-    def check(digest: bytes, arrival: Arrival | None) -> None:
-        """Note the digest that a PUT came with.
+    def mark(arrival: Arrival | None) -> None:
+        """What comes may be kept.
 
         Raises
         ------
         ProtocolError
-            Not one, or of too few bytes.
+            It is of too few bytes.
         """
-        if len(digest) != DIGEST:
-            raise ProtocolError(f"a digest of {len(digest)} bytes")
         if arrival is not None:
             if arrival.meta.nbytes < SHARED_LEAST:
-                raise ProtocolError(f"a digest of an upload of {arrival.meta.nbytes} bytes")
-            arrival.digest = digest
+                raise ProtocolError(f"{arrival.meta.nbytes} bytes to be kept for others")
+            arrival.kept = True
 
     # -- records; the session's lock is held ----------------------------------------------------
 
     def _offer(self, number: int, blob: Any) -> None:
         match blob:
-            case [shape, dtype, device, bytes(digest)]:
+            case [shape, dtype, device, bytes(digest)] if len(digest) == DIGEST:
                 arrival = self._session.announce(number, "put", shape, dtype, device)
             case _:
                 raise ProtocolError(f"OFFER {number} is malformed")
-        self.check(digest, arrival)
+        self.mark(arrival)
         if arrival is not None:
+            arrival.digest = digest
             self._do(lambda: self._fetch(number, arrival), lambda: self._answer(number, False))
 
     def _contents(self, number: int) -> None:
         self._do(lambda: self._list(number), lambda: self._answer(number, b""))
 
-    def keep(self, number: int, arrival: Arrival) -> bool:
-        """The bytes of an array are here. True: its value will be filled in, and its arrival ended,
-        when others can have a copy."""
-        if self.channel is None or not arrival.digest or not isinstance(arrival.target, memoryview):
-            return False
-        self._do(lambda: self._bring(number, arrival), lambda: None)
-        return True
+    def keep(self, arrival: Arrival) -> None:
+        """The bytes of an array are here: let others have a copy, where that is asked for."""
+        if self.channel is None or not arrival.kept or not isinstance(arrival.target, memoryview):
+            return
+        if self._session.backend.exports_memory:
+            # The array's own memory: ops in place on it wait.
+            arrival.storage.outgoing += 1
+        self._do(lambda: self._bring(arrival), lambda: None)
 
     def _do(self, job: Callable[[], None], without: Callable[[], None]) -> None:
         if self.channel is None:
@@ -132,8 +132,9 @@ class Sharing:
             self._session.answers.info(number, value)
 
     def _list(self, number: int) -> None:
-        answer, _ = self._ask({"list": 1})
-        self._answer(number, answer.get("starts", b""))
+        # Who does not read its answers gets none that is large.
+        answer = self._ask({"list": 1})[0] if self._session.peer.credit > 0 else {}
+        self._answer(number, answer.get("sketches", b""))
 
     def _fetch(self, number: int, arrival: Arrival) -> None:
         """Answer an OFFER, and bring the bytes if they are there."""
@@ -149,7 +150,6 @@ class Sharing:
                 if not session.place(number, arrival, "put"):
                     return  # the client has been told why
                 session.answers.info(number, True)
-            arrival.digest = b""  # it is kept
             error: Exception | None = None
             try:
                 _read(descriptor, arrival.view)
@@ -161,27 +161,34 @@ class Sharing:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def _bring(self, number: int, arrival: Arrival) -> None:
-        """Hand a copy of what has come to the daemon, if it wants one; then the array has it."""
-        nbytes = arrival.meta.nbytes
-        answer, _ = self._ask({"have": arrival.digest, "nbytes": nbytes})
-        if answer.get("wanted"):
-            descriptor = -1
-            try:
-                descriptor = _sealed(arrival.view)
-                self.kept += nbytes
-            except OSError as error:
-                text = f"gpuremote worker: an upload is not kept for other sessions: {error}"
-                print(text, file=sys.stderr, flush=True)
-            assert self.channel is not None
-            try:
-                control.send_file(self.channel, {"bring": arrival.digest}, descriptor)
-            except OSError:
-                pass  # the daemon has gone, and this process ends
-            finally:
-                if descriptor >= 0:
-                    os.close(descriptor)
-        self._session.arrived(number, arrival, None)
+    def _bring(self, arrival: Arrival) -> None:
+        """Hand a copy of what has come to the daemon, if it wants one."""
+        view, digest = arrival.view, arrival.digest
+        try:
+            request = {"have": sketch_of(view), "nbytes": view.nbytes, "digest": digest}
+            if ticket := self._ask(request)[0].get("ticket"):
+                self._hand_over(ticket, view)
+        finally:
+            if self._session.backend.exports_memory:
+                with self._session.lock:
+                    arrival.storage.outgoing -= 1
+
+    def _hand_over(self, ticket: int, view: memoryview) -> None:
+        descriptor = -1
+        try:
+            descriptor = _sealed(view)
+            self.kept += view.nbytes
+        except OSError as error:
+            text = f"gpuremote worker: an upload is not kept for other sessions: {error}"
+            print(text, file=sys.stderr, flush=True)
+        assert self.channel is not None
+        try:
+            control.send_file(self.channel, {"bring": ticket}, descriptor)
+        except OSError:
+            pass  # the daemon has gone, and this process ends
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
 def _read(descriptor: int, target: memoryview) -> None:

@@ -212,18 +212,16 @@ class Stock:
     ----------
     on_exit : callable
         Called for each worker that ends, whether it had a session or not.
+
+    Attributes
+    ----------
     store : ContentStore or None
         What the server keeps of uploads.
     """
 
-    def __init__(
-        self,
-        options: ServerOptions,
-        on_exit: Callable[[WorkerProcess], None],
-        store: ContentStore | None = None,
-    ) -> None:
+    def __init__(self, options: ServerOptions, on_exit: Callable[[WorkerProcess], None]) -> None:
+        self.store: ContentStore | None = None
         self._options = options
-        self._store = store
         self._on_exit = on_exit
         self._waiting: list[WorkerProcess] = []
         self._all: set[WorkerProcess] = set()
@@ -274,7 +272,7 @@ class Stock:
             await asyncio.sleep(0.005)
 
     def _start(self) -> WorkerProcess:
-        worker = WorkerProcess(self._options, self._gone, self._store)
+        worker = WorkerProcess(self._options, self._gone, self.store)
         self._all.add(worker)
         return worker
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -11,7 +12,7 @@ from gpuremote.torch._homes import Home
 from gpuremote.torch._storages import handle_of, make_tensor
 from gpuremote.torch._tier import native
 
-__all__ = ["carry", "download", "host_bytes", "is_dense", "upload"]
+__all__ = ["carry", "download", "host_bytes", "is_dense", "upload", "upload_many"]
 _BYTES: Final = DTYPES["u1"]
 
 
@@ -55,6 +56,16 @@ def upload(place: Home, tensor: torch.Tensor, *, waits: bool = True) -> torch.Te
         array = device.put(memory)
     form = (host.dtype, tuple(host.shape), host.stride(), 0, array.nbytes, False)
     made: torch.Tensor = make_tensor(place, array._id, form, array)
+    return made
+
+
+def upload_many(place: Home, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same of contiguous tensors of this host, none of them empty, in one wait."""
+    arrays = place.session.devices[place.number].put_many([host_bytes(one) for one in tensors])
+    made = []
+    for one, array in zip(tensors, arrays, strict=True):
+        form = (one.dtype, tuple(one.shape), one.stride(), 0, array.nbytes, False)
+        made.append(make_tensor(place, array._id, form, array))
     return made
 
 

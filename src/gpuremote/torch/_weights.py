@@ -8,7 +8,7 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -20,7 +20,7 @@ from gpuremote.errors import InvalidBuffer
 from gpuremote.torch._homes import Home, home
 from gpuremote.torch._own import UNKNOWN, issue_own
 from gpuremote.torch._storages import form_of, make_tensor
-from gpuremote.torch._transfers import download, upload
+from gpuremote.torch._transfers import download, upload_many
 from gpuremote.wire.batch import Op
 
 __all__ = ["load_file"]
@@ -46,6 +46,8 @@ DTYPES: Final = {
 }
 """Names of the format, see https://github.com/huggingface/safetensors#format."""
 MAX_HEADER: Final = 64 << 20
+TOGETHER: Final = 64 << 20
+"""Bytes of a file that are read, and then sent with one wait."""
 
 
 class _Entry(NamedTuple):
@@ -102,7 +104,7 @@ def load_file(
     if any(one.begin + one.nbytes > room for one in entries.values()):
         raise InvalidBuffer(f"{path} is cut short")
     with _bar(entries, progress) as advance:
-        return {key: _send(place, path, 8 + length, one, advance) for key, one in entries.items()}
+        return _send(place, path, 8 + length, entries, advance)
 
 
 def _entries(header: bytes) -> dict[str, _Entry]:
@@ -124,15 +126,45 @@ def _entries(header: bytes) -> dict[str, _Entry]:
 
 
 def _send(
-    place: Home, path: Path, start: int, one: _Entry, advance: Callable[[int], None]
-) -> Tensor:
-    if not one.nbytes:
-        return torch.empty(one.shape, dtype=one.dtype, device=place.device)
-    # Not mapped: pages that nobody else has can go out while the file is read on.
-    raw = torch.from_numpy(np.fromfile(path, np.uint8, one.nbytes, offset=start + one.begin))
-    made = upload(place, raw.view(one.dtype).reshape(one.shape))
-    advance(one.nbytes)
-    return made
+    place: Home,
+    path: Path,
+    start: int,
+    entries: Mapping[str, _Entry],
+    advance: Callable[[int], None],
+) -> dict[str, Tensor]:
+    """Upload what a file has, several tensors with one wait: on a long way each takes a round
+    trip."""
+    found: dict[str, Tensor] = {}
+    for names in _groups(entries):
+        read = []
+        for one in (entries[name] for name in names):
+            # Not mapped: pages that nobody else has can go out while the file is read on.
+            raw = np.fromfile(path, np.uint8, one.nbytes, offset=start + one.begin)
+            read.append(torch.from_numpy(raw).view(one.dtype).reshape(one.shape))
+        found |= zip(names, upload_many(place, read), strict=True)
+        advance(sum(entries[name].nbytes for name in names))
+    return {
+        name: found[name]
+        if one.nbytes
+        else torch.empty(one.shape, dtype=one.dtype, device=place.device)
+        for name, one in entries.items()
+    }
+
+
+def _groups(entries: Mapping[str, _Entry]) -> Iterator[list[str]]:
+    """Names of tensors that are not empty, ``TOGETHER`` bytes or one at a time."""
+    group: list[str] = []
+    nbytes = 0
+    for name, one in entries.items():
+        if not one.nbytes:
+            continue
+        if group and nbytes + one.nbytes > TOGETHER:
+            yield group
+            group, nbytes = [], 0
+        group.append(name)
+        nbytes += one.nbytes
+    if group:
+        yield group
 
 
 def _header_there(place: Home, name: str) -> bytes:

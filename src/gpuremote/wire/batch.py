@@ -46,8 +46,8 @@ class Op(enum.IntEnum):
     GET = 2
     """u64 handle: answer with the array's bytes."""
     PUT = 3
-    """blob [shape, dtype, device], and maybe a digest, by which the server may keep the bytes: they
-    come in a PAYLOAD message."""
+    """blob [shape, dtype, device], or [shape, dtype, device, true]: the server may keep the bytes
+    for others. They come in a PAYLOAD message."""
     PUT_INLINE = 4
     """blob [shape, dtype, device, bytes]."""
     SYNC = 5
@@ -88,7 +88,7 @@ class Op(enum.IntEnum):
     """blob [shape, dtype, device, digest]: as PUT, and answer whether the bytes are here already.
     If not, the PAYLOAD has to come."""
     CONTENTS = 23
-    """Answer with the beginnings of the digests whose bytes are here."""
+    """Answer with the sketches of what is here."""
 
 
 ALL_STREAMS: Final = 0xFFFFFFFF

@@ -59,9 +59,9 @@ MAX_BACKLOG: Final = 65536
 
 DIGEST: Final = 32
 """Bytes of a digest of an upload (SHA-256)."""
-DIGEST_START: Final = 8
-"""Of those, the bytes that tell a client which digests to offer."""
+SKETCH: Final = 8
+"""Bytes of a sketch of an upload, which tells whether its digest is worth making."""
 SHARED_LEAST: Final = 1 * MiB
-"""Bytes of an upload that may come with a digest: for less it costs more than it spares."""
+"""Bytes of an upload that may be kept: for less it costs more than it spares."""
 SHARED_MOST: Final = 2048
 """Uploads that a server keeps for further sessions."""
