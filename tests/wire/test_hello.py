@@ -174,6 +174,6 @@ def test_malformed_bodies(body: object) -> None:
 
 def test_unknown_kind() -> None:
     packed = pack_info({})
-    prefix = b"gpuR\x01\x01" + (9).to_bytes(2, "little") + len(packed).to_bytes(4, "little")
-    with pytest.raises(ProtocolError, match="kind 9"):
+    prefix = b"gpuR\x01\x01" + (99).to_bytes(2, "little") + len(packed).to_bytes(4, "little")
+    with pytest.raises(ProtocolError, match="kind 99"):
         read(prefix + packed)

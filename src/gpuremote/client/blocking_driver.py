@@ -110,7 +110,7 @@ class BlockingDriver:
         try:
             if core.unsent and now_ns() > core.flush_after + REST_NS:
                 core.flush()
-            elif sending and connection is core.peer.connection:
+            elif connection is not None and connection is core.peer.connection:
                 connection.flush()
         except ConnectionLost as error:
             assert connection is not None

@@ -7,6 +7,7 @@ executor (a connection is opened once, or after a loss: never on the hot path).
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
 import socket
 import ssl
@@ -44,14 +45,19 @@ from gpuremote.wire.hello import (
     Proof,
     Refusal,
     Route,
+    Starting,
     Welcome,
 )
 from gpuremote.wire.identity import NONCE_SIZE, client_proof, matches, server_proof
 
 __all__ = ["dial", "host_identity", "read_hello"]
 
+log = logging.getLogger("gpuremote.client")
+
 Reached = socket.socket | TlsSocket
 
+MAX_START: Final = 300.0
+"""Seconds that a server may ask for to start a process."""
 OPENINGS: Final = 3
 """Sessions opened at a server with TLS until one of them welcomes the client, as the process of
 one may be killed before it has."""
@@ -101,7 +107,8 @@ def dial(
     hello : Hello
         What this side says.
     timeout : float
-        Seconds for name resolution, connect and handshake together.
+        Seconds for name resolution, connect and handshake together. Where the server says that it
+        has to start a process for the session first, that is waited for besides.
     blocking : bool
         Whether the connection will be driven by a blocking thread or by an event loop.
     token : bytes
@@ -138,8 +145,8 @@ def dial(
     connection: Connection | None = None
     try:
         offers = lanes is not None and TCP in hello.transports and lanes.worth_offering
-        hello = replace(hello, lanes=int(offers))
-        sock, answer, seconds = _reach(host, port, hello, deadline, token, tls)
+        hello = replace(hello, lanes=int(offers), patient=int(not hello.session))
+        sock, answer, seconds, deadline = _reach(host, port, hello, deadline, token, tls)
 
         def dial_lane(number: int, proof: bytes, until: float) -> Reached:
             lane = Attach(answer.session, number, proof)
@@ -183,33 +190,35 @@ def _order(answer: Welcome, hello: Hello) -> list[str]:
 
 def _reach(
     host: str, port: int, hello: Hello, deadline: float, token: bytes, tls: TlsClient | None
-) -> tuple[Reached, Welcome, float]:
-    """Get to where somebody says welcome; also the seconds that the fastest answer took."""
+) -> tuple[Reached, Welcome, float, float]:
+    """Get to where somebody says welcome; also the seconds that the fastest answer took, and the
+    deadline from then on."""
     if tls is not None:
         tls.context()  # before anything is connected
     left = OPENINGS
     while True:
-        sock, answer, seconds = _ask(host, port, hello, deadline, token, tls)
+        sock, answer, seconds, deadline = _ask(host, port, hello, deadline, token, tls)
         if isinstance(answer, Welcome):
-            return sock, answer, seconds
+            return sock, answer, seconds, deadline
         sock.close()
         left -= 1
-        coming = replace(hello, session=answer.session, secret=answer.secret)
+        coming = replace(hello, session=answer.session, secret=answer.secret, patient=0)
         try:
-            sock, answer, again = _ask(host, port, coming, deadline, token, tls)
+            sock, answer, again, deadline = _ask(host, port, coming, deadline, token, tls)
         except (TransportError, SessionLost):
             # Nobody has said welcome, so nothing is lost, and another process may have more luck.
             if not left:
                 raise
         else:
             assert isinstance(answer, Welcome)
-            return sock, answer, min(seconds, again)
+            return sock, answer, min(seconds, again), deadline
 
 
 def _ask(
     host: str, port: int, hello: Hello, deadline: float, token: bytes, tls: TlsClient | None
-) -> tuple[Reached, Welcome | Opened, float]:
-    """Connect, and shake hands once; also the seconds that the fastest answer took."""
+) -> tuple[Reached, Welcome | Opened, float, float]:
+    """Connect, and shake hands once; also the seconds that the fastest answer took, and the
+    deadline from then on."""
     peer = join_address(host, port)
     sock: Reached = open_tcp(host, port, max(0.001, deadline - _clock.now()))
     try:
@@ -218,12 +227,12 @@ def _ask(
                 _say(sock, Route(hello.session).encode(), deadline, peer)
             sock = TlsSocket(sock, tls, host)
             _verify(sock, deadline, peer)
-        answer, seconds = _exchange(sock, hello, deadline, peer, token)
+        answer, seconds, deadline = _exchange(sock, hello, deadline, peer, token)
         if isinstance(answer, Refusal):
             raise _refused(answer, peer)
         if isinstance(answer, Opened) and (tls is None or hello.session):
             raise ProtocolError("the server opens a session where none is to be opened")
-        return sock, answer, seconds
+        return sock, answer, seconds, deadline
     except BaseException as error:
         sock.close()
         if isinstance(error, ssl.SSLError) and tls is not None and isinstance(sock, TlsSocket):
@@ -253,7 +262,7 @@ def _verify(sock: TlsSocket, deadline: float, peer: str) -> None:
 
 def _exchange(
     sock: Reached, hello: Hello, deadline: float, peer: str, token: bytes
-) -> tuple[Welcome | Opened | Refusal, float]:
+) -> tuple[Welcome | Opened | Refusal, float, float]:
     if token:
         hello = replace(hello, nonce=secrets.token_bytes(NONCE_SIZE))
     said = hello.encode()
@@ -273,10 +282,18 @@ def _exchange(
             "GPUREMOTE_TOKEN is set and the server did not ask for a token: start it with "
             "--token-file, or unset the variable"
         )
+    if isinstance(answer, Starting) and hello.patient:
+        # Which NaN is not, either.
+        patience = answer.seconds if 0 <= answer.seconds <= MAX_START else MAX_START
+        log.warning(
+            "%s starts a process for this session, which may take up to %.0f s", peer, patience
+        )
+        deadline += patience
+        answer = read_hello(sock, deadline, peer)
     if not isinstance(answer, Welcome | Opened | Refusal):
         kind = type(answer).__name__.upper()
         raise ProtocolError(f"the server answered the handshake with a {kind}", peer=peer)
-    return answer, seconds
+    return answer, seconds, deadline
 
 
 def _prove(

@@ -35,7 +35,7 @@ from gpuremote.server.options import ServerOptions
 from gpuremote.server.stock import ATTEMPTS, Stock, WorkerProcess
 from gpuremote.transport.certificates import TlsServer
 from gpuremote.transport.select import choose, probe
-from gpuremote.wire.hello import Attach, Hello, Opened, Route, choose_version
+from gpuremote.wire.hello import Attach, Hello, Opened, Route, Starting, choose_version
 
 __all__ = ["DeviceServer"]
 
@@ -47,6 +47,8 @@ MAX_HANDSHAKES: Final = 128
 PATIENCE: Final = 1.0
 """Seconds of silence after which a connection is given up if another one needs its place."""
 MAX_TOMBSTONES: Final = 1024
+START_TIMEOUT: Final = 90.0
+"""Seconds that a worker process gets to load its backend, where the client knows of that."""
 UNCLAIMED: Final = 15.0
 """Seconds that a session opened over TLS waits for its client to come once more."""
 
@@ -294,13 +296,13 @@ class DeviceServer:
                 )
             session = None
         if caller.encrypted:
-            opened = await self._open(caller)
+            opened = await self._open(caller, hello)
             loop = asyncio.get_running_loop()
             loop.call_later(UNCLAIMED, self._give_up_unclaimed, opened)
             await caller.say(Opened(opened.ident, opened.secret))
             return
         for left in reversed(range(ATTEMPTS)):
-            opened = session or await self._open(caller)
+            opened = session or await self._open(caller, hello)
             try:
                 await self._hand_over(opened, caller.sock, hello)
                 return
@@ -335,12 +337,18 @@ class DeviceServer:
         }
         await session.worker.hand_over(request, sock, HANDSHAKE_TIMEOUT)
 
-    async def _open(self, caller: Caller) -> _Session:
+    async def _open(self, caller: Caller, hello: Hello) -> _Session:
         ident = secrets.token_bytes(16)
         self._opening += 1
+        seconds = START_TIMEOUT if hello.patient else HANDSHAKE_TIMEOUT
+        taking = asyncio.ensure_future(self._stock.take(seconds))
         try:
-            worker = await self._stock.take(HANDSHAKE_TIMEOUT)
+            await asyncio.wait({taking}, timeout=PATIENCE)
+            if hello.patient and not taking.done():
+                await caller.say(Starting(seconds))
+            worker = await taking
         finally:
+            taking.cancel()
             self._opening -= 1
         if worker.desk is not None:
             worker.desk.tenant = tenant_of(self.options.token, *caller.certificate())

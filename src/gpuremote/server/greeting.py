@@ -26,6 +26,7 @@ from gpuremote.wire.hello import (
     Opened,
     Proof,
     Refusal,
+    Starting,
 )
 from gpuremote.wire.identity import NONCE_SIZE, client_proof, matches, server_proof
 
@@ -127,7 +128,7 @@ class Caller:
             return found
         raise ProtocolError("a server's handshake message came from a client", peer=self._peer)
 
-    async def say(self, message: Challenge | Proof | Opened | Refusal) -> None:
+    async def say(self, message: Challenge | Proof | Opened | Refusal | Starting) -> None:
         data = message.encode()
         if self._tls is not None:
             self._tls.write(data)

@@ -251,6 +251,9 @@ class Stock:
             except TimeoutError as error:
                 worker.kill()
                 raise ServerBusy(f"no worker process was ready within {timeout:.0f} s") from error
+            except asyncio.CancelledError:
+                self._waiting.insert(0, worker)  # nobody has it: the next one does
+                raise
             except ServerBusy as error:
                 failure = error
                 continue

@@ -42,6 +42,7 @@ __all__ = [
     "Receipt",
     "Refusal",
     "Route",
+    "Starting",
     "Welcome",
     "choose_version",
 ]
@@ -68,6 +69,8 @@ class HelloKind(enum.IntEnum):
     """Client, before TLS: which session this connection is for."""
     ATTACH = 8
     """Client: this connection is a lane beside another one."""
+    STARTING = 9
+    """Server: a process for the session has to be started first."""
 
 
 def choose_version(min_version: int, max_version: int) -> int:
@@ -146,6 +149,8 @@ class Hello:
         Random, of a client that has a token: makes the server's proof one for this HELLO only.
     lanes : int
         1 if the client may open further connections beside this one, else 0.
+    patient : int
+        1 if the client knows what STARTING means, else 0.
     versions : tuple of int
         Lowest and highest protocol version that the sender speaks.
     """
@@ -160,6 +165,7 @@ class Hello:
     memory_limit: int = 0
     nonce: bytes = b""
     lanes: int = 0
+    patient: int = 0
     versions: tuple[int, int] = (MIN_VERSION, MAX_VERSION)
 
     def encode(self) -> bytes:
@@ -174,6 +180,7 @@ class Hello:
             "memory_limit": self.memory_limit,
             "nonce": self.nonce,
             "lanes": self.lanes,
+            "patient": self.patient,
         }
         return _frame(HelloKind.HELLO, body, self.versions)
 
@@ -190,6 +197,7 @@ class Hello:
             memory_limit=_get(body, "memory_limit", int, 0),
             nonce=_get(body, "nonce", bytes, b""),
             lanes=_get(body, "lanes", int, 0),
+            patient=_get(body, "patient", int, 0),
             versions=versions,
         )
 
@@ -209,7 +217,7 @@ class Welcome:
     choice : dict
         The transport chosen, and every candidate with its reason.
     contents : int
-        1 if the server keeps uploads for further sessions, and takes digests of them; else 0.
+        1 if the server keeps uploads for further sessions, else 0.
     """
 
     version: int = MAX_VERSION
@@ -351,6 +359,21 @@ class Opened:
 
 
 @dataclass(slots=True)
+class Starting:
+    """Ahead of the answer to a HELLO for a new session: that a process has to be started for it
+    first, and how many seconds that may take at most."""
+
+    seconds: float
+
+    def encode(self) -> bytes:
+        return _frame(HelloKind.STARTING, {"seconds": self.seconds}, (MIN_VERSION, MAX_VERSION))
+
+    @classmethod
+    def decode(cls, body: Mapping[str, Any]) -> Starting:
+        return cls(float(_get(body, "seconds", (int, float), 0.0)))
+
+
+@dataclass(slots=True)
 class Route:
     """The first words of a connection to a session of a server with TLS, in the clear: so the
     process that listens knows whose it is. Behind it TLS begins. It proves nothing."""
@@ -396,7 +419,7 @@ class Attach:
         )
 
 
-Message = Hello | Welcome | Refusal | Challenge | Proof | Opened | Route | Attach
+Message = Hello | Welcome | Refusal | Challenge | Proof | Opened | Route | Attach | Starting
 
 
 class HelloReader:
@@ -497,6 +520,8 @@ class HelloReader:
                 return Route.decode(body)
             case HelloKind.ATTACH:
                 return Attach.decode(body)
+            case HelloKind.STARTING:
+                return Starting.decode(body)
         raise ProtocolError(f"handshake message of unknown kind {kind}", peer=self._peer)
 
 
