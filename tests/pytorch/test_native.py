@@ -89,6 +89,27 @@ def test_copies_between_devices(place: str) -> None:
     same(z.to("remote:0").conj().to(place).cpu(), z.conj())
 
 
+@pytest.mark.parametrize("place", ["remote:0", "remote:1", "remote:2"])
+def test_sparse_tensors_on_each_device(place: str) -> None:
+    here = torch.nn.Embedding(6, 3, sparse=True)
+    there = copy.deepcopy(here).to(place)
+    words = torch.tensor([1, 1, 4])
+    for layer in (here, there):
+        optimiser = torch.optim.SparseAdam(list(layer.parameters()), lr=0.1)
+        layer(words.to(layer.weight.device)).square().sum().backward()
+        optimiser.step()
+    same(there.weight.detach().cpu(), here.weight.detach())
+    gradient: Any = there.weight.grad
+    assert gradient.device == torch.device(place)
+    summed = (gradient + gradient.clone()).coalesce()
+    assert summed.device == summed.indices().device == torch.device(place)
+    moved = summed.to("remote:0")
+    assert moved.device == moved.values().device == torch.device("remote:0")
+    same(moved.cpu().to_dense(), 2 * here.weight.grad.to_dense())  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="same device"):
+        summed + gradient.to("remote:3")
+
+
 def test_a_result_on_another_device() -> None:
     x = torch.ones(2, 3, device="remote:0")
     for made in (torch.zeros_like(x, device="remote:2"), x.new_full((2, 3), 0, device="remote:2")):

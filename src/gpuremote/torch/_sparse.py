@@ -7,13 +7,14 @@ the host serve. Arithmetic is in ``_coo``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
 
 from gpuremote.torch import _coo
 from gpuremote.torch._kernels import Kernel
+from gpuremote.torch._tier import native
 
 __all__ = ["FROM_DENSE", "FRONTED_SPARSE", "SPARSE"]
 
@@ -51,12 +52,34 @@ def _never(*_: Any, **__: Any) -> bool:
 
 
 def _on(op: Any, keys: Any) -> Callable[..., Any]:
+    """The kernel that torch has for these keys, with the device of what it is given as the current
+    one: that is where a sparse tensor is, whatever its parts say."""
     redispatch = op.redispatch
+    change: Any = None if native is None else native.device
 
     def run(*args: Any, **keywords: Any) -> Any:
-        return redispatch(keys, *args, **keywords)
+        index = None if change is None else _index(args, keywords)
+        if index is None:
+            return redispatch(keys, *args, **keywords)
+        before = change(index)
+        try:
+            return redispatch(keys, *args, **keywords)
+        finally:
+            change(before)
 
     return run
+
+
+def _index(args: Sequence[Any], keywords: dict[str, Any]) -> int | None:
+    """Number of the remote device that a result is wanted on, or that an argument is on."""
+    wanted = keywords.get("device")
+    if wanted is not None:
+        return wanted.index if wanted.type == "remote" else None
+    for value in (*args, *keywords.values()):
+        for one in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(one, Tensor) and one.device.type == "remote":
+                return one.device.index
+    return None
 
 
 def _shared() -> dict[str, Callable[..., Any]]:
