@@ -171,10 +171,15 @@ async def test_who_gives_way(store: ContentStore) -> None:
         assert await large.bring(block(number))
         assert await large.found(block(number))
     assert not await small.bring(block(0, 9 * MiB))
-    assert await large.bring(block(5))  # its own are the most, but not to be pushed out by it
-    assert not await small.found(block(1))
+    assert not await large.bring(block(5))  # there are only its own, and who has less
     assert await other.bring(block(6))
-    assert [await large.found(block(n)) for n in (2, 3, 4, 5)] == [False, True, True, True]
+    assert [await large.found(block(n)) for n in (2, 3, 4, 6)] == [False, True, True, True]
+    assert await small.found(block(1))
+    assert not await large.bring(block(5))  # it had all of them last
+    assert await other.found(block(3))
+    assert await large.bring(block(5))
+    assert [await other.found(block(n)) for n in (3, 4, 5)] == [False, True, True]
+    assert await small.found(block(1))
     for worker in (small, large, other):
         worker.close()
 

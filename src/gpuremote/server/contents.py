@@ -183,9 +183,9 @@ class ContentStore:
         return ticket
 
     def _evict(self, desk: Desk) -> bool:
-        """Drop what was used longest ago, of the tenant that has most: one that brings much does
-        not push out what others have. Nor does a session push out what it brought or had itself,
-        or the second time a large model would find nothing of it."""
+        """Drop what was used longest ago, of the tenant that has most: nobody pushes out what is
+        of one who has less. Nor does a session push out what it brought or had itself, or the
+        second time a large model would find nothing of it."""
         weighed = sorted(
             self._tenants.items(), key=lambda item: -sum(e.nbytes for e in item[1].values())
         )
@@ -196,6 +196,8 @@ class ContentStore:
                     if not entries:
                         del self._tenants[tenant]
                     return True
+            if tenant == desk.tenant:
+                break
         return False
 
     def _let_go(self, entry: _Entry) -> None:

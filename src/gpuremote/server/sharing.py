@@ -12,6 +12,7 @@ import queue
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -112,7 +113,12 @@ class Sharing:
     def _run(self) -> None:
         session = self._session
         while True:
-            self._jobs.get()()
+            try:
+                self._jobs.get()()
+            except BaseException:
+                # A client that waits for its answer learns of it in this way, and only this one.
+                traceback.print_exc()
+                os._exit(1)
             with session.lock:
                 self.active -= 1
             session.ordering.stir()  # there may be something to send, or to run
