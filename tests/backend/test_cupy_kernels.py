@@ -74,7 +74,7 @@ def test_an_elementwise_kernel(cupy: Kernels, backend: CupyBackend) -> None:
     assert made.host.tolist() == [2, 2, 2, 2]
     assert cupy.made == [(("T x", "T y", "y = 2 * x", "k"), {"preamble": "//"})]
     in_place = backend.compile(planned("elementwise_kernel_", 2, **text))
-    in_place([x, y])
+    assert in_place([x, y]) is None
     assert cupy.called == [((x,), {}), ((x, y), {})]
 
 

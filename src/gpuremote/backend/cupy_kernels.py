@@ -35,9 +35,15 @@ def _elementwise(xp: Any, plan: Plan) -> Kernel:
         **_given(plan, "loop_prep", "after_loop", *_COMMON),
     )
     size = _given(plan, "size")
-    if plan.inplace or plan.n_out != 1:
-        return lambda *arguments: kernel(*arguments, **size)
-    return lambda *arguments: (kernel(*arguments, **size),)
+    single = plan.n_out == 1
+
+    def run(*arguments: Any) -> Any:
+        made = kernel(*arguments, **size)
+        if plan.inplace:
+            return None  # what it gives is what it was given
+        return (made,) if single else made
+
+    return run
 
 
 def _reduction(xp: Any, plan: Plan) -> Kernel:
