@@ -120,9 +120,8 @@ def infer(op: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
     try:
         with _undisturbed():
             made = op(*arguments, **keywords)
-            if op in STATISTICS:
-                return _as_hosts_do(arguments, made)
-            return _bags_of_hosts(op, arguments, keywords, made) if op in BAGS else made
+            made = _as_hosts_do(arguments, made) if op in STATISTICS else made
+        return _bags_of_hosts(op, arguments, keywords, made) if op in BAGS else made
     except (
         DynamicOutputShapeException,
         DataDependentOutputException,
@@ -143,26 +142,30 @@ def _as_hosts_do(arguments: Any, made: Any) -> Any:
 
 
 def _bags_of_hosts(op: Any, arguments: Any, keywords: dict[str, Any], made: Any) -> Any:
-    """What a host gives beside the bags, for the backward, where torch's rules are those of older
-    kernels: for bfloat16, and where the last offset is the end."""
+    """What a host gives beside the bags, for the backward. torch's rules are those of other kernels
+    (for bfloat16, say, or where the last offset is the end), so this host's are asked for sizes."""
     taken = dict(zip((one.name for one in op._schema.arguments), arguments, strict=False))
     taken |= keywords
-    weight, offsets, mode = taken["weight"], taken["offsets"], taken.get("mode", 0)
-    if weight.device.type != "cpu":
+    weight, scale, mode = taken["weight"], taken.get("per_sample_weights"), taken.get("mode", 0)
+    count, step = len(taken["indices"]), 1 if scale is None else scale.stride(0)
+    if weight.device.type != "cpu" or not len(taken["offsets"]):
         return made
-    bags, places, sizes, largest = made
-    scale = taken.get("per_sample_weights")
-    if (
-        (mode, weight.dtype) == (0, torch.bfloat16)
-        and weight.stride(1) == bags.stride(1) == 1
-        and (scale is None or scale.stride(0) == 1)
-        and taken.get("padding_idx", -1) < 0
-    ):
-        places = offsets.new_empty(0)
-    if op is BAGS[1] and taken.get("include_last_offset", False):
-        sizes = offsets.new_empty(len(offsets) if not mode else len(bags))
-        largest = largest if mode == 2 else offsets.new_empty(len(sizes))
-    return bags, places, sizes, largest
+    taken["weight"] = _zeros((1, 1), (1, weight.stride(1)), weight.dtype)
+    taken["indices"] = torch.zeros(count, dtype=taken["indices"].dtype)
+    taken["offsets"] = torch.zeros(len(taken["offsets"]), dtype=taken["offsets"].dtype)
+    taken["padding_idx"] = min(taken.get("padding_idx", -1), 0)  # of a table of one
+    taken["offsets"][-1:] = count if taken.get("include_last_offset", False) else 0
+    if scale is not None:
+        taken["per_sample_weights"] = _zeros((count,), (step,), scale.dtype)
+    _, *others = op(**taken)
+    if mode == 2:
+        others[2] = made[3]  # as wide as the table
+    return made[0], *(torch.empty_like(one, device="meta") for one in others)
+
+
+def _zeros(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    last = sum(max(0, n - 1) * step for n, step in zip(shape, stride, strict=True))
+    return torch.zeros(last + 1, dtype=dtype).as_strided(shape, stride)
 
 
 def results_of(made: Sequence[Any], views: Views) -> tuple[list[int], list[Result]]:
