@@ -67,7 +67,12 @@ def test_a_raw_kernel(cupy: Kernels, backend: CupyBackend) -> None:
 
 
 def test_an_elementwise_kernel(cupy: Kernels, backend: CupyBackend) -> None:
-    text: dict[str, Any] = {"in_params": "T x", "out_params": "T y", "operation": "y = 2 * x", "name": "k"}
+    text: dict[str, Any] = {
+        "in_params": "T x",
+        "out_params": "T y",
+        "operation": "y = 2 * x",
+        "name": "k",
+    }
     run = backend.compile(planned("elementwise_kernel", **text, preamble="//"))
     x, y = (cupy.upload(np.ones(4, "f4")) for _ in range(2))
     (made,) = run([x]) or ()

@@ -10,16 +10,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 import gpuremote
 from gpuremote._clock import now
-from gpuremote.errors import HandshakeTimeout, ProtocolError
+from gpuremote.errors import AuthenticationFailed, HandshakeTimeout, ProtocolError
 from gpuremote.rpc import dial
 from gpuremote.rpc.dial import read_hello
 from gpuremote.testing.servers import RunningServer, device_server
-from gpuremote.wire.hello import Hello, Starting
+from gpuremote.wire.hello import Hello, Starting, Welcome
 from tests.faults.processes import children
 from tests.faults.raw import RawClient, fake_server
 
@@ -113,3 +114,32 @@ def test_a_server_that_asks_for_more_and_more(
 
     with fake_server(insist) as fake, pytest.raises(ProtocolError, match="STARTING"):
         gpuremote.connect_sync(f"{fake.url}?connect_timeout=5")
+
+
+def test_it_takes_nobody_past_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who says it before the proof does not know the token."""
+    monkeypatch.setenv("GPUREMOTE_TOKEN", "the-token-of-these-tests-0123456789")
+
+    def behave(sock: socket.socket) -> None:
+        read_hello(sock, now() + 10.0, "client")
+        sock.sendall(Starting(5.0).encode() + Welcome().encode())
+        sock.recv(1)
+
+    with (
+        fake_server(behave) as fake,
+        pytest.raises(AuthenticationFailed, match="did not ask for a token"),
+    ):
+        gpuremote.connect_sync(fake.url)
+
+
+def test_with_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "the-token-of-these-tests-0123456789"
+    file = tmp_path / "token"
+    file.write_text(secret)
+    monkeypatch.setenv("GPUREMOTE_TOKEN", secret)
+    with (
+        device_server("--warm", "0", "--token-file", str(file)) as server,
+        held_up(server),
+        gpuremote.connect_sync(f"{server.url}?connect_timeout=2") as session,
+    ):
+        assert session.devices[0].ones(2).tolist() == [1, 1]

@@ -169,7 +169,7 @@ def hello_frame(kind: int, body: object, versions: tuple[int, int] = (1, 1)) -> 
         (hello_frame(2, [1, 2]), ProtocolError),
         (hello_frame(2, {"devices": 7}), ProtocolError),
         (hello_frame(2, {"receipt": [5, []], "devices": []}), ProtocolError),
-        (hello_frame(9, {}), ProtocolError),
+        (hello_frame(99, {}), ProtocolError),
         (Hello().encode(), ProtocolError),
         (hello_frame(2, b"")[:8] + b"\xff\xff\xff\xff", LimitExceeded),
         (WELCOME.encode()[:50], ConnectionLost),

@@ -277,7 +277,7 @@ def _exchange(
             )
         refusal = _prove(sock, answer, said, deadline, peer, token)
         answer = refusal or read_hello(sock, deadline, peer)
-    elif token and isinstance(answer, Welcome | Opened):
+    elif token and isinstance(answer, Welcome | Opened | Starting):
         raise AuthenticationFailed(
             "GPUREMOTE_TOKEN is set and the server did not ask for a token: start it with "
             "--token-file, or unset the variable"
