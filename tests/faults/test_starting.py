@@ -61,7 +61,7 @@ def held_up(server: RunningServer) -> Iterator[None]:
 def test_it_is_waited_for(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
     with (
         held_up(server),
-        caplog.at_level(logging.WARNING, "gpuremote.client"),
+        caplog.at_level(logging.INFO, "gpuremote.client"),
         gpuremote.connect_sync(f"{server.url}?connect_timeout=2") as session,
     ):
         assert session.devices[0].ones(3).tolist() == [1, 1, 1]

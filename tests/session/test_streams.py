@@ -388,3 +388,18 @@ def test_threads_have_streams_of_their_own(server: RunningServer) -> None:
         for k in range(6):
             with case(k):
                 assert results[k].tolist() == [200 * k] * 50
+
+
+def test_an_event_with_nothing_before_it_is_passed(side: Side, session: Any, device: Any) -> None:
+    """Also if it comes in one batch with the question."""
+    stream = device.stream()
+    x = device.zeros(3)
+    side.do(session.synchronize())
+    for _ in range(20):
+        event = session.devices[0].stream().record()
+        assert side.do(event.query())
+        with stream:
+            x = device.ones(3)
+        side.do(stream.synchronize())
+        assert side.do(stream.record().query())
+    assert side.do(x.tolist()) == [1, 1, 1]

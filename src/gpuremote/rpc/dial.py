@@ -285,7 +285,7 @@ def _exchange(
     if isinstance(answer, Starting) and hello.patient:
         # Which NaN is not, either.
         patience = answer.seconds if 0 <= answer.seconds <= MAX_START else MAX_START
-        log.warning(
+        log.info(
             "%s starts a process for this session, which may take up to %.0f s", peer, patience
         )
         deadline += patience

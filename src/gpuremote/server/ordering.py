@@ -177,8 +177,22 @@ class Ordering:
 
     def _event_query(self, number: int, event: int) -> None:
         point = self._point(event)
-        reached = point is None or (point.reached and self._session.backend.reached(point.mark))
-        self._session.answers.info(number, reached)
+        self._session.answers.info(number, point is None or self._passed(point))
+
+    def _passed(self, point: EventPoint) -> bool:
+        backend = self._session.backend
+        if not point.reached:
+            # It may stand first in its queue, as it came in one batch with this question: then
+            # nothing is before it but what the device has left to do.
+            stream = self.default if point.stream == 0 else self.streams.get(point.stream)
+            try:
+                _, function, arguments = (stream or self.default).queue[0]
+            except IndexError:
+                return point.reached and backend.reached(point.mark)
+            if function != self._run_record or arguments[0] is not point:
+                return False
+            return backend.reached(backend.record(arguments[1].native))
+        return backend.reached(point.mark)
 
     def _event_sync(self, number: int, event: int) -> None:
         point = self._point(event)
