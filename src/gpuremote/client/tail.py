@@ -3,23 +3,24 @@
 A blocking session has no event loop: the last ops of a burst lie in its batch until the next op or
 wait, and what the kernel did not take of an upload until somebody sends on. One thread for all
 sessions of a process sees to both, so that the device works while the program computes, reads
-files or sleeps. While a session issues, the thread looks about every millisecond; when none has
-for a while, it sleeps until one does.
+files or sleeps. While a session issues, the thread looks every two milliseconds; when none has for
+a while, it sleeps until one does.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Final, Protocol
 
 __all__ = ["TAIL", "Tail"]
 
-PAUSE: Final = 0.001
+PAUSE: Final = 0.002
 """Seconds between two looks."""
-LINGER: Final = 50
+LINGER: Final = 25
 """Looks in a row that found nothing, before the thread sleeps until it is woken."""
 
 
@@ -93,10 +94,10 @@ class Tail:
                 # Who left something before it saw the flag is seen here.
                 if not self._send():
                     called.wait()
+                called.clear()
                 self._asleep = False
                 idle = 0
-            if called.wait(PAUSE):
-                called.clear()
+            time.sleep(PAUSE)  # which takes the interpreter's lock less than waiting for an event
             idle = 0 if self._send() else idle + 1
 
     def _send(self) -> bool:
