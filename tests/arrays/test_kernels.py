@@ -38,6 +38,11 @@ def test_kernels_refused_where_they_are_called(xp: Any) -> None:
     with pytest.raises(ImplicitTransfer):
         double(np.ones(4, "f4"))
     kernel = xp.RawModule(code="...").get_function("f")
+    for wrong in ("my kernel", "f" * 70):
+        with pytest.raises(ShapeError, match="can't be named"):
+            xp.RawKernel("...", wrong)(1, 1, (x,))
+    with pytest.raises(ShapeError, match="300000 characters"):
+        xp.RawKernel("x" * 300_000, "f")(1, 1, (x,))
     with pytest.raises(ShapeError, match="block has to be one to three integers"):
         kernel(1, 4096, (x,))
     with pytest.raises(DTypeError, match="has to be integers"):

@@ -10,9 +10,11 @@ import pytest
 
 from gpuremote.backend.cupy_backend import CupyBackend
 from gpuremote.backend.numpy_backend import NumpyBackend
-from gpuremote.errors import ConfigError, UnsupportedOp
+from gpuremote.errors import ConfigError, OpFailed, ShapeError, UnsupportedOp
 from gpuremote.ops.catalogue import find
-from gpuremote.ops.plan import Plan, define
+from gpuremote.ops.client_kernels import LAUNCH, CodeBook
+from gpuremote.ops.plan import Plan, define, encode_definition
+from gpuremote.server.execute import Executable
 from tests.backend.cupy_double import CupyDouble
 from tests.ops.case import METAS
 
@@ -52,18 +54,22 @@ def backend(cupy: Kernels) -> CupyBackend:
 
 
 def planned(op: str, count: int = 1, **params: Any) -> Plan:
-    return define(3, find(op), [METAS.get((4,), np.dtype("f4"), 0)] * count, params, 0, METAS)
+    operands: list[Any] = [METAS.get((4,), np.dtype("f4"), 0)] * count
+    launch = ["i"] * LAUNCH if op == "raw_kernel" else []
+    return define(3, find(op), [*operands, *launch], params, 0, METAS)
 
 
-RAW: dict[str, Any] = {"code": "...", "name": "f", "grid": (4,), "block": (32,)}
+RAW: dict[str, Any] = {"code": "...", "name": "f"}
 
 
 def test_a_raw_kernel(cupy: Kernels, backend: CupyBackend) -> None:
-    run = backend.compile(planned("raw_kernel", 2, **RAW, options=("-DN=2",), shared_mem=64))
+    run = backend.compile(planned("raw_kernel", 2, **RAW, options=("-DN=2",)))
     x, y = (cupy.upload(np.ones(4, "f4")) for _ in range(2))
-    run([x, y])
+    run([x, y, 4, 1, 1, 32, 1, 1, 64])
+    with pytest.raises(ShapeError, match="block"):
+        run([x, y, 4, 1, 1, 4096, 1, 1, 0])
     assert cupy.made == [(("...", "f", ("-DN=2",)), {})]
-    assert cupy.called == [(((4,), (32,), (x, y)), {"shared_mem": 64})]
+    assert cupy.called == [(((4, 1, 1), (32, 1, 1), (x, y)), {"shared_mem": 64})]
 
 
 def test_an_elementwise_kernel(cupy: Kernels, backend: CupyBackend) -> None:
@@ -114,3 +120,19 @@ def test_only_where_the_operator_allows_them(cupy: Kernels) -> None:
     assert not cupy.made
     with pytest.raises(ConfigError, match="--allow-kernels is for the backend cupy, not numpy"):
         NumpyBackend().permit({}, "", True)
+
+
+def test_what_cupy_refuses_is_told_by_the_calls(
+    cupy: Kernels, backend: CupyBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And does not end the worker."""
+
+    def refuse(*_made: Any, **_options: Any) -> Any:
+        raise ValueError("invalid kernel name")
+
+    monkeypatch.setattr(Kernels, "RawKernel", refuse)
+    definition = encode_definition(planned("raw_kernel", **RAW))
+    made = Executable.from_wire(definition, METAS, backend, 1, CodeBook(), Executable)
+    with pytest.raises(OpFailed, match="invalid kernel name"):
+        made.function([])
+    assert made.writes == (0,)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from gpuremote.errors import DTypeError, LimitExceeded, OpError, ShapeError
+from gpuremote.ops import client_kernels
 from gpuremote.ops.catalogue import find
-from gpuremote.ops.client_kernels import parse_parameters
+from gpuremote.ops.client_kernels import check_launch, parse_parameters
 from gpuremote.ops.meta import Meta
 from gpuremote.ops.plan import Plan, PlanCaps, decode_definition, define, encode_definition
 from tests.ops.case import METAS
@@ -42,13 +43,16 @@ def metas(plan: Plan) -> list[tuple[tuple[int, ...], str]]:
 
 
 def test_parameters_as_cupy_reads_them() -> None:
-    assert [tuple(p) for p in parse_parameters("float32 x, raw T y,")] == [
+    assert [tuple(p) for p in parse_parameters("float32 x, raw T y")] == [
         (False, np.dtype("f4"), "", "x"),
         (True, None, "T", "y"),
     ]
     assert parse_parameters(" ") == ()
-    for text in ("x", "T x y", "raw x", "T x-1", "T 1x"):
+    for text in ("x", "T x y", "raw x", "T x-1", "T 1x", "T x,", ",", "raw"):
         with pytest.raises(ShapeError, match="is not \\[raw\\] TYPE NAME"):
+            parse_parameters(text)
+    for text in ("T i", "T n", "T _ind"):
+        with pytest.raises(ShapeError, match="its loop's own"):
             parse_parameters(text)
     for text in ("quantum x", "object x", "U8 x", "datetime64 x"):
         with pytest.raises(DTypeError, match="is no dtype of a device's"):
@@ -111,14 +115,16 @@ def test_reductions() -> None:
         return plan_of(
             "reduction_kernel",
             operands,
-            in_params=ins,
-            out_params="T y",
-            map_expr="x * x",
-            reduce_expr="a + b",
-            post_map_expr="y = sqrt(a)",
-            identity="0",
-            name="norm",
-            **params,
+            **{
+                "in_params": ins,
+                "out_params": "T y",
+                "map_expr": "x * x",
+                "reduce_expr": "a + b",
+                "post_map_expr": "y = sqrt(a)",
+                "identity": "0",
+                "name": "norm",
+                **params,
+            },
         )
 
     x = array("f4", 5, 6)
@@ -132,61 +138,100 @@ def test_reductions() -> None:
     with pytest.raises(ShapeError, match="takes 1 arguments, not 2"):
         reduction("T x", [x, x])
     with pytest.raises(ShapeError, match="one result"):
-        plan_of("reduction_kernel", [x], in_params="T x", out_params="T y, T z")
+        reduction("T x", [x], out_params="T y, T z")
 
 
-RAW: dict[str, Any] = {"code": "...", "name": "f", "grid": (4,), "block": (32, 2, 1)}
+RAW: dict[str, Any] = {"code": "...", "name": "f"}
+HOW = ["i"] * 7
 
 
 def test_raw_kernels_may_write_to_all_of_their_arrays() -> None:
-    plan = plan_of("raw_kernel", [array("f4", 3), "f8", array("i4", 2), "i"], **RAW)
+    plan = plan_of("raw_kernel", [array("f4", 3), "f8", array("i4", 2), "i", *HOW], **RAW)
     assert plan.writes == (0, 2)
     assert plan.n_out == 0
-    assert plan_of("raw_kernel", [], **RAW).writes == ()
+    assert plan_of("raw_kernel", HOW, **RAW).writes == ()
+    for operands in ([], HOW[1:], [*HOW[1:], "f"], [*HOW[1:], array("i8")]):
+        with pytest.raises(ShapeError, match="the last 7 operands"):
+            plan_of("raw_kernel", operands, **RAW)
+
+
+def test_launches() -> None:
+    assert check_launch([4, 1, 1, 32, 2, 1, 64]) == ((4, 1, 1), (32, 2, 1), 64)
+    for launch in (
+        [0, 1, 1, 32, 1, 1, 0],
+        [1 << 31, 1, 1, 32, 1, 1, 0],
+        [1, 1, 1, 1025, 1, 1, 0],
+        [1, 1, -1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1, 1, -1],
+        [1, 1, 1, 1, 1, 1, 1 << 31],
+    ):
+        with pytest.raises(ShapeError):
+            check_launch(launch)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"grid": ()},
-        {"grid": (0,)},
-        {"grid": (1, 1, 1, 1)},
-        {"grid": (1 << 31,)},
-        {"block": (1025,)},
-        {"block": (1.0,)},
-        {"block": 32},
-        {"shared_mem": -1},
-        {"code": ""},
+        {"code": 3},
+        {"code": "x" * ((256 << 10) + 1)},
+        {"name": ""},
         {"name": 3},
+        {"name": "my kernel"},
+        {"name": "f" * 65},
         {"options": ("-I/etc",)},
         {"options": ("--include-path=/etc",)},
         {"options": ("-include", "/etc/passwd")},
         {"options": ("-DX=`id`",)},
+        {"options": ("-DX=" + "1" * 70,)},
         {"options": "-DX"},
     ],
 )
-def test_launches_that_are_refused(wrong: dict[str, Any]) -> None:
+def test_what_is_refused_before_it_travels(wrong: dict[str, Any]) -> None:
     with pytest.raises(ShapeError):
-        plan_of("raw_kernel", [array("f4", 3)], **{**RAW, **wrong})
+        plan_of("raw_kernel", HOW, **{**RAW, **wrong})
+
+
+def test_what_a_kernel_needs() -> None:
+    with pytest.raises(ShapeError, match="takes code"):
+        plan_of("raw_kernel", HOW, name="f")
+    x = array("f4", 3)
+    with pytest.raises(ShapeError, match="takes operation"):
+        plan_of("elementwise_kernel", [x], in_params="T x", out_params="T y", name="k")
+    with pytest.raises(ShapeError, match="takes map_expr"):
+        plan_of("reduction_kernel", [x], in_params="T x", out_params="T y", name="k")
+
+
+def test_what_a_session_brings_is_kept_once_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_kernels, "MAX_CODE_IN_ALL", 20)
+    book = client_kernels.CodeBook()
+    first, again = ({"code": "".join(["0123", "456789"])} for _ in range(2))
+    for _ in range(5):
+        book.enter(first)
+        book.enter(again)
+    assert again["code"] is first["code"]
+    book.enter({"operation": "0123456789", "preamble": "abcdefghij", "name": "x" * 60})
+    with pytest.raises(ShapeError, match="the most there may be"):
+        book.enter({"code": "k"})
+    book.enter({"code": 3})  # told by the op's rule
 
 
 def test_options_for_arithmetic_and_names() -> None:
     options = ("-DN=3", "-D_X", "--std=c++17", "--use_fast_math", "--fmad=false", "-lineinfo")
-    plan_of("raw_kernel", [array("f4", 3)], **RAW, options=options)
+    plan_of("raw_kernel", HOW, **RAW, options=options)
 
 
 def test_code_travels_and_is_bounded() -> None:
     x = array("f4", 3)
     long = "//" + "x" * 5000
-    plan = plan_of("raw_kernel", [x], **{**RAW, "code": long})
+    plan = plan_of("raw_kernel", [x, *HOW], **{**RAW, "code": long})
     again = decode_definition(encode_definition(plan), METAS)
     assert again.params["code"] == long
     assert again.writes == (0,)
     with pytest.raises(LimitExceeded, match="a kernel of 5002 characters; at most 5000"):
         decode_definition(encode_definition(plan), METAS, PlanCaps(code=5000))
     # Only what is text of a program may be long.
+    short = encode_definition(plan)
+    short[4]["name"] = "f" * 65
     with pytest.raises(LimitExceeded, match="too long"):
-        decode_definition(
-            encode_definition(plan_of("raw_kernel", [x], **{**RAW, "name": "f" * 65})), METAS
-        )
+        decode_definition(short, METAS)
     assert metas(elementwise("T x", "T z", [x], preamble=long)) == [((3,), "f4")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from gpuremote.backend.kernels import Kernel
+from gpuremote.ops.client_kernels import LAUNCH, check_launch
 from gpuremote.ops.plan import Plan
 
 __all__ = ["CLIENT_KERNELS"]
@@ -13,9 +14,12 @@ __all__ = ["CLIENT_KERNELS"]
 def _raw(xp: Any, plan: Plan) -> Kernel:
     params = plan.params
     kernel = xp.RawKernel(params["code"], params["name"], params.get("options", ()))
-    grid, block = params["grid"], params["block"]
-    shared = params.get("shared_mem", 0)
-    return lambda *arguments: kernel(grid, block, arguments, shared_mem=shared)
+
+    def run(*arguments: Any) -> None:
+        grid, block, shared = check_launch(arguments[-LAUNCH:])
+        kernel(grid, block, arguments[:-LAUNCH], shared_mem=shared)
+
+    return run
 
 
 _COMMON: Final = ("preamble", "options")

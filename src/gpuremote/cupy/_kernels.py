@@ -13,7 +13,7 @@ from typing import Any
 from gpuremote.client.array import RemoteArray
 from gpuremote.cupy._array import several, store
 from gpuremote.errors import DTypeError, ShapeError
-from gpuremote.ops.client_kernels import parse_parameters
+from gpuremote.ops.client_kernels import check_launch, parse_parameters
 
 __all__ = ["ElementwiseKernel", "RawKernel", "RawModule", "ReductionKernel"]
 
@@ -89,15 +89,14 @@ class RawKernel:
         ShapeError
             A launch that no device can do.
         """
+        launch = (*_lengths(grid), *_lengths(block), int(shared_mem))
+        check_launch(launch)
         several(
             "raw_kernel",
-            args,
+            (*args, *launch),
             code=self.code,
             name=self.name,
-            options=self.options,
-            grid=_lengths(grid),
-            block=_lengths(block),
-            shared_mem=shared_mem,
+            options=self.options or None,
         )
 
 
@@ -129,6 +128,8 @@ class ElementwiseKernel:
         Code in front of the kernel, and before and after its loop.
     options : tuple of str
         As of :class:`RawKernel`.
+    reduce_dims : bool
+        Taken and not needed: shapes are as they are.
     no_return, return_tuple : bool
         Give None, or a tuple also of one result.
     """
@@ -216,6 +217,8 @@ class ReductionKernel:
         last (``a``).
     identity : str
         What the reduction starts with.
+    reduce_dims : bool
+        Taken and not needed.
     """
 
     def __init__(
@@ -267,10 +270,15 @@ class ReductionKernel:
         return result if out is None else store(result, out)
 
 
-def _lengths(value: int | Sequence[int]) -> tuple[int, ...]:
+def _lengths(value: int | Sequence[int]) -> tuple[int, int, int]:
+    """Three lengths, those that are not given 1."""
     if isinstance(value, RemoteArray):
         raise DTypeError("the size of a launch has to be integers of this host")
     try:
-        return tuple(map(int, value)) if isinstance(value, Sequence) else (int(value),)
+        given = tuple(map(int, value)) if isinstance(value, Sequence) else (int(value),)
     except (TypeError, ValueError):
         raise DTypeError(f"the size of a launch has to be integers, not {value!r}") from None
+    if not 1 <= len(given) <= 3:
+        raise ShapeError(f"a launch of {len(given)} dimensions; it has one to three")
+    x, y, z = (*given, 1, 1)[:3]
+    return x, y, z

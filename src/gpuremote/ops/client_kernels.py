@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -18,10 +18,19 @@ from gpuremote._types import Shape
 from gpuremote.errors import DTypeError, ShapeError
 from gpuremote.ops.meta import DTYPES, Meta
 from gpuremote.ops.operands import DType, Operand, kind_of
-from gpuremote.ops.shapes import bool_param, broadcast, int_param, is_int, normal_axes, reduced
+from gpuremote.ops.shapes import bool_param, broadcast, int_param, normal_axes, reduced
 from gpuremote.ops.spec import VARIES, Inferred, OpSpec, Params
 
-__all__ = ["CODE", "SPECS", "Parameter", "parse_parameters"]
+__all__ = [
+    "CODE",
+    "LAUNCH",
+    "MAX_CODE",
+    "SPECS",
+    "CodeBook",
+    "Parameter",
+    "check_launch",
+    "parse_parameters",
+]
 
 CODE: Final = frozenset(
     {
@@ -39,13 +48,59 @@ CODE: Final = frozenset(
 )
 """Parameters that are text of a program, and may be as long as one."""
 
+MAX_CODE: Final = 256 << 10
+"""Characters of these together."""
+
+MAX_CODE_IN_ALL: Final = 64 << 20
+"""Characters of different ones that a session may have brought."""
+
+MAX_TEXT: Final = 64
+"""Characters of a name or an option."""
+
+LAUNCH: Final = 7
+"""Integers at the end of a raw kernel's operands: a grid and a block of three each, and bytes of
+shared memory."""
+
 _OPTION: Final = re.compile(
     r"-D\w+(=[\w.+-]*)?|-U\w+|--?std=c\+\+\d\d|--?(use_fast_math|lineinfo|restrict|w)"
     r"|--?(fmad|ftz|prec-div|prec-sqrt|maxrregcount|extra-device-vectorization)=\w+"
 )
 """Options of the compiler that name no file and run no program."""
 
-_NAME: Final = re.compile(r"[A-Za-z_]\w*")
+_NAME: Final = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_RESERVED: Final = re.compile(r"i|n|_\w*")
+"""Names that the loop of a kernel has already."""
+
+
+class CodeBook:
+    """What a session has brought of program text, each once: plans of one kernel for several shapes
+    share it."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, str] = {}
+        self._left = MAX_CODE_IN_ALL
+
+    def enter(self, params: dict[str, Any]) -> None:
+        """Note the texts among the parameters of a plan, which are those of the book afterwards.
+
+        Raises
+        ------
+        ShapeError
+            It would be more than a session may bring.
+        """
+        for name in CODE & params.keys():
+            text = params[name]
+            if not isinstance(text, str):
+                continue  # which is told when the plan is made
+            if text not in self._texts:
+                if len(text) > self._left:
+                    raise ShapeError(
+                        f"this session has brought {MAX_CODE_IN_ALL} characters of kernels, the "
+                        "most there may be"
+                    )
+                self._left -= len(text)
+                self._texts[text] = text
+            params[name] = self._texts[text]
 
 
 class Parameter(NamedTuple):
@@ -78,16 +133,18 @@ def parse_parameters(text: str) -> tuple[Parameter, ...]:
     ShapeError
         Not a list of parameters.
     """
-    return tuple(_parameter(part) for part in text.split(",") if part.strip())
+    return tuple(map(_parameter, text.split(","))) if text.strip() else ()
 
 
 def _parameter(text: str) -> Parameter:
     words = text.split()
-    raw = words[0] == "raw"
+    raw = words[:1] == ["raw"]
     words = words[raw:]
     if len(words) != 2 or not _NAME.fullmatch(words[1]):
         raise ShapeError(f"parameter {text.strip()!r} of a kernel is not [raw] TYPE NAME")
     kind, name = words
+    if _RESERVED.fullmatch(name):
+        raise ShapeError(f"a kernel's parameter can't be named {name}, which is its loop's own")
     if len(kind) == 1 and kind.isalpha():
         return Parameter(raw, None, kind, name)
     try:
@@ -106,11 +163,26 @@ def _text(params: Params, name: str) -> str:
     return value
 
 
-def _check_options(params: Params) -> None:
+def _check_text(params: Params, *needed: str) -> None:
+    """Whether what is compiled is there, and no longer than may travel."""
+    for name in needed:
+        if name not in params:
+            raise ShapeError(f"a kernel takes {name}")
+    name = _text(params, "name")
+    if not _NAME.fullmatch(name) or len(name) > MAX_TEXT:
+        raise ShapeError(f"a kernel can't be named {name[:MAX_TEXT]!r}")
+    for short in ("identity", "reduce_type"):
+        if len(_text(params, short)) > MAX_TEXT:
+            raise ShapeError(f"{short} of a kernel has more than {MAX_TEXT} characters")
+    nchars = sum(len(_text(params, part)) for part in CODE & params.keys())
+    if nchars > MAX_CODE:
+        raise ShapeError(f"a kernel of {nchars} characters; at most {MAX_CODE}")
     options = params.get("options", ())
     if not isinstance(options, tuple) or not all(isinstance(o, str) for o in options):
         raise ShapeError("parameter options has to be a tuple of strings")
     for option in options:
+        if len(option) > MAX_TEXT:
+            raise ShapeError(f"an option of {len(option)} characters; at most {MAX_TEXT}")
         if not _OPTION.fullmatch(option):
             raise ShapeError(
                 f"option {option!r} is not one that a kernel of a program may be compiled with: "
@@ -174,8 +246,8 @@ def _size(params: Params) -> int | None:
 
 
 def _elementwise(operands: Sequence[Operand], params: Params) -> Inferred:
+    _check_text(params, "operation")
     ins, outs = (parse_parameters(_text(params, name)) for name in ("in_params", "out_params"))
-    _check_options(params)
     dtypes = _resolved(ins, outs, operands)
     shape = _common_shape((*ins, *outs), operands, _size(params))
     if len(operands) == len(ins):
@@ -196,8 +268,8 @@ def _elementwise(operands: Sequence[Operand], params: Params) -> Inferred:
 
 
 def _reduction(operands: Sequence[Operand], params: Params) -> Inferred:
+    _check_text(params, "map_expr", "reduce_expr", "post_map_expr", "identity")
     ins, outs = (parse_parameters(_text(params, name)) for name in ("in_params", "out_params"))
-    _check_options(params)
     if len(outs) != 1:
         raise ShapeError(f"a reduction has one result, not {len(outs)}")
     if len(operands) != len(ins):
@@ -208,20 +280,27 @@ def _reduction(operands: Sequence[Operand], params: Params) -> Inferred:
     return ((reduced(shape, axes, bool_param(params, "keepdims", False)), dtype),)
 
 
-def _raw(_operands: Sequence[Operand], params: Params) -> Inferred:
-    _check_options(params)
-    if not _text(params, "code") or not _text(params, "name"):
-        raise ShapeError("a kernel takes code and the name of its function")
-    for name, most in (("grid", (1 << 31) - 1), ("block", 1024)):
-        lengths = params.get(name)
-        if (
-            not isinstance(lengths, tuple)
-            or not 1 <= len(lengths) <= 3
-            or not all(is_int(n) and 1 <= n <= most for n in lengths)
-        ):
+def check_launch(launch: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """The grid, the block and the bytes of shared memory of a raw kernel's last operands.
+
+    Raises
+    ------
+    ShapeError
+        No device can do that.
+    """
+    grid, block, shared = tuple(launch[:3]), tuple(launch[3:6]), launch[6]
+    for name, lengths, most in (("grid", grid, (1 << 31) - 1), ("block", block, 1024)):
+        if not all(1 <= length <= most for length in lengths):
             raise ShapeError(f"{name} has to be one to three integers from 1 to {most}")
-    if not 0 <= int_param(params, "shared_mem", 0) < 1 << 31:
-        raise ShapeError("shared_mem is negative, or more than there can be")
+    if not 0 <= shared < 1 << 31:
+        raise ShapeError(f"shared_mem of {shared} bytes")
+    return grid, block, shared
+
+
+def _raw(operands: Sequence[Operand], params: Params) -> Inferred:
+    _check_text(params, "code")
+    if list(operands[-LAUNCH:]) != ["i"] * LAUNCH:
+        raise ShapeError(f"the last {LAUNCH} operands of a raw kernel say how it is launched")
     return ()
 
 
@@ -241,7 +320,7 @@ SPECS: Final = (
         "raw_kernel",
         _raw,
         n_out=0,
-        params=frozenset({"code", "name", "options", "grid", "block", "shared_mem"}),
+        params=frozenset({"code", "name", "options"}),
         inplace=True,
         writes=_all_arrays,
     ),

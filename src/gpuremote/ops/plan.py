@@ -16,7 +16,7 @@ import numpy as np
 from gpuremote._types import Shape
 from gpuremote.errors import DTypeError, LimitExceeded, OpError, ProtocolError, ShapeError
 from gpuremote.ops.catalogue import find
-from gpuremote.ops.client_kernels import CODE
+from gpuremote.ops.client_kernels import CODE, MAX_CODE
 from gpuremote.ops.meta import DTYPES, Meta, MetaTable
 from gpuremote.ops.operands import SCALAR_FORMATS, WEAK, Operand
 from gpuremote.ops.spec import OpSpec, Params
@@ -66,7 +66,7 @@ class PlanCaps:
     params: int = 1024
     depth: int = 3
     text: int = 64
-    code: int = 256 << 10
+    code: int = MAX_CODE
 
 
 class Plan:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gpuremote._types import Shape
 from gpuremote.backend.base import Backend
-from gpuremote.errors import InternalError, OpError, ProtocolError, ShapeError
+from gpuremote.errors import InternalError, OpError, OpFailed, ProtocolError, ShapeError
+from gpuremote.ops.client_kernels import CodeBook
 from gpuremote.ops.meta import Meta, MetaTable
 from gpuremote.ops.plan import (
     Outline,
@@ -105,6 +106,7 @@ class Executable:
         metas: MetaTable,
         backend: Backend,
         devices: int,
+        code: CodeBook,
         make: Callable[[Plan, Callable[[Sequence[Any]], Any]], Executable],
     ) -> Executable:
         """Build from a DEFINE record; ``make`` gives the executable of a plan and its function.
@@ -119,11 +121,17 @@ class Executable:
             raise ProtocolError(f"plan {outline.id} is for device {outline.device}, of {devices}")
         writes = None
         try:
+            code.enter(outline.params)
             plan = plan_of(outline, metas)
             writes = plan.writes
             return make(plan, backend.compile(plan))
         except OpError as error:
             return RefusedPlan(outline, error, writes)
+        except Exception as error:
+            # What the backend's library says to a kernel that the program brings, for one.
+            found = backend.translate_error(error)
+            refused = found if isinstance(found, OpError) else OpFailed(found.message)
+            return RefusedPlan(outline, refused, writes)
 
     def operands(
         self, fields: tuple[Any, ...], table: dict[int, Slot], missing: Callable[[int], Slot]

@@ -25,6 +25,7 @@ from gpuremote.errors import (
     ProtocolError,
     ShapeError,
 )
+from gpuremote.ops.client_kernels import CodeBook
 from gpuremote.ops.meta import Meta, MetaTable, check_dtype
 from gpuremote.ops.torch_call import Views, is_call
 from gpuremote.ops.torch_graph import is_graph
@@ -109,6 +110,7 @@ class WorkerSession:
         self.default = self.ordering.default
         self.streams = self.ordering.streams
         self._plans: dict[int, Executable] = {}
+        self._code = CodeBook()
         self._table: dict[int, Slot] = {}
         self._expected: dict[bytes, int] = {}
         self._arriving: dict[int, Arrival] = {}
@@ -312,7 +314,7 @@ class WorkerSession:
             )
         else:
             executable = Executable.from_wire(
-                blob, self.metas, self.backend, self._devices, self.fusion.executable
+                blob, self.metas, self.backend, self._devices, self._code, self.fusion.executable
             )
         if executable.ident < FIRST_PLAN or executable.ident in self._plans:
             raise ProtocolError(f"plan {executable.ident} can't be defined")
@@ -320,6 +322,7 @@ class WorkerSession:
 
     def _clear_plans(self, number: int) -> None:
         self._plans.clear()
+        self._code = CodeBook()
 
     def _free(self, number: int, *handles: int) -> None:
         for handle in handles:
