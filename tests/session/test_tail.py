@@ -105,6 +105,32 @@ def test_a_session_that_was_forgotten() -> None:
     tail.remove(Left())  # one that it does not know
 
 
+def test_one_that_fails_does_not_end_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        def send_rest(self) -> bool:
+            raise RuntimeError("out of order")
+
+    class Left:
+        looks = 0
+
+        def send_rest(self) -> bool:
+            self.looks += 1
+            return False
+
+    tail = Tail()
+    broken, left = Broken(), Left()
+    called = tail.add(broken)
+    tail.add(left)
+    called()
+    until(lambda: left.looks > 2)
+    assert "not looked after any more" in caplog.text
+    until(lambda: tail._asleep)  # and is woken again
+    seen = left.looks
+    called()
+    until(lambda: left.looks > seen)
+    tail.remove(left)
+
+
 def test_a_forked_child_has_none(session: Any) -> None:
     assert TAIL._thread is not None
     child = os.fork()

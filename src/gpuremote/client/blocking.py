@@ -269,7 +269,11 @@ class Session(SessionBase[BlockingDevice]):
         except BaseException:
             self._closed = True  # it never was open
             raise
-        self._driver.begin()
+        try:
+            self._driver.begin()
+        except BaseException:
+            self._finish_close()
+            raise
         self._set_devices(BlockingDevice, BlockingArray)
 
     def __enter__(self) -> Self:
@@ -356,8 +360,10 @@ class Session(SessionBase[BlockingDevice]):
                 self._driver.wait(self._core.say_goodbye(), timeout)
         finally:
             self._finish_close()
-            self._driver.end()
-            if self._on_close is not None:
-                self._on_close()
+            try:
+                self._driver.end()
+            finally:
+                if self._on_close is not None:
+                    self._on_close()
         if raise_failures:
             self._raise_failures()

@@ -438,6 +438,7 @@ class Issuer:
                 self._free_dropped()
             buffer = self._buffer
             if not buffer:
+                self._told = False
                 return
             body = _pack_number(self._first) + buffer
             fresh = bytearray()

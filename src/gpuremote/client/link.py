@@ -94,7 +94,8 @@ class Link:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def open(self, core: Core, *, blocking: bool) -> Connection:
-        """Open the session. Blocks for at most ``connect_timeout``.
+        """Open the session. Blocks for at most ``connect_timeout``, and while the server says that
+        it starts a process.
 
         Raises
         ------

@@ -9,6 +9,7 @@ a while, it sleeps until one does.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -17,6 +18,8 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 __all__ = ["TAIL", "Tail"]
+
+log = logging.getLogger("gpuremote.client")
 
 PAUSE: Final = 0.002
 """Seconds between two looks."""
@@ -52,10 +55,15 @@ class Tail:
         with self._guard:
             self._leavers = [*self._leavers, weakref.ref(leaver, self._gone)]
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="gpuremote-tail", daemon=True
+                thread = threading.Thread(
+                    target=self._run, args=(self._called,), name="gpuremote-tail", daemon=True
                 )
-                self._thread.start()
+                self._thread = thread
+                try:
+                    thread.start()
+                except BaseException:
+                    self._thread = None
+                    raise
         return self._call
 
     def remove(self, leaver: Leaver) -> None:
@@ -83,11 +91,10 @@ class Tail:
     def _call(self) -> None:
         """On the hot path: a look at a flag, unless the thread is asleep."""
         if self._asleep:
-            self._asleep = False
             self._called.set()
 
-    def _run(self) -> None:
-        me, called, idle = threading.current_thread(), self._called, 0
+    def _run(self, called: threading.Event) -> None:
+        me, idle = threading.current_thread(), 0
         while self._thread is me:
             if idle >= LINGER:
                 self._asleep = True
@@ -104,7 +111,12 @@ class Tail:
         left = False
         for there in self._leavers:
             leaver = there()
-            left = (leaver is not None and leaver.send_rest()) or left
+            try:
+                left = (leaver is not None and leaver.send_rest()) or left
+            except Exception:
+                # The others' is to be sent all the same.
+                log.exception("a session is not looked after any more")
+                self._without(leaver)
         return left
 
 

@@ -344,7 +344,8 @@ class DeviceServer:
         taking = asyncio.ensure_future(self._stock.take(seconds))
         try:
             await asyncio.wait({taking}, timeout=PATIENCE)
-            if hello.patient and not taking.done():
+            if hello.patient and not taking.done() and not caller.waits:
+                caller.waits = True  # the next process, if this one ends, is no news
                 await caller.say(Starting(seconds))
             worker = await taking
         finally:

@@ -55,10 +55,13 @@ class Caller:
     Attributes
     ----------
     encrypted : bool
+    waits : bool
+        It was told that a process has to be started.
     """
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self.encrypted = False
+        self.waits = False
         self.sock = sock
         self._peer = peer
         self._reader = HelloReader(peer)

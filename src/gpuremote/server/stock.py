@@ -243,11 +243,13 @@ class Stock:
             None could be started in time.
         """
         failure = ServerBusy("worker processes ended as soon as they were ready")
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout
         for _ in range(ATTEMPTS):
             worker = self._waiting.pop(0) if self._waiting else self._start()
             self._schedule()
             try:
-                await asyncio.wait_for(asyncio.shield(worker.ready), timeout)
+                await asyncio.wait_for(asyncio.shield(worker.ready), until - loop.time())
             except TimeoutError as error:
                 worker.kill()
                 raise ServerBusy(f"no worker process was ready within {timeout:.0f} s") from error
