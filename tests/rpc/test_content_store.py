@@ -17,7 +17,7 @@ from gpuremote.client import known
 from gpuremote.client.known import Known
 from gpuremote.client.waits import Wait
 from gpuremote.rpc.peer import Connection
-from gpuremote.server import control
+from gpuremote.server import contents, control
 from gpuremote.server.contents import ContentStore, Desk, tenant_of
 from gpuremote.server.sharing import _sealed
 from gpuremote.wire.digests import digest_of, sketch_of
@@ -182,6 +182,55 @@ async def test_who_gives_way(store: ContentStore) -> None:
     assert await small.found(block(1))
     for worker in (small, large, other):
         worker.close()
+
+
+async def test_what_is_on_its_way_counts(store: ContentStore) -> None:
+    """Who has nothing stored yet does not push out one who has less than what it brings."""
+    small, large = Worker(store, b"small"), Worker(store, b"large")
+    for number in range(3):
+        assert await small.bring(block(number, MiB))
+    tickets = [await large.have(block(number, MiB)) for number in range(10, 20)]
+    assert [bool(ticket) for ticket in tickets] == [True] * 5 + [False] * 5
+    assert [await small.found(block(number, MiB)) for number in range(3)] == [True] * 3
+    # The other way round it gives way, until both have as much.
+    large.close()
+    large = Worker(store, b"large")
+    for number in range(10, 15):
+        assert await large.bring(block(number, MiB))
+    another = Worker(store, b"small")
+    assert [bool(await another.have(block(number, MiB))) for number in range(20, 23)] == [True] * 3
+    assert [await large.found(block(n, MiB)) for n in range(10, 15)] == [False] + [True] * 4
+    assert [await small.found(block(number, MiB)) for number in range(3)] == [False, False, True]
+    for worker in (small, large, another):
+        worker.close()
+
+
+async def test_nothing_gives_way_for_what_does_not_fit(store: ContentStore) -> None:
+    first, second = Worker(store), Worker(store)
+    assert await first.bring(block(1))
+    assert await second.bring(block(2, 6 * MiB))
+    assert not await second.have(block(3, 4 * MiB))  # the first one's would not be enough
+    assert await first.found(block(1))
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no new threads"), OSError("gone")])
+async def test_what_cant_be_looked_at_is_let_go(
+    store: ContentStore, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def look(descriptor: int, nbytes: int) -> tuple[bytes, bytes]:
+        raise error
+
+    worker = Worker(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(contents, "_look", look)
+        assert await worker.bring(block(1))
+        assert not await worker.found(block(1))
+    assert (store.refused, store.used, store.count) == (1, 0, 0)
+    assert await worker.bring(block(1))
+    assert await worker.found(block(1))
+    worker.close()
 
 
 async def test_there_are_no_more_than_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import logging
 import os
 import resource
 import stat
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Any, Final
 
 from gpuremote.errors import GpuRemoteError
@@ -36,7 +36,7 @@ SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcn
 """What a file has to have, before it is looked at."""
 PIECE: Final = 1 << 20
 FILES: Final = 4
-"""A part of so many of the files that the daemon may have open are for this."""
+"""One in so many of the files that the daemon may have open is for this."""
 
 
 def tenant_of(token: bytes, certificate: dict[str, Any] | None, encoded: bytes) -> bytes:
@@ -174,31 +174,50 @@ class ContentStore:
         others = [*entries.values(), *(e for e in self._coming.values() if e.tenant == desk.tenant)]
         if not digest and any(entry.sketch == sketch for entry in others):
             return 0
-        while self.used + nbytes > self.limit or self.count >= self._most:
-            if not self._evict(desk):
-                return 0
+        victims = self._victims(desk, nbytes)
+        if victims is None:
+            return 0
+        for tenant, oldest in victims:
+            self._let_go(self._tenants[tenant].pop(oldest))
+            if not self._tenants[tenant]:
+                del self._tenants[tenant]
         ticket = next(self._tickets)
         self._coming[ticket] = _Entry(desk, sketch, nbytes)
         self.used += nbytes
         return ticket
 
-    def _evict(self, desk: Desk) -> bool:
-        """Drop what was used longest ago, of the tenant that has most: nobody pushes out what is
-        of one who has less. Nor does a session push out what it brought or had itself, or the
-        second time a large model would find nothing of it."""
-        weighed = sorted(
-            self._tenants.items(), key=lambda item: -sum(e.nbytes for e in item[1].values())
-        )
-        for tenant, entries in weighed:
-            for digest, entry in entries.items():
-                if entry.desk is not desk:
-                    self._let_go(entries.pop(digest))
-                    if not entries:
-                        del self._tenants[tenant]
-                    return True
-            if tenant == desk.tenant:
-                break
-        return False
+    def _victims(self, desk: Desk, nbytes: int) -> list[tuple[bytes, bytes]] | None:
+        """What has to go for so many bytes more, as tenants and digests; None: they do not fit.
+
+        First goes what was used longest ago, of the tenant that has most: what is on its way
+        counts, and for the one that asks the new bytes. Nobody pushes out what is of one that has
+        no more. Nor does a session push out what it brought or had itself, or the second time a
+        large model would find nothing of it.
+        """
+        used, count = self.used + nbytes, self.count + 1
+        if used <= self.limit and count <= self._most:
+            return []
+        weights = Counter({desk.tenant: nbytes})
+        for entry in self._coming.values():
+            weights[entry.tenant] += entry.nbytes
+        left: dict[bytes, list[tuple[bytes, _Entry]]] = {}  # the oldest last
+        for tenant, entries in self._tenants.items():
+            weights[tenant] += sum(entry.nbytes for entry in entries.values())
+            if found := [item for item in entries.items() if item[1].desk is not desk]:
+                left[tenant] = found[::-1]
+        victims = []
+        while used > self.limit or count > self._most:
+            tenant = max(left, key=lambda t: (weights[t], t == desk.tenant), default=b"")
+            if not tenant or (tenant != desk.tenant and weights[tenant] <= weights[desk.tenant]):
+                return None
+            digest, entry = left[tenant].pop()
+            if not left[tenant]:
+                del left[tenant]
+            victims.append((tenant, digest))
+            weights[tenant] -= entry.nbytes
+            used -= entry.nbytes
+            count -= 1
+        return victims
 
     def _let_go(self, entry: _Entry) -> None:
         self.used -= entry.nbytes
@@ -236,8 +255,11 @@ class ContentStore:
             if reading is not None:
                 await asyncio.gather(reading, return_exceptions=True)
             raise
-        except OSError as error:
-            log.warning("an upload could not be looked at: %s", error)
+        except Exception as error:  # whatever it is, its room must not stay taken
+            log.warning("an upload could not be looked at: %r", error)
+        else:
+            if not digest:
+                log.warning("what a worker brought as an upload is not kept: it could still change")
         del self._coming[ticket]
         entries = self._tenants.setdefault(entry.tenant, OrderedDict())
         if digest and digest not in entries:
@@ -248,7 +270,6 @@ class ContentStore:
             del self._tenants[entry.tenant]
         if not digest:
             self.refused += 1
-            log.warning("what a worker brought as an upload is not kept: it could still change")
         self._let_go(entry)
 
     def gone(self, desk: Desk) -> None:
