@@ -22,10 +22,11 @@ from gpuremote.torch._storages import HELD
 from tests.pytorch.device import remote_device
 
 Tensor = torch.Tensor
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Sparse invariant checks"),
-    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta"),  # of products here
-]
+pytestmark = pytest.mark.filterwarnings(  # of products here
+    "ignore:Sparse CSR tensor support is in beta"
+)
+# torch 2.11 warns where it isn't said, if an argument says it or not.
+torch.sparse.check_sparse_tensor_invariants.disable()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -242,6 +243,10 @@ def test_there_and_back(device: torch.device) -> None:
     _near(torch.ones(3, 2, device=device).to_sparse(1), torch.ones(3, 2).to_sparse(1))
 
 
+def _index(beside: Tensor, *places: int) -> Tensor:
+    return torch.tensor(places, dtype=torch.int64, device=beside.device)
+
+
 Case = Callable[[Tensor, Tensor, Tensor], Tensor]
 OPS: Final[dict[str, Case]] = {
     "coalesce": lambda s, _t, _d: s.coalesce(),
@@ -266,6 +271,8 @@ OPS: Final[dict[str, Case]] = {
     "floored": lambda s, _t, _d: torch.floor_divide(s, 2),
     "dense mask": lambda s, _t, d: d.sparse_mask(s),
     "sparse mask": lambda s, t, _d: t.sparse_mask(s),
+    "mask without elements": lambda s, _t, _d: s.sparse_mask(torch.zeros_like(s)) + s,
+    "nothing masked": lambda s, _t, _d: torch.zeros_like(s).sparse_mask(s),
     "projection": lambda s, t, _d: torch.ops.aten._sparse_mask_projection(t, s),
     "projection of sums": lambda s, t, _d: torch.ops.aten._sparse_mask_projection(t, s, True),
     "negated": lambda s, _t, _d: -s,
@@ -281,6 +288,9 @@ OPS: Final[dict[str, Case]] = {
     "an axis more": lambda s, _t, _d: s.unsqueeze(0),
     "picked": lambda s, _t, _d: s.index_select(0, torch.tensor([2, 0, 2], device=s.device)),
     "picked last": lambda s, _t, _d: s.index_select(-1, torch.tensor([1, 1], device=s.device)),
+    "picked from the end": lambda s, _t, _d: s.index_select(0, _index(s, -1, 1, -4, -1)),
+    "picked nothing": lambda s, _t, _d: s.index_select(0, _index(s)),
+    "picked of the second": lambda s, _t, _d: s.index_select(1, _index(s, 1, -1, 1)),
     "one of": lambda s, _t, _d: s[1],
     "part of": lambda s, _t, _d: s.narrow_copy(0, 1, 2),
     "copied": lambda s, t, _d: s.clone().copy_(t),
@@ -296,7 +306,10 @@ KINDS: Final[dict[str, dict[str, Any]]] = {
     "bfloat16": {"dtype": torch.bfloat16},
     "complex64": {"dtype": torch.complex64},
 }
-REFUSED: Final = {"floored": ["complex64"]}
+REFUSED: Final = {
+    "floored": ["complex64"],
+    "picked of the second": ["rows"],  # -1 of an axis that is dense
+}
 """What the host itself refuses."""
 
 
@@ -449,6 +462,50 @@ def test_what_is_wrong(device: torch.device) -> None:
         torch.sparse.softmax(one, 1)
 
 
+WRONG: Final[dict[str, Case]] = {
+    "float of integers": lambda _s, i, _d: torch.add(i, i, alpha=1.5),
+    "whole float of integers": lambda _s, i, _d: torch.sub(i, i, alpha=2.0),
+    "float, of none": lambda _s, i, _d: torch.add(i, torch.zeros_like(i), alpha=1.5),
+    "float, dense": lambda _s, i, d: torch.add(d.long(), i, alpha=1.5),
+    "float, less": lambda _s, i, d: torch.sub(d.long(), i, alpha=1.5),
+    "complex": lambda s, _i, _d: torch.add(s, s, alpha=2j),
+    "bool": lambda s, _i, _d: torch.add(s, s, alpha=True),
+    "bool, less": lambda s, _i, _d: torch.sub(s, s, alpha=True),
+    "two of bool": lambda _s, i, _d: i.bool() - i.bool(),
+    "one of bool": lambda _s, i, _d: i - i.bool(),
+    "axis": lambda s, _i, _d: s.index_select(5, _index(s, 1)),
+    "axis from the end": lambda s, _i, _d: s.index_select(-3, _index(s, 1)),
+    "no axis": lambda s, _i, _d: s.sum().to_sparse().index_select(0, _index(s, 0)),
+    "index without axes": lambda s, _i, _d: s.index_select(0, _index(s, 1)[0]),
+    "index of two": lambda s, _i, _d: s.index_select(0, _index(s, 1).unsqueeze(0)),
+    "index of int32": lambda s, _i, _d: s.index_select(0, _index(s, 1).int()),
+    "index of floats": lambda s, _i, _d: s.index_select(1, _index(s, 1).float()),
+}
+"""Refused where it is called, in torch's words."""
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_torch_refuses(device: torch.device, name: str) -> None:
+    given = _sparse(0), _sparse(1, dtype=torch.int64), torch.ones(4, 5)
+    with pytest.raises((RuntimeError, IndexError)) as here:
+        WRONG[name](*given)
+    with pytest.raises(here.type) as there:
+        WRONG[name](*(one.to(device) for one in given))
+    assert str(there.value) == str(here.value)
+
+
+def test_numbers_in_place(device: torch.device) -> None:
+    """Of integers torch takes a float there, and cuts it off."""
+    here = _sparse(0, dtype=torch.int64)
+    there = here.to(device)
+    for whole in (2.0, True):
+        _near(there.clone().add_(there, alpha=whole), here.clone().add_(here, alpha=whole))
+    _near(there.clone().sub_(there, alpha=2.0), here.clone().sub_(here, alpha=2.0))
+    for one in (there, there.to_dense()):
+        with pytest.raises(RuntimeError, match="must not be a floating point number"):
+            one.add_(there, alpha=1.5)
+
+
 def test_indices_that_are_too_large_touch_nothing(device: torch.device) -> None:
     """What is out of bounds is an error of the server's op, and the session goes on."""
     wrong = torch.sparse_coo_tensor(
@@ -460,3 +517,27 @@ def test_indices_that_are_too_large_touch_nothing(device: torch.device) -> None:
     with pytest.raises(RuntimeError, match="index"):
         wrong.to_dense().sum().item()
     assert torch.ones(2, device=device).sum().item() == 2
+
+
+@pytest.mark.parametrize("index", [4, -5])
+@pytest.mark.parametrize("count", [7, 0])
+def test_indices_that_pick_beyond_an_axis(device: torch.device, index: int, count: int) -> None:
+    here = _sparse(0, count=count)
+    with pytest.raises(IndexError, match="out of range"):
+        here.index_select(0, _index(here, 0, index))
+    there = here.to(device)
+    with pytest.raises(IndexError, match=r"out of range.*aten::index_select"):
+        there.index_select(0, _index(there, 0, index)).to_dense().sum().item()
+    assert torch.ones(2, device=device).sum().item() == 2
+
+
+def test_many_picked_of_many(device: torch.device) -> None:
+    """An axis longer than any memory, and no table of indices times elements (20 GB here)."""
+    count, length = 200_000, 1 << 50
+    places = torch.arange(count).flip(0) * (length // count)
+    here = torch.sparse_coo_tensor(places[None], torch.arange(float(count)), (length,))
+    index = torch.cat((places[::4], places[::4] - length))
+    wanted = here.index_select(0, index).coalesce()
+    found = here.to(device).index_select(0, index.to(device)).cpu().coalesce()
+    assert torch.equal(found.indices(), wanted.indices())
+    assert torch.equal(found.values(), wanted.values())

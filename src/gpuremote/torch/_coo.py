@@ -78,9 +78,10 @@ def _leading(self: Tensor) -> int:
 
 
 def _with(
-    self: Tensor, indices: Tensor, values: Tensor, *, coalesced: bool, shape: Any = None
+    self: Tensor, indices: Tensor, values: Tensor, *, coalesced: bool | None, shape: Any = None
 ) -> Tensor:
-    """Another tensor with the axes of ``self``."""
+    """Another tensor with the axes of ``self``. If it is coalesced is up to torch for None: where
+    two elements are."""
     made: Tensor = aten._sparse_coo_tensor_with_dims_and_tensors(
         self.sparse_dim(),
         values.dim() - 1,
@@ -132,6 +133,43 @@ def _check_cast(dtype: torch.dtype, out: Tensor, op: str) -> None:
         raise RuntimeError(
             f"Can't convert result type {dtype} to output {out.dtype} in {op} operation"
         )
+
+
+def _scaled_by(self: Tensor, other: Tensor, alpha: Number, *, given: bool = False) -> Number:
+    """``alpha`` as torch checks it, in its words. With a tensor given for the result it takes for
+    integers a float too, and cuts it off: here only one that is whole."""
+    dtype = torch.promote_types(self.dtype, other.dtype)
+    real = not dtype.is_complex
+    if real and not dtype.is_floating_point and not isinstance(alpha, int):
+        if given and isinstance(alpha, float) and alpha.is_integer():
+            return int(alpha)
+        raise RuntimeError(
+            "For integral input tensors, argument alpha must not be a floating point number."
+        )
+    if real and isinstance(alpha, complex):
+        raise RuntimeError(
+            "For non-complex input tensors, argument alpha must not be a complex number."
+        )
+    if isinstance(alpha, bool) and dtype != torch.bool and not given:
+        raise RuntimeError("Boolean alpha only supported for Boolean results.")
+    return alpha
+
+
+def _negative(self: Tensor, other: Tensor, alpha: Number) -> Number:
+    """The number that a difference is a sum with."""
+    if self.dtype == other.dtype == torch.bool:
+        raise RuntimeError(
+            "Subtraction, the `-` operator, with two bool tensors is not supported. Use the `^` or "
+            "`logical_xor()` operator instead."
+        )
+    if torch.bool in (self.dtype, other.dtype):
+        raise RuntimeError(
+            "Subtraction, the `-` operator, with a bool tensor is not supported. If you are trying "
+            "to invert a mask, use the `~` or `logical_not()` operator instead."
+        )
+    if isinstance(alpha, bool):
+        raise RuntimeError("torch boolean negative, the `-` operator, is not supported.")
+    return -alpha
 
 
 def _add_into(dense: Tensor, other: Tensor, alpha: Number) -> None:
@@ -189,7 +227,7 @@ def _added_to_sparse(self: Tensor, other: Tensor, alpha: Number) -> Tensor:
         return self.to(dtype, copy=True)
     more = other._values().to(dtype, copy=not self._nnz())
     if alpha != 1:
-        more = more * alpha
+        more = (more * alpha).to(dtype)
     if not self._nnz():
         return _with(other, other._indices().clone(), more, coalesced=other.is_coalesced())
     if self.sparse_dim() != other.sparse_dim():
@@ -205,6 +243,7 @@ def _added_to_sparse(self: Tensor, other: Tensor, alpha: Number) -> Tensor:
 
 
 def add(self: Tensor, other: Tensor, *, alpha: Number = 1) -> Tensor:
+    alpha = _scaled_by(self, other, alpha)
     if self.is_sparse:
         return _added_to_sparse(self, other, alpha)
     dtype = torch.promote_types(self.dtype, other.dtype)
@@ -216,6 +255,7 @@ def add_(self: Tensor, other: Tensor, *, alpha: Number = 1) -> Tensor:
 
 
 def add_out(self: Tensor, other: Tensor, *, alpha: Number = 1, out: Tensor) -> Tensor:
+    alpha = _scaled_by(self, other, alpha, given=True)
     if not self.is_sparse:
         return _added_to_dense(self, other, alpha, out)
     made = _added_to_sparse(self, other, alpha)
@@ -224,15 +264,15 @@ def add_out(self: Tensor, other: Tensor, *, alpha: Number = 1, out: Tensor) -> T
 
 
 def sub(self: Tensor, other: Tensor, *, alpha: Number = 1) -> Tensor:
-    return add(self, other, alpha=-alpha)
+    return add(self, other, alpha=_negative(self, other, alpha))
 
 
 def sub_(self: Tensor, other: Tensor, *, alpha: Number = 1) -> Tensor:
-    return add_out(self, other, alpha=-alpha, out=self)
+    return add_out(self, other, alpha=_negative(self, other, alpha), out=self)
 
 
 def sub_out(self: Tensor, other: Tensor, *, alpha: Number = 1, out: Tensor) -> Tensor:
-    return add_out(self, other, alpha=-alpha, out=out)
+    return add_out(self, other, alpha=_negative(self, other, alpha), out=out)
 
 
 # -- products -------------------------------------------------------------------------------------
@@ -334,6 +374,8 @@ def sparse_mask(self: Tensor, mask: Tensor) -> Tensor:
         return self
     if not self.is_sparse:
         values = _picked(self, mask)
+    elif not mask._nnz():
+        values = self._values()[:0].clone()
     else:
         # Summed where the mask has that place first; from there to where it has it again.
         asked = _rows(mask)
@@ -364,6 +406,16 @@ def _kept(values: Tensor, flags: Tensor) -> Tensor:
     return values.masked_fill(~_beside(flags, values), 0)
 
 
+def _meetings(ordered: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Each of these with each that equals it in an ascending list: where the two are. How many
+    there are only the server knows: one wait."""
+    first = torch.searchsorted(ordered, wanted)
+    counts = torch.searchsorted(ordered, wanted, right=True) - first
+    which = torch.repeat_interleave(counts)
+    steps = torch.arange(len(which), device=which.device) - (counts.cumsum(0) - counts)[which]
+    return which, first[which] + steps
+
+
 def multiplied(left: Tensor, right: Tensor) -> Tensor:
     """Two sparse matrices: each element of one meets a row of the other."""
     if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
@@ -374,12 +426,7 @@ def multiplied(left: Tensor, right: Tensor) -> Tensor:
     one, two = left.coalesce(), right.coalesce()
     rows, columns = one._indices().unbind(0)
     starts, there = two._indices().unbind(0)
-    starts = starts.contiguous()
-    first = torch.searchsorted(starts, columns)
-    counts = torch.searchsorted(starts, columns, right=True) - first
-    which = torch.repeat_interleave(counts)
-    steps = torch.arange(len(which), device=which.device) - (counts.cumsum(0) - counts)[which]
-    met = first[which] + steps
+    which, met = _meetings(starts.contiguous(), columns)
     indices = torch.stack((rows[which], there[met]))
     values = one._values()[which] * two._values()[met]
     shape = (left.shape[0], right.shape[1])
@@ -477,21 +524,36 @@ def vector_norm(
 
 
 def index_select(self: Tensor, dim: int, index: Tensor) -> Tensor:
-    dim = dim % self.dim()
+    axes, count = self.dim(), self.sparse_dim()
+    if not axes:
+        raise IndexError("index_select() cannot be applied to a 0-dim tensor.")
+    if not -axes <= dim < axes:
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-axes}, {axes - 1}], but got "
+            f"{dim})"
+        )
+    if index.dim() != 1 or index.layout != torch.strided or index.dtype != torch.int64:
+        raise IndexError(
+            "index_select() argument index must be 1-D strided (non-sparse) long-tensor."
+        )
+    dim %= axes
     shape = list(self.shape)
-    shape[dim] = index.numel()
-    count = self.sparse_dim()
+    length, shape[dim] = shape[dim], len(index)
     if dim >= count:
         values = self._values().index_select(dim - count + 1, index)
         indices, coalesced = self._indices().clone(), self.is_coalesced()
         return _with(self, indices, values, coalesced=coalesced, shape=shape)
-    # Each element with each index that names its place.
-    met = index.reshape(-1, 1) == self._indices()[dim]
-    which, element = met.nonzero().unbind(1)
+    wrapped = index + (index < 0) * length
+    # Only the server sees one beyond the axis: it picks the second of one there.
+    beyond = (wrapped < 0) | (wrapped >= length)
+    zeros = index.new_zeros(1).index_select(0, beyond.long())
+    ordered, order = self._indices()[dim].sort(stable=True)
+    which, met = _meetings(ordered, wrapped + zeros)
+    element = order[met]
     indices = self._indices().index_select(1, element)
     indices[dim] = which
     values = self._values().index_select(0, element)
-    return _with(self, indices, values, coalesced=False, shape=shape)
+    return _with(self, indices, values, coalesced=None, shape=shape)
 
 
 def sum_backward(grad: Tensor, self: Tensor, dim: Sequence[int]) -> Tensor:
