@@ -236,7 +236,8 @@ def test_a_worker_that_is_killed_takes_nothing_along(side: Side, server: Running
         wait_until_gone(session.worker_pid, seconds=5)
         put(side, other, host)
         assert other.stats().payload_spared in (0, host.nbytes)  # it had asked before, or not
-        assert offered(side, other, host)
+        # Where the one that is gone was about to bring it, the next one that comes is kept.
+        until(lambda: bool(offered(side, other, host) or not put(side, other, host)))
     assert bring(side, server.url + ON, host) == (0, host.nbytes)
 
 
@@ -298,6 +299,32 @@ def test_what_does_not_fit_says_so(side: Side, server: RunningServer) -> None:
         gc.collect()
         side.do(session.synchronize())
         put(side, session, host)
+
+
+def test_copies_that_wait_take_no_room(side: Side, server: RunningServer) -> None:
+    """The daemon stands still, so what came before is still to be copied for it."""
+    known = data(side, 4 * MiB, 95)
+    bring(side, server.url + ON, known)
+    with side.session(server.url + ON + "&memory=6MiB") as session:
+        put(side, session, data(side, 2 * MiB, 96))
+        os.kill(server.process.pid, signal.SIGSTOP)
+        try:
+            for seed in range(97, 100):
+                gc.collect()
+                put(side, session, data(side, 4 * MiB, seed))
+            gc.collect()
+            side.do(session.devices[0].ones(MiB, np.float32).get())
+            gc.collect()
+            with pytest.raises(DeadlineExceeded):
+                side.do(session.devices[0].put(known, timeout=0.1))
+            gc.collect()
+            put(side, session, data(side, 4 * MiB, 94))
+        finally:
+            os.kill(server.process.pid, signal.SIGCONT)
+    with side.session(server.url + ON) as session:
+        assert offered(side, session, data(side, 4 * MiB, 94))  # nothing had to fit after it
+        assert not offered(side, session, data(side, 4 * MiB, 98))
+        assert offered(side, session, known)
 
 
 def test_nothing_is_left_open(side: Side, server: RunningServer) -> None:

@@ -25,6 +25,10 @@ from gpuremote.wire.digests import digest_of, sketch_of
 MiB: Final = 1 << 20
 
 
+def sealed(data: bytes) -> int:
+    return _sealed(len(data), lambda at, done: os.pwrite(at, data[done:], done))
+
+
 class Worker:
     """A worker's end of a desk."""
 
@@ -58,7 +62,7 @@ class Worker:
     async def bring(self, data: bytes) -> bool:
         ticket = await self.have(data)
         if ticket:
-            descriptor = _sealed(memoryview(data))
+            descriptor = sealed(data)
             control.send_file(self.end, {"bring": ticket}, descriptor)
             os.close(descriptor)
             await self.ask({"list": 1})  # the one before has been taken by now
@@ -136,7 +140,7 @@ async def test_a_file_that_could_change_is_not_kept(store: ContentStore) -> None
     for size, seals in ((2 * MiB, False), (MiB, True)):
         ticket = await worker.have(block(1))
         if seals:
-            descriptor = _sealed(memoryview(bytes(size)))
+            descriptor = sealed(bytes(size))
         else:
             descriptor = os.memfd_create("test", os.MFD_ALLOW_SEALING)
             os.pwrite(descriptor, block(1), 0)

@@ -58,6 +58,7 @@ def upload(
             if sketch and known.has(sketch):
                 digest = yield host.view
                 blob = [list(host.shape), host.dtype.str.lstrip("<|="), device, digest]
+                core.free_dropped()
                 wait = core.ask(Op.OFFER, kind="offer", name="put", blob=blob)
                 offered[position] = wait
                 made[position] = make(wait.number, host)

@@ -197,8 +197,7 @@ class Uploader(Issuer):
         wait.entries = entries
         with self.lock:
             self.trips["put"] = self.trips.get("put", 0) + 1
-            while self.dropped:  # the server makes room for a PUT when it comes, not in its turn
-                self._free_dropped()
+            self.free_dropped()
             numbers = []
             try:
                 for start in range(0, len(items), GROUP):
@@ -212,6 +211,12 @@ class Uploader(Issuer):
         if self._stalled:
             self._relieve()
         return numbers, wait
+
+    def free_dropped(self) -> None:
+        """Before an upload: the server makes room for it when it is announced, not in its turn."""
+        with self.lock:
+            while self.dropped:
+                self._free_dropped()
 
     def bring(self, numbers: Sequence[int], views: Sequence[memoryview]) -> Wait:
         """Send the bytes of arrays that were offered, and that the server does not have."""

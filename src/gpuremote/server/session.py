@@ -268,9 +268,9 @@ class WorkerSession:
             )
         if self.streams:
             self.ordering.wake_threads()
-            self._regulate()
+            self.regulate()
         elif len(self.default.queue) > caps.MAX_BACKLOG or self.peer.credit <= 0:
-            self._regulate()
+            self.regulate()
 
     def _call(
         self, number: int, op: Executable, values: tuple[Any, ...], table: dict[int, Slot]
@@ -519,12 +519,16 @@ class WorkerSession:
 
     # -- flow -----------------------------------------------------------------------------------
 
-    def _regulate(self) -> None:
+    def regulate(self) -> None:
         """Grant credit only while the backlog is small and the client reads its answers."""
         credit = self.peer.credit
         if credit < -caps.MAX_UNREAD:
             raise LimitExceeded(f"{-credit} bytes of answers were asked for and not read")
-        held = credit <= 0 or self.ordering.backlog > caps.MAX_BACKLOG
+        held = (
+            credit <= 0
+            or self.ordering.backlog > caps.MAX_BACKLOG
+            or self.sharing.asked > caps.MAX_QUESTIONS
+        )
         if held != self.peer.held:
             self.peer.held = held
             if not held:
@@ -535,7 +539,7 @@ class WorkerSession:
         self.default.run_ready()
         if self.peer.held:
             with self.lock:
-                self._regulate()
+                self.regulate()
         if self.streams:
             self.ordering.wake_threads()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from gpuremote._speed import native
@@ -33,14 +33,24 @@ class Failure(NamedTuple):
 
 
 class Quota:
-    """Device memory that one session may hold, in bytes. Checked before allocation."""
+    """Device memory that one session may hold, in bytes. Checked before allocation.
 
-    __slots__ = ("_lock", "limit", "peak", "used")
+    Attributes
+    ----------
+    spare : callable or None
+        Called before something is refused, with the bytes that are missing: gives back what can
+        be spared.
+    """
+
+    __slots__ = ("_lock", "limit", "peak", "spare", "used")
+
+    spare: Callable[[int], None] | None
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
         self.peak = 0
+        self.spare = None
         self._lock = threading.Lock()
 
     def reserve(self, nbytes: int) -> None:
@@ -51,16 +61,26 @@ class Quota:
         OutOfDeviceMemory
             They do not fit; nothing was counted.
         """
+        if self._count(nbytes):
+            return
+        if self.spare is not None:
+            self.spare(self.used + nbytes - self.limit)
+            if self._count(nbytes):
+                return
+        raise OutOfDeviceMemory(
+            f"{nbytes} bytes do not fit: {self.used} of {self.limit} bytes are in use; "
+            "drop arrays that are no longer needed, or ask for a larger memory limit"
+        )
+
+    def _count(self, nbytes: int) -> bool:
         with self._lock:
             used = self.used + nbytes
             if used > self.limit:
-                raise OutOfDeviceMemory(
-                    f"{nbytes} bytes do not fit: {self.used} of {self.limit} bytes are in use; "
-                    "drop arrays that are no longer needed, or ask for a larger memory limit"
-                )
+                return False
             self.used = used
             if used > self.peak:
                 self.peak = used
+            return True
 
     def release(self, nbytes: int) -> None:
         with self._lock:

@@ -56,6 +56,8 @@ MAX_HANDLES: Final = 1 << 22
 
 MAX_BACKLOG: Final = 65536
 """Ops that wait in a worker's streams before it stops granting credit."""
+MAX_QUESTIONS: Final = 1024
+"""Questions of a client's about uploads that wait in a worker before it does."""
 
 DIGEST: Final = 32
 """Bytes of a digest of an upload (SHA-256)."""
