@@ -155,6 +155,10 @@ class Stream:
         self.give(lambda: self._pass(event))
         return event
 
+    @property
+    def done(self) -> bool:
+        return not self.queue
+
     def give(self, step: Callable[[], Any]) -> None:
         self.queue.append(step)
         if self.cupy.prompt:

@@ -266,6 +266,11 @@ class Backend(abc.ABC):
     def reached(self, event: Any) -> bool:
         """Whether the event has been passed."""
 
+    def idle(self, stream: Any) -> bool:
+        """Whether the stream has done what it was given; on devices that run behind their host this
+        is known sooner than that an event was passed."""
+        return self.reached(self.record(stream))
+
     @abc.abstractmethod
     def synchronize_event(self, event: Any) -> None:
         """Block this thread until the event is passed."""

@@ -252,6 +252,9 @@ class CupyBackend(ArrayNamespaceBackend):
     def reached(self, event: Any) -> bool:
         return all(part.done for part in event)
 
+    def idle(self, stream: Any) -> bool:
+        return all(native.done for _, native in self._streams(stream))
+
     def synchronize_event(self, event: Any) -> None:
         for part in event:
             part.synchronize()

@@ -192,6 +192,9 @@ class AcceleratorTorchBackend(Backend):
     def reached(self, event: Any) -> bool:
         return all(part.query() for part in event)
 
+    def idle(self, stream: Any) -> bool:
+        return all(native.query() for native in self._streams(stream))
+
     def synchronize_event(self, event: Any) -> None:
         for part in event:
             part.synchronize()

@@ -68,7 +68,7 @@ _OPTION: Final = re.compile(
 """Options of the compiler that name no file and run no program."""
 
 _NAME: Final = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-_RESERVED: Final = re.compile(r"i|n|_\w*")
+_RESERVED: Final = re.compile(r"i|_\w*")
 """Names that the loop of a kernel has already."""
 
 

@@ -181,18 +181,20 @@ class Ordering:
 
     def _passed(self, point: EventPoint) -> bool:
         backend = self._session.backend
-        if not point.reached:
-            # It may stand first in its queue, as it came in one batch with this question: then
-            # nothing is before it but what the device has left to do.
-            stream = self.default if point.stream == 0 else self.streams.get(point.stream)
-            try:
-                _, function, arguments = (stream or self.default).queue[0]
-            except IndexError:
-                return point.reached and backend.reached(point.mark)
-            if function != self._run_record or arguments[0] is not point:
-                return False
-            return backend.reached(backend.record(arguments[1].native))
-        return backend.reached(point.mark)
+        if point.reached and backend.reached(point.mark):
+            return True
+        stream = self.default if point.stream == 0 else self.streams.get(point.stream)
+        if stream is None:
+            return False
+        # Nothing was before it if the stream has nothing to do but, maybe, to record it: it may
+        # have come in one batch with this question.
+        try:
+            _, function, arguments = stream.queue[0]
+        except IndexError:
+            return point.reached and backend.idle(stream.native)
+        return (
+            function == self._run_record and arguments[0] is point and backend.idle(stream.native)
+        )
 
     def _event_sync(self, number: int, event: int) -> None:
         point = self._point(event)
