@@ -365,5 +365,27 @@ def test_a_list_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rule.ask(ask) is None
     assert len(asked) == 2
     assert rule.has(b"12345678")
-    asked[1].finish(b"")
+    asked[1].finish(None)  # the server has not looked
+    assert rule.has(b"12345678")
+    now += 11
+    assert rule.ask(ask) is None
+    asked[2].finish(b"")
     assert not rule.has(b"12345678")
+
+
+def test_a_list_that_was_not_waited_for_is_asked_for_again() -> None:
+    rule, asked = make(), []
+
+    def ask() -> Wait:
+        asked.append(Wait(1, "contents"))
+        return asked[-1]
+
+    assert rule.ask(ask) is asked[0]
+    assert rule.ask(ask) is None  # another upload meanwhile does not wait
+    asked[0].cancelled = True  # a timeout, or Ctrl-C
+    assert rule.ask(ask) is asked[1]
+    asked[1].finish(None)
+    assert rule.ask(ask) is asked[2]
+    asked[2].finish(b"12345678")
+    assert rule.has(b"12345678")
+    assert rule.ask(ask) is None

@@ -51,7 +51,8 @@ class Known:
         self._wish = wish
         self._sketches: set[bytes] = set()
         self._asked: Wait | None = None
-        self._asked_at = 0.0
+        self._asked_at = 0.0  # 0: what it has is not known
+        self._listed = False
         self._sent_bytes = 0.0
         self._sent_seconds = 0.0
         self._connection: Connection | None = None
@@ -107,13 +108,17 @@ class Known:
 
     def _learn(self) -> None:
         wait = self._asked
-        if wait is None or not wait.done:
+        if wait is None or not (wait.done or wait.cancelled):
             return
         self._asked = None
         found = wait.value
-        if wait.error is None and isinstance(found, bytes):
+        if wait.done and wait.error is None and isinstance(found, bytes):
             ends = range(SKETCH, len(found) + 1, SKETCH)
             self._sketches = {found[end - SKETCH : end] for end in ends}
+            self._listed = True
+        elif not self._listed:
+            # The put that waited was given up, or the server has not looked: the next one asks.
+            self._asked_at = 0.0
 
     def has(self, sketch: bytes) -> bool:
         """Whether the server may have what has this sketch."""
