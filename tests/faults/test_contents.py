@@ -290,12 +290,14 @@ def test_one_that_takes_too_long_is_taken_back(side: Side, server: RunningServer
 def test_one_that_is_given_up_while_it_asks(side: Side, server: RunningServer) -> None:
     host = data(side, 4 * MiB, 83)
     bring(side, server.url + ON, host)
-    with CuttingProxy(server.host, server.port, delay=0.1) as proxy:
-        with side.session(proxy.url + MORE + "&lanes=1") as session:
-            with pytest.raises(DeadlineExceeded):
-                side.do(session.devices[0].put(host, timeout=0.05))
-            put(side, session, host)
-            assert session.stats().payload_spared == host.nbytes
+    with (
+        CuttingProxy(server.host, server.port, delay=0.1) as proxy,
+        side.session(proxy.url + MORE + "&lanes=1") as session,
+    ):
+        with pytest.raises(DeadlineExceeded):
+            side.do(session.devices[0].put(host, timeout=0.05))
+        put(side, session, host)
+        assert session.stats().payload_spared == host.nbytes
 
 
 def test_what_does_not_fit_says_so(side: Side, server: RunningServer) -> None:

@@ -15,14 +15,13 @@ from typing import Any, Final, NoReturn, Self
 import numpy as np
 import numpy.typing as npt
 
-from gpuremote import _clock
 from gpuremote.client.aio_driver import AsyncDriver
 from gpuremote.client.array import RemoteArray
 from gpuremote.client.core import Core
 from gpuremote.client.device import Device
 from gpuremote.client.known import PIECE as HASHED
 from gpuremote.client.link import Link
-from gpuremote.client.offering import Steps
+from gpuremote.client.offering import Course, Steps
 from gpuremote.client.session import SessionBase
 from gpuremote.client.stream import Event, Stream
 from gpuremote.client.waits import Wait
@@ -211,20 +210,14 @@ class AsyncDevice(Device[AsyncArray]):
 
     async def _make(self, steps: Steps[AsyncArray], timeout: float | None) -> list[AsyncArray]:
         """Make the steps of an upload, one after the other."""
-        deadline = None if timeout is None else _clock.now() + timeout
         answer: object = None
-        with contextlib.closing(steps):
-            while True:
-                try:
-                    step = steps.send(answer)
-                except StopIteration as end:
-                    arrays: list[AsyncArray] = end.value
-                    return arrays
+        with contextlib.closing(Course(steps, timeout)) as course:
+            while (step := course.next(answer)) is not None:
                 if isinstance(step, memoryview):
                     answer = await _digest(step)
                 else:
-                    left = None if deadline is None else max(0.0, deadline - _clock.now())
-                    answer = await self._driver.wait(step, left)
+                    answer = await self._driver.wait(step, course.left)
+            return course.made
 
     async def synchronize(self, timeout: float | None = None) -> None:
         """Wait until everything issued so far has been executed; raises what failed."""

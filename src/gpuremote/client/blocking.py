@@ -18,7 +18,7 @@ from gpuremote.client.core import Core
 from gpuremote.client.device import Device
 from gpuremote.client.known import digest_of
 from gpuremote.client.link import Link
-from gpuremote.client.offering import Steps
+from gpuremote.client.offering import Course, Steps
 from gpuremote.client.session import SessionBase
 from gpuremote.client.stream import Event, Stream
 from gpuremote.client.waits import Wait
@@ -177,20 +177,14 @@ class BlockingDevice(Device[BlockingArray]):
 
     def _make(self, steps: Steps[BlockingArray], timeout: float | None) -> list[BlockingArray]:
         """Make the steps of an upload, one after the other."""
-        deadline = None if timeout is None else _clock.now() + timeout
         answer: object = None
-        with contextlib.closing(steps):
-            while True:
-                try:
-                    step = steps.send(answer)
-                except StopIteration as end:
-                    arrays: list[BlockingArray] = end.value
-                    return arrays
+        with contextlib.closing(Course(steps, timeout)) as course:
+            while (step := course.next(answer)) is not None:
                 if isinstance(step, memoryview):
                     answer = digest_of(step)
                 else:
-                    left = None if deadline is None else max(0.0, deadline - _clock.now())
-                    answer = self._driver.wait(step, left)
+                    answer = self._driver.wait(step, course.left)
+            return course.made
 
     @property
     def xp(self) -> Any:

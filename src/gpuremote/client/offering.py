@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from gpuremote import _clock
 from gpuremote.client.core import Core
@@ -12,12 +12,50 @@ from gpuremote.memory.host import HostArray
 from gpuremote.wire.batch import Op
 from gpuremote.wire.digests import sketch_of
 
-__all__ = ["Steps", "upload"]
+__all__ = ["Course", "Steps", "upload"]
 
 T = TypeVar("T")
 
 Steps: TypeAlias = Generator[Wait | memoryview, object, list[T]]
 """What is to be waited for, whose answer is to be sent back; or memory whose digest is."""
+
+
+class Course(Generic[T]):
+    """Steps that a driver makes, until there are none left.
+
+    To be closed in any case.
+
+    Parameters
+    ----------
+    timeout : float or None
+        Seconds for all of them.
+
+    Attributes
+    ----------
+    made : list
+        What they gave, in the end.
+    """
+
+    def __init__(self, steps: Steps[T], timeout: float | None) -> None:
+        self._steps = steps
+        self._deadline = None if timeout is None else _clock.now() + timeout
+        self.made: list[T] = []
+
+    def next(self, answer: object) -> Wait | memoryview | None:
+        """The step after the one with this answer (None: the first); None: there is none."""
+        try:
+            return self._steps.send(answer)
+        except StopIteration as end:
+            self.made = end.value
+            return None
+
+    @property
+    def left(self) -> float | None:
+        """Seconds for the step."""
+        return None if self._deadline is None else max(0.0, self._deadline - _clock.now())
+
+    def close(self) -> None:
+        self._steps.close()
 
 
 def upload(
