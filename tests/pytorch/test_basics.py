@@ -415,3 +415,10 @@ def test_conjugates(device: torch.device) -> None:
     factors, pivots = torch.linalg.lu_factor(a)
     there = torch.linalg.lu_solve(factors.to(device), pivots.to(device), y, left=False)
     _near(there, torch.linalg.lu_solve(factors, pivots, b, left=False))
+
+
+def test_views_that_name_more_than_there_can_be(device: torch.device) -> None:
+    x = torch.ones(1, device=device)
+    with pytest.raises(OpError, match="lengths, strides and offsets have to be below"):
+        _ = x.expand(1 << 50) + 1
+    assert (x + 1).item() == 2  # nothing is lost

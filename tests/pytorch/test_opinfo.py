@@ -25,10 +25,10 @@ def test_the_database_of_ops(tmp_path: Path) -> None:
     """float32 with gradients and int64: 99.5 % of what the host itself runs; no crash, no hang.
 
     All of it with the part in C++, to which the one in Python gives every plan. In the half of the
-    suite that runs the one in Python, each eighth pair.
+    suite that runs the one in Python, each eighth pair. Half of the samples that the command takes.
     """
     every = 8 if native is None else 1
-    found = _run(tmp_path, "--dtypes", "float32,int64", "--every", str(every))
+    found = _run(tmp_path, "--dtypes", "float32,int64", "--samples", "2", "--every", str(every))
     pairs = found["pairs"]
     ran = [pair for pair in pairs if pair["state"] != "skip"]
     assert not [pair for pair in ran if pair["state"] in ("crash", "hang")]
@@ -36,7 +36,7 @@ def test_the_database_of_ops(tmp_path: Path) -> None:
     new = [f"{p['op']} {p['dtype']}: {p['why'][:500]}" for p in failed if p["op"] not in KNOWN]
     assert not new, "\n".join(new)
     assert len(ran) > 1100 // every
-    assert found["totals"]["gradients"] > 1000 // every
+    assert found["totals"]["gradients"] > 700 // every
     if every == 1:
         assert {pair["op"] for pair in failed} == set(KNOWN)
         assert len(failed) <= 0.005 * len(ran)

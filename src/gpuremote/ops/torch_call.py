@@ -22,7 +22,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from gpuremote.errors import LimitExceeded, ProtocolError
+from gpuremote.errors import LimitExceeded, ProtocolError, ShapeError
 from gpuremote.ops.operands import SCALAR_FORMATS
 
 __all__ = ["Call", "Operand", "Result", "View", "Views", "decode", "encode", "is_call"]
@@ -34,6 +34,7 @@ MAX_VALUES: Final = 65536
 MAX_DEPTH: Final = 6
 MAX_TEXT: Final = 256
 MAX_BYTES: Final = 1 << 62
+MAX_LENGTH: Final = 1 << 48
 SCALARS: Final = ("b", "i", "f", "c")
 """Codes of scalars: bool, 64-bit integer, float, complex."""
 
@@ -258,6 +259,11 @@ def encode(call: Call) -> list[Any]:
 
 
 def _encode_view(view: View) -> list[Any]:
+    if max((*view.shape, *view.stride, view.offset), default=0) >= MAX_LENGTH:
+        raise ShapeError(
+            f"a tensor of shape {tuple(view.shape)} can't be on a remote device: lengths, strides "
+            f"and offsets have to be below 2^{MAX_LENGTH.bit_length() - 1}"
+        )
     return [view.dtype, list(view.shape), list(view.stride), view.offset, view.flags]
 
 
@@ -333,7 +339,7 @@ def _decode_view(obj: Any, views: Views) -> View:
     if dtype not in DTYPES or len(shape) != len(stride) or len(shape) > MAX_NDIM:
         raise ProtocolError("a view of a storage that can't be")
     for length in (*shape, *stride, offset):
-        _natural("length, stride or offset of a view", length, 1 << 48)
+        _natural("length, stride or offset of a view", length, MAX_LENGTH)
     _natural("flags of a view", flags, 4)
     extent = offset + sum(max(0, n - 1) * s for n, s in zip(shape, stride, strict=True))
     elements = 1
