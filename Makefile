@@ -25,9 +25,10 @@ LOOPLESS := $(addprefix --ignore=tests/,arrays ops backend memory wire cli test_
 	test_examples.py test_structure.py test_config.py test_benchmarks.py \
 	transport/test_cutting.py test_fixtures.py)
 # Long ones, which find on one loop and with one part what they would with the other.
-LONG := $(addprefix --ignore=tests/,faults/test_contents.py faults/test_flow.py \
-	faults/test_starting.py faults/test_strangers.py faults/test_tls.py session/test_copies.py \
-	session/test_fusion.py session/test_fusion_looks.py session/test_given.py \
+LONG := $(addprefix --ignore=tests/,faults/test_contents.py faults/test_deaths.py \
+	faults/test_flow.py faults/test_identity.py faults/test_starting.py faults/test_strangers.py \
+	faults/test_tls.py session/test_arithmetic.py session/test_chains.py session/test_copies.py \
+	session/test_functions.py session/test_fusion.py session/test_fusion_looks.py session/test_given.py \
 	session/test_large.py session/test_long_runs.py session/test_many.py session/test_streams.py \
 	pytorch/test_contents.py pytorch/test_operator.py pytorch/test_processes.py \
 	pytorch/test_program_memory.py pytorch/test_programs.py)

@@ -28,6 +28,7 @@ from gpuremote.server import daemon, options, reception, stock, worker
 from gpuremote.transport import (
     _framing,
     _outgoing,
+    _sockets,
     congestion,
     tcp,
     tls,
@@ -329,6 +330,8 @@ SENTENCES = [
     ("architecture", f"large ({issuing.FLUSH_BYTES // KIB} KiB)"),
     ("architecture", f"kept ({core.MAX_FAILURES} of them)"),
     ("architecture", f"Up to {caps.INLINE_PAYLOAD // KIB} KiB go into the batch"),
+    ("architecture", f"So do up to {caps.MAX_INLINE // KIB} KiB"),
+    ("architecture", f"below {_sockets.NEAR * 1000:.0f} ms)"),
     ("architecture", f"sends up to {uploading.GROUP} arrays"),
     ("architecture", f"up to {worker.LOOKS} times ({worker.PYTHON_LOOKS} without"),
     ("architecture", f"more than {worker.BUSY_AFTER * 1000:.0f} ms"),

@@ -292,13 +292,13 @@ def test_what_was_to_use_a_cancelled_upload_fails(side: Side, server: RunningSer
         side.do(session.synchronize())
         os.kill(session.worker_pid, signal.SIGSTOP)
         uploads: list[Any] = []
-        original = device._array
+        original = device._array_type
 
         def remember(*arguments: Any) -> Any:
             uploads.append(original(*arguments))
             return uploads[-1]
 
-        device._array = remember
+        device._array_type = remember
         try:
             with pytest.raises(DeadlineExceeded):
                 side.do(device.put(pattern(20 << 20), timeout=0.2))

@@ -143,6 +143,7 @@ def test_every_byte_of_a_put(
     """A payload with a message of its own, made small enough to cut it everywhere."""
     monkeypatch.setattr(caps, "INLINE_PAYLOAD", 0)
     with side.session(url(proxy)) as session:
+        session._core.inline = 0
         counter = Counter(session, side)
         data = pattern(100)
         put: list[Any] = []
@@ -206,7 +207,10 @@ def test_a_large_payload_up(side: Side, proxy: CuttingProxy) -> None:
 
 
 def test_cut_again_and_again_with_everything_under_way(side: Side, proxy: CuttingProxy) -> None:
-    """Ops, uploads, downloads and streams in one session that never has a connection for long."""
+    """Ops, uploads, downloads and streams in one session that never has a connection for long.
+
+    The arrays go on where they were cut, a message begins anew: none may be longer than that.
+    """
     with side.session(url(proxy)) as session:
         device = session.devices[0]
         counter = Counter(session, side)
@@ -214,10 +218,10 @@ def test_cut_again_and_again_with_everything_under_way(side: Side, proxy: Cuttin
         proxy.cut_after(9_001, "up", repeat=True)
         proxy.cut_after(90_001, "down", repeat=True)
         other = device.stream()
-        total = np.zeros(6000, np.int64)
-        summed = device.zeros(6000, np.int64)
+        total = np.zeros(9000, np.int64)
+        summed = device.zeros(9000, np.int64)
         for k in range(30):
-            host = np.arange(k, k + 6000)
+            host = np.arange(k, k + 9000)
             total += host
             summed += side.do(device.put(host))
             counter.count(150)

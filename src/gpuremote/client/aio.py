@@ -158,13 +158,13 @@ class AsyncDevice(Device[AsyncArray]):
     ) -> AsyncArray:
         """Upload an array (NumPy, torch, CuPy, DLPack, buffer protocol, numbers, nested lists).
 
-        Returns when the server has the bytes. Nothing is waited for where they are up to 16 KiB,
-        which travel with the next batch, nor where both ends see the memory they are copied to
-        (transport ``shm``): the server is told of it with the next op or wait, or after some more
-        uploads, and what goes wrong there arrives at the next wait. An array from ``session.empty``
-        that is put whole is given away: no byte is moved, it is read-only from then on, and shows
-        what the device does to it. The memory is lent until return; cancellation and timeout take
-        the upload back before that.
+        Returns when the server has the bytes. Nothing is waited for where they are up to 16 KiB
+        (64 KiB on a socket with a short way), which travel with the next batch, nor where both ends
+        see the memory they are copied to (transport ``shm``): the server is told of it with the
+        next op or wait, or after some more uploads, and what goes wrong there arrives at the next
+        wait. An array from ``session.empty`` that is put whole is given away: no byte is moved, it
+        is read-only from then on, and shows what the device does to it. The memory is lent until
+        return; cancellation and timeout take the upload back before that.
 
         Raises
         ------

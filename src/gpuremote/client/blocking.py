@@ -126,12 +126,13 @@ class BlockingDevice(Device[BlockingArray]):
     ) -> BlockingArray:
         """Upload an array (NumPy, torch, CuPy, DLPack, buffer protocol, numbers, nested lists).
 
-        Returns when the server has the bytes. Nothing is waited for where they are up to 16 KiB,
-        which travel with the next batch, nor where both ends see the memory they are copied to
-        (transport ``shm``): the server is told of it with the next op or wait, or after some more
-        uploads, and what goes wrong there arrives at the next wait. An array from ``session.empty``
-        that is put whole is given away: no byte is moved, it is read-only from then on, and shows
-        what the device does to it. The memory is lent until return.
+        Returns when the server has the bytes. Nothing is waited for where they are up to 16 KiB
+        (64 KiB on a socket with a short way), which travel with the next batch, nor where both ends
+        see the memory they are copied to (transport ``shm``): the server is told of it with the
+        next op or wait, or after some more uploads, and what goes wrong there arrives at the next
+        wait. An array from ``session.empty`` that is put whole is given away: no byte is moved, it
+        is read-only from then on, and shows what the device does to it. The memory is lent until
+        return.
 
         Raises
         ------
@@ -141,11 +142,13 @@ class BlockingDevice(Device[BlockingArray]):
         DeadlineExceeded
             Too late; the upload was taken back and the memory is free.
         """
-        if dtype is None and (given := self._given(value)) is not None:
+        core = self._core
+        if dtype is None and core.made and (given := self._given(value)) is not None:
             return given
-        self._driver.room()
+        if core.peer.bulk_in_flight:
+            self._driver.room()
         host = self._host_array(value, dtype)
-        if self._core.known.enabled and (steps := self._offering([host])) is not None:
+        if core.known.enabled and (steps := self._offering([host])) is not None:
             return self._make(steps, timeout)[0]
         array, wait = self._upload_host(value, host)
         if wait is not None:

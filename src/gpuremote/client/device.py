@@ -23,7 +23,6 @@ from gpuremote.memory.host import HostArray, copy_bytes, host_array
 from gpuremote.ops.creation import arange_length
 from gpuremote.ops.meta import Meta, check_dtype
 from gpuremote.wire.batch import Op
-from gpuremote.wire.caps import INLINE_PAYLOAD
 
 __all__ = ["Device"]
 
@@ -140,7 +139,7 @@ class Device(Generic[A]):
     def _given(self, value: Any) -> A | None:
         """Upload an array of ``session.empty`` by giving it away; None: it can't be."""
         core = self._core
-        if core.full or (block := core.take_made(value)) is None:
+        if not core.made or core.full or (block := core.take_made(value)) is None:
             return None
         flags, base = value.flags, value.base
         if (
@@ -154,18 +153,21 @@ class Device(Generic[A]):
 
     def _host_array(self, value: Any, dtype: npt.DTypeLike | None) -> HostArray:
         host = host_array(value, dtype)
-        self._core.stats.payload_copied += host.copied
+        if host.copied:
+            self._core.stats.payload_copied += host.copied
         return host
 
     def _put(self, host: HostArray) -> tuple[A, Wait | None]:
-        number, wait = self._core.put(host.shape, _wire(host.dtype), self.index, host.view)
-        return self._array(number, host), wait
+        core = self._core
+        meta = core.metas.get(host.shape, host.dtype, self.index)
+        number, wait = core.put(meta, host.view)
+        return self._array_type(core, number, meta), wait
 
     def _staged(self, value: Any, host: HostArray) -> memoryview | None:
         """Memory that the server sees too, to be filled with the bytes of ``host`` (its own view
         if they lie there already); None if there is none, or it does not pay."""
         core = self._core
-        if host.view.nbytes <= INLINE_PAYLOAD:
+        if core.inlines(host.view.nbytes):
             return None
         owns = type(value) is not np.ndarray or value.base is None  # as most do
         if not owns and core.gives(host.view) and _alone(value):
@@ -208,10 +210,11 @@ class Device(Generic[A]):
         if not hosts:
             return [], None
         core = self._core
-        numbers, wait = core.put_many(
-            [(host.shape, _wire(host.dtype), self.index, host.view) for host in hosts]
-        )
-        return [self._array(n, host) for n, host in zip(numbers, hosts, strict=True)], wait
+        metas = [core.metas.get(host.shape, host.dtype, self.index) for host in hosts]
+        views = [host.view for host in hosts]
+        numbers, wait = core.put_many(list(zip(metas, views, strict=True)))
+        make = self._array_type
+        return [make(core, n, meta) for n, meta in zip(numbers, metas, strict=True)], wait
 
     def _upload_small(self, value: npt.NDArray[Any]) -> A:
         """An index array: small ones travel in the batch; a large one has to be put first."""

@@ -112,6 +112,7 @@ class Link:
             core.encrypted = self.tls is not None
             core.known.enabled = welcome.contents == 1
             core.peer.grant(welcome.window)
+            core.inline = welcome.inline
             core.state.advance(Stimulus.WELCOME)
             try:
                 core.peer.attach(connection, welcome.receipt)

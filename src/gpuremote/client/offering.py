@@ -106,7 +106,7 @@ def upload(
         begin = _clock.now()
         if rest:  # they go out while the server looks for the others
             items = [
-                (host.shape, host.dtype.str.lstrip("<|="), device, host.view)
+                (core.metas.get(host.shape, host.dtype, device), host.view)
                 for host in (hosts[position] for position in rest)
             ]
             keep = [bool(sketches[position]) for position in rest]

@@ -33,7 +33,8 @@ ALMOST_FULL: Final = FLUSH_BYTES - 1024
 """A batch of so many bytes goes out before another upload: one that is full goes out by itself,
 and what it says of the upload would not be complete yet."""
 MAX_RECORDS: Final = 1024
-"""Encoded PUT records that are kept; programs upload the same shapes again and again."""
+"""Encoded records of either kind of PUT that are kept; programs upload the same shapes again and
+again."""
 
 
 class Made(NamedTuple):
@@ -66,7 +67,10 @@ class Uploader(Issuer):
         super().__init__(sink, depth, sync)
         self.trips = self.peer.trips
         self._waits: dict[int, Wait] = {}
+        self.inline = caps.INLINE_PAYLOAD
+        """Bytes up to which the server takes an array inside a batch."""
         self._put_records: dict[Meta, bytes] = {}
+        self._inline_heads: dict[Meta, bytes] = {}
         self.made: dict[int, Made] = {}
         """Arrays of ``session.empty`` by their ``id``, as long as they live and were not put."""
 
@@ -74,25 +78,44 @@ class Uploader(Issuer):
         """The program no longer waits."""
         raise NotImplementedError
 
-    def put(
-        self, shape: tuple[int, ...], dtype: str, device: int, view: memoryview
-    ) -> tuple[int, Wait | None]:
+    def inlines(self, nbytes: int) -> bool:
+        """Whether an array of so many bytes travels inside a batch."""
+        if nbytes <= caps.INLINE_PAYLOAD:
+            return True
+        if nbytes > self.inline or nbytes > self.peer.small:
+            return False
+        connection = self.peer.connection
+        return connection is not None and not connection.shared
+
+    def put(self, meta: Meta, view: memoryview) -> tuple[int, Wait | None]:
         """Upload bytes: the handle, and what to wait for until ``view`` may be reused (None:
         it may be at once, the bytes were small and went into the batch)."""
-        if view.nbytes <= caps.INLINE_PAYLOAD:
-            blob = [list(shape), dtype, device, bytes(view)]
-            with self.lock:
-                if self._special:
-                    self._prepare()
-                if len(self._buffer) + view.nbytes + 1024 > caps.MAX_BATCH // 2:
-                    self.flush()
-                number = self._record(Op.PUT_INLINE, (), "put", blob)
-            if self._stalled:
-                self._relieve()
-            self.stats.payload_copied += view.nbytes
-            return number, None
-        numbers, wait = self.put_many([(shape, dtype, device, view)])
-        return numbers[0], wait
+        nbytes = meta.nbytes
+        if not self.inlines(nbytes):
+            numbers, wait = self.put_many([(meta, view)])
+            return numbers[0], wait
+        record = b"".join((self._inline_head(meta), view))
+        with self.lock:
+            if self._special:
+                self._prepare()
+            if len(self._buffer) + len(record) > caps.MAX_BATCH // 2:
+                self.flush()
+            number = self._append(record, "put")
+        if self._stalled:
+            self._relieve()
+        self.stats.payload_copied += nbytes
+        return number, None
+
+    def _inline_head(self, meta: Meta) -> bytes:
+        """The record of a small array, up to its bytes."""
+        known = self._inline_heads.get(meta)
+        if known is None:
+            if len(self._inline_heads) >= MAX_RECORDS:
+                self._inline_heads.clear()
+            blob = [list(meta.shape), meta.wire_dtype, meta.device, bytes(meta.nbytes)]
+            whole = blob_record(Op.PUT_INLINE, blob=pack_info(blob))
+            known = self._inline_heads[meta] = whole[: len(whole) - meta.nbytes]
+        return known
 
     def allocate(self, nbytes: int, *, shared: bool = False) -> memoryview | None:
         """Memory from which the present connection sends without copying (with ``shared``: that
@@ -176,18 +199,22 @@ class Uploader(Issuer):
                 self._record(Op.CANCEL, (number,))
                 self.dropped.append(number)
 
-    def _put_record(self, meta: Meta) -> bytes:
-        known = self._put_records.get(meta)
+    def _put_record(self, meta: Meta, keep: bool | None = False) -> bytes:
+        known = None if keep else self._put_records.get(meta)
         if known is None:
-            if len(self._put_records) >= MAX_RECORDS:
-                self._put_records.clear()
-            blob = [list(meta.shape), meta.wire_dtype, meta.device]
-            known = self._put_records[meta] = blob_record(Op.PUT, blob=pack_info(blob))
+            blob: list[Any] = [list(meta.shape), meta.wire_dtype, meta.device]
+            if keep:
+                blob.append(True)
+            known = blob_record(Op.PUT, blob=pack_info(blob))
+            if not keep:
+                if len(self._put_records) >= MAX_RECORDS:
+                    self._put_records.clear()
+                self._put_records[meta] = known
         return known
 
     def put_many(
         self,
-        items: Sequence[tuple[tuple[int, ...], str, int, memoryview]],
+        items: Sequence[tuple[Meta, memoryview]],
         kept: Sequence[bool] = (),
     ) -> tuple[list[int], Wait]:
         """Upload several arrays, up to ``GROUP`` of them as the payload of one message. The server
@@ -201,9 +228,8 @@ class Uploader(Issuer):
             numbers = []
             try:
                 for start in range(0, len(items), GROUP):
-                    with self.peer.together():
-                        group = items[start : start + GROUP]
-                        numbers += self._put_group(group, kept[start:], wait, entries)
+                    group = items[start : start + GROUP]
+                    numbers += self._put_group(group, kept[start:], wait, entries)
             except BaseException:
                 self.cancel(wait)
                 raise
@@ -247,21 +273,23 @@ class Uploader(Issuer):
 
     def _put_group(
         self,
-        items: Sequence[tuple[tuple[int, ...], str, int, memoryview]],
+        items: Sequence[tuple[Meta, memoryview]],
         kept: Sequence[bool],
         wait: Wait,
         entries: list[Entry],
     ) -> list[int]:
         numbers = []
-        for (shape, dtype, device, _), keep in zip_longest(items, kept[: len(items)]):
-            blob: list[Any] = [list(shape), dtype, device]
-            if keep:
-                blob.append(True)
-            number = self._record(Op.PUT, (), "put", blob)
-            numbers.append(number)
-            self._waits[number] = wait
+        due, self.flush_after = self.flush_after, NEVER  # with the last one
+        try:
+            for (meta, _), keep in zip_longest(items, kept[: len(items)]):
+                number = self._append(self._put_record(meta, keep), "put")
+                numbers.append(number)
+                self._waits[number] = wait
+        finally:
+            self.flush_after = due
+        # By itself: the server sees to memory while the bytes are still on their way.
         self.flush()
-        self._send_group(numbers, [view for *_, view in items], wait, entries)
+        self._send_group(numbers, [view for _, view in items], wait, entries)
         return numbers
 
     def _send_group(

@@ -159,11 +159,15 @@ int lane_send(PyObject *self, unsigned kind, PyObject *body, unsigned arg, unsig
     if (connection == NULL || connection == Py_None)
         goto over;
     l->messages_sent++;
-    if (is_stream(connection) && size <= SMALL - FRAME && stream_clear((Stream *)connection)) {
+    if (is_stream(connection) && size <= MIDDLING && stream_clear((Stream *)connection)) {
         char data[SMALL];
         put_header(data + FRAME, kind, flags, arg, l->sent, l->complete);
-        memcpy(data + FRAME + HEADER, bytes.buf, (size_t)bytes.len);
-        failed = stream_put((Stream *)connection, data, FRAME + size);
+        if (size <= SMALL - FRAME) {
+            memcpy(data + FRAME + HEADER, bytes.buf, (size_t)bytes.len);
+            failed = stream_put((Stream *)connection, data, FRAME + size, NULL, 0);
+        }
+        else
+            failed = stream_put((Stream *)connection, data, FRAME + HEADER, bytes.buf, bytes.len);
     }
     else {
         PyObject *message = PyBytes_FromStringAndSize(NULL, size);

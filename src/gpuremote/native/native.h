@@ -30,6 +30,8 @@
 #define HEADER 24
 /* Messages up to this size, frame and all, are put together on the stack. */
 #define SMALL 4096
+/* Messages up to this size are sent with the interpreter's lock held, some 30 us of it. */
+#define MIDDLING ((Py_ssize_t)256 << 10)
 
 #define BATCH 1  /* wire.frames.Kind */
 #define RESULT 3
@@ -104,8 +106,9 @@ static inline int stream_clear(Stream *stream)
            && !(stream->closed || stream->pending || stream->calling || stream->tx_busy);
 }
 
-/* Send a message whose frame is the first FRAME bytes of data (filled in here). -1: error. */
-int stream_put(Stream *stream, char *data, Py_ssize_t total);
+/* Send a message: ``size`` bytes of data, of which the first FRAME are its frame (filled in here),
+   and ``rest`` of body. -1: error. */
+int stream_put(Stream *stream, char *data, Py_ssize_t size, const char *body, Py_ssize_t rest);
 
 /* A new Wait, or NULL. */
 PyObject *wait_make(unsigned long long number, PyObject *kind, PyObject *into);

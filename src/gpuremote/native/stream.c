@@ -83,6 +83,30 @@ static int leave(Stream *s)
     return failed;
 }
 
+/* The rest of a message of ``total`` bytes, of which ``count`` are here, if it comes at once. What is
+   missing then, an end or an error too, the next receive sees. -1: a signal's exception is set. */
+static int take_rest(Stream *s, double wait, char *into, Py_ssize_t *count, Py_ssize_t total)
+{
+    while (*count < total) {
+        Py_ssize_t more;
+        int flags = wait > 0 ? 0 : MSG_DONTWAIT, reason;
+        Py_BEGIN_ALLOW_THREADS;
+        more = recv(s->fd, into + *count, (size_t)(total - *count), flags);
+        reason = errno;
+        Py_END_ALLOW_THREADS;
+        if (PyErr_CheckSignals() < 0)
+            return -1;
+        if (more < 0 && reason == EINTR)
+            continue;
+        if (more <= 0)
+            break;
+        s->receives++;
+        s->bytes_received += more;
+        *count += more;
+    }
+    return 0;
+}
+
 enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **other)
 {
     PyObject *self = (PyObject *)s;
@@ -140,6 +164,9 @@ enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **othe
     uint64_t frame = 0;
     if (count > FRAME)
         memcpy(&frame, buffer->buf, FRAME);
+    if (frame - PLAIN > (uint64_t)(count - FRAME) && frame - PLAIN <= (uint64_t)(buffer->len - FRAME)
+        && take_rest(s, wait, buffer->buf, &count, FRAME + (Py_ssize_t)(frame - PLAIN)) < 0)
+        goto over;
     if (frame == PLAIN + (uint64_t)(count - FRAME)) {
         s->messages_received++;
         *size = count;
@@ -186,11 +213,18 @@ PyObject *stream_whole(Stream *s, Py_ssize_t size)
     return message;
 }
 
-int stream_put(Stream *s, char *data, Py_ssize_t total)
+int stream_put(Stream *s, char *data, Py_ssize_t size, const char *body, Py_ssize_t rest)
 {
+    Py_ssize_t total = size + rest, sent;
     uint64_t frame = PLAIN + (uint64_t)(total - FRAME);
     memcpy(data, &frame, FRAME);
-    Py_ssize_t sent = send(s->fd, data, (size_t)total, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (rest) {
+        struct iovec parts[2] = {{data, (size_t)size}, {(char *)body, (size_t)rest}};
+        struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
+        sent = sendmsg(s->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    }
+    else
+        sent = send(s->fd, data, (size_t)size, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (sent < 0) {
         if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) {
             PyErr_SetFromErrno(PyExc_OSError);
@@ -204,7 +238,12 @@ int stream_put(Stream *s, char *data, Py_ssize_t total)
     s->bytes_sent += sent;
     if (sent == total)
         return 0;
-    PyObject *header = PyBytes_FromStringAndSize(data + FRAME, total - FRAME);
+    PyObject *header = PyBytes_FromStringAndSize(NULL, total - FRAME);
+    if (header != NULL) {
+        memcpy(PyBytes_AS_STRING(header), data + FRAME, (size_t)(size - FRAME));
+        if (rest)
+            memcpy(PyBytes_AS_STRING(header) + size - FRAME, body, (size_t)rest);
+    }
     PyObject *count = PyLong_FromSsize_t(sent);
     int failed = -1;
     if (header != NULL && count != NULL)
@@ -226,7 +265,7 @@ static PyObject *stream_send(PyObject *self, PyObject *const *args, Py_ssize_t c
         char data[SMALL];
         Py_ssize_t size = PyBytes_GET_SIZE(args[0]);
         memcpy(data + FRAME, PyBytes_AS_STRING(args[0]), (size_t)size);
-        if (stream_put(s, data, size + FRAME) < 0)
+        if (stream_put(s, data, size + FRAME, NULL, 0) < 0)
             return NULL;
         Py_RETURN_NONE;
     }

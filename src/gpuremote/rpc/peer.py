@@ -27,6 +27,7 @@ from gpuremote.wire.caps import (
     ACK_MESSAGES,
     INLINE_PAYLOAD,
     MAX_BULK,
+    MAX_INLINE,
     OVERRUN_BYTES,
     WINDOW_BYTES,
 )
@@ -532,6 +533,7 @@ class Peer(Lane):
             raise ProtocolError(f"the peer claims message {theirs.seen} and {self.sent} were sent")
         offsets = dict(theirs.partial)
         self.connection = connection
+        self.small = MAX_INLINE if connection.near else INLINE_PAYLOAD
         self.failure = None
         self.settle(theirs.seen)
         for seq in [seq for seq in self._bulk if seq <= theirs.seen and seq not in offsets]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpuremote.server.storage import STALLED, Failure, Slot
 from gpuremote.transport.base import Region
-from gpuremote.wire.caps import INLINE_PAYLOAD, MAX_BULK
+from gpuremote.wire.caps import MAX_BULK
 from gpuremote.wire.frames import IGNORABLE, NUMBER, Kind, ResultForm, pack_info
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Answers:
         value = slot.value
         session = self._session
         peer = session.peer
-        if value is None or meta is None or meta.nbytes > INLINE_PAYLOAD or peer.credit <= 0:
+        if value is None or meta is None or meta.nbytes > peer.small or peer.credit <= 0:
             return False
         try:
             data = session.backend.small_bytes(value)
@@ -89,7 +89,7 @@ class Answers:
         head = NUMBER.pack(number)
         try:
             assert slot.meta is not None
-            if slot.meta.nbytes <= INLINE_PAYLOAD:
+            if slot.meta.nbytes <= peer.small:
                 body = head + session.backend.small_bytes(slot.value)
                 with session.lock:
                     peer.post(Kind.RESULT, body, ResultForm.BYTES)

@@ -460,6 +460,7 @@ class Worker:
             advertise=request["advertise"],
             worker=os.getpid(),
             contents=int(self.session.sharing.channel is not None),
+            inline=caps.MAX_INLINE,
         )
 
 

@@ -142,8 +142,19 @@ class Payload(Incoming):
     ) -> None:
         if self._placed:
             raise InternalError("where this payload goes was already said")
-        views = fitting(self.sizes, buffers)
-        views.reverse()
+        first = buffers[0] if len(buffers) == 1 == len(self.sizes) else None
+        if (
+            type(first) is memoryview
+            and first.format == "B"
+            and first.ndim == 1
+            and first.c_contiguous
+            and first.nbytes == self.left
+            and not first.readonly
+        ):
+            views = [first]  # nearly every one
+        else:
+            views = fitting(self.sizes, buffers)
+            views.reverse()
         self._settle(views, done)
 
     def discard(self, done: Callable[[Incoming], None] | None = None) -> None:

@@ -18,7 +18,7 @@ from gpuremote.transport._framing import (
 )
 from gpuremote.transport.base import Region
 
-__all__ = ["CHUNK", "Buffer", "Outbox"]
+__all__ = ["CHUNK", "Buffer", "Outbox", "one_payload"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Done: TypeAlias = Callable[[], None]
@@ -237,6 +237,15 @@ class Outbox:
             self._streams.append(_Stream(channel, views, total, done))
         self.pending = True
 
+    def add_begun(
+        self, header: BytesLike, size: int, region: Region, done: Done | None, sent: int
+    ) -> None:
+        """Queue, behind nothing, what is left of :func:`one_payload`: ``sent`` bytes are out."""
+        self._channel = 0
+        self.add_payload(header, size, [region], done)
+        self.fill()
+        self.sent(sent)
+
     def _new_channel(self) -> int:
         used = self._used
         if len(used) >= _CHANNELS:
@@ -339,6 +348,21 @@ class Outbox:
             self.pending = bool(self._frames or self._streams or self._chunks)
         self._resumed = None
         return payload, done
+
+
+def one_payload(header: BytesLike, size: int, view: memoryview) -> tuple[list[Buffer], int]:
+    """A message of ``size`` bytes with one region of one chunk, as a queue that holds nothing else
+    would make it: the buffers, and their size."""
+    nbytes = view.nbytes
+    sizes = encode_sizes([nbytes])
+    length = len(sizes) + size
+    run: list[Buffer] = [
+        _pack(length, OPEN, 0, 0) + sizes,
+        header,
+        _pack(nbytes, DATA, 0, 0),
+        view,
+    ]
+    return run, 2 * _PREFIX + length + nbytes
 
 
 def _rest(buffers: list[Buffer], sent: int) -> list[Buffer]:

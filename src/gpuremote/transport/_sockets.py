@@ -21,6 +21,7 @@ __all__ = [
     "drain",
     "flush_until",
     "join_address",
+    "near",
     "open_tcp",
     "reset",
     "same_host",
@@ -30,6 +31,8 @@ __all__ = [
 
 BLOCKING_WAIT: Final = 1.0
 """Seconds that a plain blocking receive waits."""
+NEAR: Final = 0.001
+"""Seconds of round trip of a short way."""
 
 _OPTIONS: Final = [
     (socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -80,6 +83,14 @@ def same_host(sock: socket.socket) -> bool:
         return bool(sock.getsockname()[0] == sock.getpeername()[0])
     except OSError:
         return False
+
+
+def near(sock: socket.socket) -> bool:
+    """Whether the way between both ends of a connected socket is short."""
+    if same_host(sock):
+        return True
+    seconds = congestion.round_trip(sock)
+    return seconds is not None and seconds < NEAR
 
 
 def set_blocking(sock: socket.socket, seconds: float) -> None:

@@ -232,6 +232,10 @@ class Connection(abc.ABC):
     host's memory."""
     shared = False
     """Whether ``allocate`` gives memory that the other end sees too."""
+    near = False
+    """Whether messages go through a socket, and the way is so short that what they may bring at a
+    time is granted again at once: then the frames of a payload cost more than some ten thousand
+    bytes inside a message."""
 
     def register(self, buffer: Any) -> Region:
         """Make host memory known to the transport.

@@ -44,8 +44,9 @@ from gpuremote.transport._framing import (
     encode_sizes,
 )
 from gpuremote.transport._loan import SharedPayload
+from gpuremote.transport._sending import BURST
 from gpuremote.transport.base import Incoming, Region
-from gpuremote.transport.tcp import BURST, TcpConnection
+from gpuremote.transport.tcp import TcpConnection
 
 __all__ = ["ShmConnection", "pair"]
 

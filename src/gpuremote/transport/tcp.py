@@ -10,14 +10,13 @@ import contextlib
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from threading import get_ident
 from typing import Final
 
 from gpuremote import _clock
 from gpuremote._speed import native
-from gpuremote._types import BytesLike
-from gpuremote.errors import ConnectionLost, InternalError, LimitExceeded, ProtocolError
+from gpuremote.errors import ConnectionLost, InternalError, ProtocolError
 from gpuremote.transport import congestion
 from gpuremote.transport._framing import (
     DATA,
@@ -34,6 +33,7 @@ from gpuremote.transport._framing import (
 from gpuremote.transport._incoming import Message, Payload
 from gpuremote.transport._loan import SharedPayload
 from gpuremote.transport._outgoing import CHUNK, Outbox
+from gpuremote.transport._sending import BURST, Sender
 from gpuremote.transport._sockets import (
     BLOCKING_WAIT,
     addresses,
@@ -41,6 +41,7 @@ from gpuremote.transport._sockets import (
     drain,
     flush_until,
     join_address,
+    near,
     open_tcp,
     reset,
     same_host,
@@ -48,12 +49,10 @@ from gpuremote.transport._sockets import (
     tune,
 )
 from gpuremote.transport._stream import NOW, Line, Stream
-from gpuremote.transport.base import Connection, Incoming, Region, TransportStats, flat_view
+from gpuremote.transport.base import Incoming, TransportStats
 
 __all__ = ["MAX_HEADER", "MAX_REGIONS", "TcpConnection", "join_address", "open_tcp", "pair", "tune"]
 
-BURST: Final = 8 << 20
-"""Bytes handed over by one step, so that a fast peer does not keep the caller in it."""
 LONG_BURST: Final = 64 << 20
 """The same where a thread has nothing else to do."""
 BUFFER: Final = 256 << 10
@@ -65,7 +64,7 @@ _PREFIX: Final = FRAME.size
 _unpack_from = FRAME.unpack_from
 
 
-class StreamConnection(Connection):
+class StreamConnection(Sender):
     """A connection over a connected stream socket, which it owns from now on; see ``_stream``.
 
     Parameters
@@ -88,8 +87,7 @@ class StreamConnection(Connection):
     """
 
     name = "tcp"
-    _in_c = False  # has these:
-    _push: Callable[..., tuple[int, int, int, int, int, bool]]
+    # Where it is ``_in_c``.
     _pull: Callable[..., tuple[int, int, int, int]]
 
     def __init__(
@@ -109,6 +107,7 @@ class StreamConnection(Connection):
         self._tx_touching = 0  # the thread that is reading lent memory
         self._tx_failure: ConnectionLost | None = None
         self._calling = False
+        self.near = near(sock)
         # Within a host what a control message waits for is a fraction of a millisecond.
         self._chunk_size = MAX_CHUNK if same_host(sock) else CHUNK
         self._outbox = Outbox(self._chunk_size)
@@ -200,134 +199,6 @@ class StreamConnection(Connection):
                 return
             time.sleep(0)
 
-    def _gone(self) -> ConnectionLost:
-        return ConnectionLost("the connection was closed on this side", peer=self.peer_address)
-
-    # -- sending -------------------------------------------------------------------------------
-
-    def _send(
-        self,
-        header: BytesLike,
-        regions: Sequence[Region] = (),
-        done: Callable[[], None] | None = None,
-    ) -> None:
-        if type(header) is memoryview:
-            header = flat_view(header)
-        size = len(header)
-        if size > MAX_HEADER:
-            raise LimitExceeded(f"a message header of {size} bytes; at most {MAX_HEADER} are sent")
-        if self._tx_failure is not None:
-            raise self._tx_failure
-        if self._closed:
-            raise self._gone()
-        outbox = self._outbox
-        waiting = outbox.pending
-        if regions:
-            outbox.add_payload(header, size, regions, done)
-        else:
-            outbox.add_message(header, size, done)
-        self._pending = True
-        self.stats.messages_sent += 1
-        # Behind others the kernel most likely takes nothing now; trying each time would make a
-        # long queue slow.
-        if not waiting and not self._calling:
-            self._pump()
-
-    def _left(self, header: BytesLike, sent: int) -> None:
-        self._outbox.add_rest(header, len(header), sent, None)
-        self._pending = True
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        outer, self._calling = self._calling, True
-        try:
-            yield
-        finally:
-            self._calling = outer
-        if self._pending and not outer:
-            self.flush()
-
-    def flush(self) -> bool:
-        if self._tx_failure is not None:
-            raise self._tx_failure
-        if self._closed:
-            raise self._gone()
-        return not self._outbox.pending or self._pump()
-
-    def _pump(self) -> bool:
-        """Send until the kernel takes no more, nothing is left, or a burst is out."""
-        stats = self.stats
-        outbox = self._outbox
-        budget = BURST
-        while budget > 0 and outbox.pending:
-            self._tx_busy = True
-            self._tx_touching = get_ident()
-            try:
-                if self._closed:
-                    raise self._gone()
-                stream, calls = outbox.only(), 1
-                if stream is None:
-                    sent, payload, more, done = self._send_run(outbox)
-                else:
-                    size = self._chunk_size
-                    if not self._in_c:
-                        sent, payload, more = stream.push(self._line.sendmsg, NOW, size)
-                    else:
-                        sent, payload, more, calls = stream.push_natively(self._push, size, budget)
-                    done = outbox.pushed(stream)
-                stats.sends += calls
-                self._pending = outbox.pending
-            except BaseException as error:
-                raise self._broken(error) from None
-            finally:
-                self._tx_touching = 0
-                self._tx_busy = False
-                if self._closed:
-                    self._release()
-            stats.bytes_sent += sent
-            stats.payload_sent += payload
-            if done:
-                self._call(done)
-            if not more:
-                return not outbox.pending
-            budget -= sent
-        return not outbox.pending
-
-    def _send_run(self, outbox: Outbox) -> tuple[int, int, bool, list[Callable[[], None]]]:
-        """Messages and chunks of several payloads, many in one call."""
-        run, size = outbox.fill()
-        try:
-            if len(run) > 1:
-                sent = self._line.sendmsg(run, (), NOW)
-            else:
-                sent = self._line.send(run[0], NOW)
-        except BlockingIOError:
-            sent = 0
-        payload, done = outbox.sent(sent)
-        return sent, payload, sent == size, done
-
-    def _call(self, callbacks: list[Callable[[], None]]) -> None:
-        # What a callback sends is queued: sending it from within could go on without end.
-        outer, self._calling = self._calling, True
-        try:
-            for callback in callbacks:
-                callback()
-        finally:
-            self._calling = outer
-
-    def _broken(self, error: BaseException) -> BaseException:
-        """What to raise for an error of a send call."""
-        if not isinstance(error, OSError):
-            self.abort()
-            return error
-        if isinstance(error, ConnectionLost):
-            return error
-        if self._closed:
-            return self._gone()
-        if self._tx_failure is None:
-            self._tx_failure = broken("sending", error, self.peer_address)
-        return self._tx_failure
-
     # -- receiving -----------------------------------------------------------------------------
 
     def _receive(self, wait: float) -> Incoming | None:
@@ -341,7 +212,9 @@ class StreamConnection(Connection):
         start, end = self._start, self._end
         if start != end:
             found = self._parse()
-        if found is None and self._start == start and self._end == end:
+        if found is None and (
+            (self._start == start and self._end == end) or self._target is not None
+        ):
             found = self._parse() if self._read(wait) else None
         self._plain = self._start == self._end and not self._channels and self._large is None
         if self._plain:

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 from gpuremote._types import BytesLike
 from gpuremote.errors import LimitExceeded, ProtocolError
-from gpuremote.wire.caps import MAX_BATCH, MAX_BLOB, MAX_DEFINITION, MAX_FREES
+from gpuremote.wire.caps import MAX_ARRAY, MAX_BATCH, MAX_BLOB, MAX_DEFINITION, MAX_FREES
 from gpuremote.wire.frames import unpack_info
 
 __all__ = [
@@ -122,6 +122,7 @@ _FIXED: Final[dict[int, struct.Struct]] = {
     Op.CONTENTS: struct.Struct("<"),
 }
 _WITH_BLOB: Final = frozenset((Op.DEFINE, Op.PUT, Op.PUT_INLINE, Op.SEND_TO, Op.EXPECT, Op.OFFER))
+_MOST: Final = {int(Op.DEFINE): MAX_DEFINITION, int(Op.PUT_INLINE): MAX_ARRAY}
 _WITH_KIND: Final = {op: struct.Struct("<I" + s.format[1:]) for op, s in _FIXED.items()}
 
 
@@ -144,7 +145,8 @@ def blob_record(op: Op, *values: int, blob: bytes) -> bytes:
     Raises
     ------
     LimitExceeded
-        The part is over ``MAX_BLOB``, of a definition ``MAX_DEFINITION``.
+        The part is over ``MAX_BLOB``, of a definition ``MAX_DEFINITION``, of an array
+        ``MAX_ARRAY``.
     """
     if len(blob) > _most(op):
         raise LimitExceeded(
@@ -154,7 +156,7 @@ def blob_record(op: Op, *values: int, blob: bytes) -> bytes:
 
 
 def _most(op: int) -> int:
-    return MAX_DEFINITION if op == Op.DEFINE else MAX_BLOB
+    return _MOST.get(op, MAX_BLOB)
 
 
 def free_record(handles: list[int]) -> bytes:

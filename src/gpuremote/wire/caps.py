@@ -16,8 +16,13 @@ MAX_BATCH: Final = 1 * MiB
 INLINE_PAYLOAD: Final = 16 * KiB
 """A payload up to this size travels inside its message: one copy is cheaper than one more frame."""
 
+MAX_INLINE: Final = 64 * KiB
+"""The same on a short way, where a frame more costs more than to send the bytes does."""
+
 MAX_BLOB: Final = 24 * KiB
-"""Bytes of one variable part in a batch (plan definition, small array, address of a peer)."""
+"""Bytes of one variable part in a batch (address of a peer, shape)."""
+MAX_ARRAY: Final = MAX_INLINE + 1 * KiB
+"""The same of a small array."""
 
 MAX_DEFINITION: Final = 768 * KiB
 """Bytes of a plan's definition: a graph can be of many ops."""

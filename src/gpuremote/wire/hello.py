@@ -26,7 +26,7 @@ from gpuremote.errors import (
     UnsupportedVersion,
     error_from_wire,
 )
-from gpuremote.wire.caps import MAX_HELLO
+from gpuremote.wire.caps import INLINE_PAYLOAD, MAX_HELLO
 from gpuremote.wire.frames import pack_info, unpack_info
 
 __all__ = [
@@ -218,6 +218,8 @@ class Welcome:
         The transport chosen, and every candidate with its reason.
     contents : int
         1 if the server keeps uploads for further sessions, else 0.
+    inline : int
+        Bytes up to which the client may send an array inside a batch.
     """
 
     version: int = MAX_VERSION
@@ -236,6 +238,7 @@ class Welcome:
     advertise: str = ""
     worker: int = 0
     contents: int = 0
+    inline: int = INLINE_PAYLOAD
 
     def encode(self) -> bytes:
         body = {
@@ -255,6 +258,7 @@ class Welcome:
             "advertise": self.advertise,
             "worker": self.worker,
             "contents": self.contents,
+            "inline": self.inline,
         }
         return _frame(HelloKind.WELCOME, body, (MIN_VERSION, MAX_VERSION))
 
@@ -280,6 +284,7 @@ class Welcome:
             advertise=_get(body, "advertise", str, ""),
             worker=_get(body, "worker", int, 0),
             contents=_get(body, "contents", int, 0),
+            inline=_get(body, "inline", int, INLINE_PAYLOAD),
         )
 
 

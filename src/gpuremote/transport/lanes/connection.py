@@ -21,6 +21,7 @@ from typing import Final
 from gpuremote import _clock
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost, LimitExceeded, ProtocolError
+from gpuremote.transport._sending import BURST
 from gpuremote.transport._sockets import broken, drain, reset
 from gpuremote.transport.base import Connection, Incoming, Region
 from gpuremote.transport.lanes.compression import Codec, Rule, codec_named
@@ -29,7 +30,7 @@ from gpuremote.transport.lanes.frames import MAX_AHEAD
 from gpuremote.transport.lanes.lane import Lane
 from gpuremote.transport.lanes.payload import SpreadPayload
 from gpuremote.transport.lanes.striping import Source, Striping
-from gpuremote.transport.tcp import BURST, StreamConnection, TcpConnection
+from gpuremote.transport.tcp import StreamConnection, TcpConnection
 from gpuremote.transport.tls import TlsSocket
 
 __all__ = ["LARGE", "LanesConnection", "pair", "tune_lane"]
