@@ -11,13 +11,23 @@ import numpy as np
 import pytest
 
 from gpuremote.errors import DTypeError, GpuRemoteError, InvalidBuffer
-from gpuremote.wire.caps import INLINE_PAYLOAD
+from gpuremote.testing.servers import RunningServer
+from gpuremote.wire.caps import INLINE_PAYLOAD, MAX_INLINE
 from tests.faults.sides import Side, pattern
 from tests.session.comparing import DTYPES, case, numbers, same
 
 torch: Any = importlib.import_module("torch")
 
-SIZES = [1, INLINE_PAYLOAD - 1, INLINE_PAYLOAD, INLINE_PAYLOAD + 1, 1_000_003, 9 << 20]
+SIZES = [
+    1,
+    INLINE_PAYLOAD - 1,
+    INLINE_PAYLOAD,
+    INLINE_PAYLOAD + 1,
+    MAX_INLINE,
+    MAX_INLINE + 1,
+    1_000_003,
+    9 << 20,
+]
 
 
 def copied(session: Any, side: Side, value: Any, **options: Any) -> tuple[Any, int]:
@@ -46,6 +56,28 @@ def test_sizes(side: Side, device: Any) -> None:
             out = np.zeros_like(host)
             assert side.do(remote.get(out=out)) is out
             assert np.array_equal(out, host)
+
+
+def test_middling_arrays_travel_inside_messages(side: Side, server: RunningServer) -> None:
+    """On a short way; not to a server that has not said so."""
+    with side.session(f"{server.url}?transport=tcp&lanes=1") as session:
+        assert session._core.inline == MAX_INLINE
+        for size, inline, moved in (
+            (40_000, MAX_INLINE, 0),
+            (MAX_INLINE, MAX_INLINE, 0),
+            (MAX_INLINE + 1, MAX_INLINE, MAX_INLINE + 1),
+            (40_000, INLINE_PAYLOAD, 40_000),
+        ):
+            session._core.inline = inline
+            host = pattern(size)
+            before = session.stats()
+            remote = side.do(session.devices[0].put(host))
+            after = session.stats()
+            assert after.payload_sent - before.payload_sent == moved
+            assert after.round_trips["put"] - before.round_trips["put"] == bool(moved)
+            assert np.array_equal(side.do(remote.get()), host)
+            received = session.stats().payload_received - after.payload_received
+            assert received == (0 if size <= MAX_INLINE else size)
 
 
 def test_what_is_put_may_be_changed_at_once(side: Side, device: Any) -> None:
@@ -89,13 +121,14 @@ def test_what_is_not_contiguous_is_copied_once(side: Side, session: Any, dtype: 
     for k, view in enumerate(views):
         with case(k):
             remote, extra = copied(session, side, view)
-            assert extra == (view.nbytes if view.nbytes > INLINE_PAYLOAD else 2 * view.nbytes)
+            inside = session._core.inlines(view.nbytes)  # copied once more, into its message
+            assert extra == (2 * view.nbytes if inside else view.nbytes)
             same(side, remote, view)
 
 
 def test_foreign_byte_order(side: Side, session: Any) -> None:
     for dtype in (">i2", ">f8", ">c16", ">u4"):
-        host = numbers((100, 300), dtype)
+        host = numbers((300, 300), dtype)
         remote, extra = copied(session, side, host)
         assert extra == host.nbytes
         assert remote.dtype == host.dtype.newbyteorder("=")
