@@ -161,7 +161,8 @@ def test_slot(fast: bool) -> None:
         (256 << 10) + 1,
         (2 << 20) - 1,
         (2 << 20) + 77,
-        (16 << 20) - 1,
+        (8 << 20) - 1,
+        (8 << 20) + 1,
         (17 << 20) + 4097,
     ],
 )
@@ -180,6 +181,16 @@ def test_copy(fast: bool, away: bool, size: int, there: int, here: int) -> None:
     fixed.flags.writeable = False
     with pytest.raises((ValueError, BufferError)):
         copy(fixed.data, source[here:].data, away)
+
+
+@pytest.mark.parametrize("size", [(300 << 10) + 5, (2 << 20) + 5, (8 << 20) + 5])
+def test_copy_again_and_again(size: int) -> None:
+    """There are two ways, which are both tried now and then."""
+    source = np.random.default_rng(size).integers(0, 256, size + 1, np.uint8)
+    for turn in range(70):
+        target = np.full(size, turn % 251, np.uint8)
+        native.copy(target.data, source[turn % 2 :][:size].data, True)
+        assert np.array_equal(target, source[turn % 2 :][:size])
 
 
 @pytest.mark.parametrize("fast", BOTH_WAYS)
