@@ -333,6 +333,7 @@ SENTENCES = [
     ("architecture", f"So do up to {caps.MAX_INLINE // KIB} KiB"),
     ("architecture", f"below {_sockets.NEAR * 1000:.0f} ms)"),
     ("architecture", f"sends up to {uploading.GROUP} arrays"),
+    ("architecture", f"up to {tcp.LOOKS} times ({tcp.PYTHON_LOOKS} without the part"),
     ("architecture", f"up to {worker.LOOKS} times ({worker.PYTHON_LOOKS} without"),
     ("architecture", f"more than {worker.BUSY_AFTER * 1000:.0f} ms"),
     ("architecture", f"{link.MAX_PAUSE:.0f} s at most"),

@@ -184,12 +184,14 @@ def test_copy(fast: bool, away: bool, size: int, there: int, here: int) -> None:
 
 
 @pytest.mark.parametrize("size", [(300 << 10) + 5, (2 << 20) + 5, (8 << 20) + 5])
-def test_copy_again_and_again(size: int) -> None:
-    """There are two ways, which are both tried now and then."""
+@pytest.mark.parametrize("fast", BOTH_WAYS)
+def test_copy_again_and_again(fast: bool, size: int) -> None:
+    """In C there are two ways, which are both tried now and then."""
+    copy: Any = native.copy if fast else host._python_copy
     source = np.random.default_rng(size).integers(0, 256, size + 1, np.uint8)
     for turn in range(70):
         target = np.full(size, turn % 251, np.uint8)
-        native.copy(target.data, source[turn % 2 :][:size].data, True)
+        copy(target.data, source[turn % 2 :][:size].data, True)
         assert np.array_equal(target, source[turn % 2 :][:size])
 
 

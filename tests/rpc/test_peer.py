@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -317,3 +319,35 @@ def test_ping() -> None:
     settle(a, b)
     assert a.peer.last_pong == 77
     close(a, b)
+
+
+class Deaf:
+    """A connection over which nothing comes."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def receive(self, wait: float = 0.0) -> Incoming | None:
+        self.calls += 1
+        return None
+
+
+def test_looking_that_does_not_help_is_left_out() -> None:
+    """For more messages each time, up to some thousands; and without being asked to, never."""
+    peer, deaf = End().peer, Deaf()
+    connection: Any = deaf
+    for _ in range(50):
+        assert not peer.take(connection)
+    assert deaf.calls == 50
+    looked = []
+    for turn in range(20_000):
+        before = deaf.calls
+        assert not peer.take(connection, 0.0, 32)
+        assert deaf.calls - before in (1, 33)
+        if deaf.calls - before > 1:
+            looked.append(turn)
+    assert looked[:4] == [0, 1, 5, 15]
+    pauses = [b - a for a, b in itertools.pairwise(looked)]
+    assert pauses == sorted(pauses)
+    assert pauses[-1] <= 4097
+    assert len(looked) < 20

@@ -154,7 +154,7 @@ class BlockingDriver:
             return
         try:
             while not wait.done:
-                if not peer.take(connection, SLICE):
+                if not peer.take(connection, SLICE, 0 if peer.arriving else connection.looks):
                     return
         except ConnectionLost as error:
             self._lost(connection, error)

@@ -219,7 +219,7 @@ PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
             for (long k = 0; k < looks && found == NOTHING; k++)
                 found = receive(connection, 0.0, &total, &incoming);
             l->skip = found == NOTHING ? l->pause : 0;
-            l->pause = found == NOTHING ? Py_MIN(2 * l->pause + looks, MAX_PAUSE) : 0;
+            l->pause = found == NOTHING ? Py_MIN(2 * l->pause + looks / 16 + 1, MAX_PAUSE) : 0;
         }
         if (found == NOTHING)
             found = receive(connection, wait, &total, &incoming);

@@ -191,7 +191,7 @@ class PythonLane:
             microseconds, and a process that sleeps takes longer than that to get going again:
             this saves a third of a round trip between two cores. Where it does not help (a
             slower peer, or one on the same core) it is left out for twice as many messages
-            each time.
+            each time, first for as many as make up for it.
 
         Returns
         -------
@@ -226,7 +226,7 @@ class PythonLane:
                 self._pause = 0
                 return incoming
         self._skip = self._pause
-        self._pause = min(2 * self._pause + looks, MAX_PAUSE)
+        self._pause = min(2 * self._pause + looks // 16 + 1, MAX_PAUSE)
         return None
 
     # -- what the peer adds ---------------------------------------------------------------------

@@ -23,6 +23,7 @@ __all__ = [
     "join_address",
     "near",
     "open_tcp",
+    "processors",
     "reset",
     "same_host",
     "set_blocking",
@@ -91,6 +92,13 @@ def near(sock: socket.socket) -> bool:
         return True
     seconds = congestion.round_trip(sock)
     return seconds is not None and seconds < NEAR
+
+
+def processors() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def set_blocking(sock: socket.socket, seconds: float) -> None:

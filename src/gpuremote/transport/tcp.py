@@ -43,6 +43,7 @@ from gpuremote.transport._sockets import (
     join_address,
     near,
     open_tcp,
+    processors,
     reset,
     same_host,
     set_blocking,
@@ -55,6 +56,9 @@ __all__ = ["MAX_HEADER", "MAX_REGIONS", "TcpConnection", "join_address", "open_t
 
 LONG_BURST: Final = 64 << 20
 """The same where a thread has nothing else to do."""
+LOOKS: Final = 400
+PYTHON_LOOKS: Final = 40
+"""Looks, with and without the part in C, that take some 150 µs."""
 BUFFER: Final = 256 << 10
 """Bytes of the receive buffer for headers."""
 IDLE: Final = 64 << 10
@@ -108,6 +112,8 @@ class StreamConnection(Sender):
         self._tx_failure: ConnectionLost | None = None
         self._calling = False
         self.near = near(sock)
+        if self.near and blocking and processors() > 1:
+            self.looks = LOOKS if self._in_c else PYTHON_LOOKS
         # Within a host what a control message waits for is a fraction of a millisecond.
         self._chunk_size = MAX_CHUNK if same_host(sock) else CHUNK
         self._outbox = Outbox(self._chunk_size)
