@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import select
 import threading
+from threading import get_ident
 from typing import Any, Final, Protocol
 
 from gpuremote import _clock
@@ -78,7 +79,10 @@ class BlockingDriver:
     def __init__(self, core: Core, link: Link) -> None:
         self.core = core
         self.link = link
-        self._leading = threading.Lock()
+        # Who receives: at most one entry, by its thread. No lock, as Ctrl-C may come between taking
+        # one and the block that gives it back. Here who took it can be told; and giving it back
+        # (see ``finally``) calls nothing, so that no signal's exception comes before.
+        self._leader: dict[int, int] = {}
         self._receives = 0
         self._followers: set[threading.Event] = set()
         self._better_at: float | None = None
@@ -147,12 +151,15 @@ class BlockingDriver:
 
     def _wait_simply(self, wait: Wait) -> None:
         """The common case: this thread alone, the connection as it should be, one answer."""
-        core, leading = self.core, self._leading
+        core, leader = self.core, self._leader
         peer = core.peer
         connection = peer.connection
-        if connection is None or connection.pending_output or not leading.acquire(blocking=False):
+        if connection is None or connection.pending_output or leader:
             return
+        me = get_ident()
         try:
+            if leader.setdefault(0, me) != me:
+                return
             while not wait.done:
                 if not peer.take(connection, SLICE, 0 if peer.arriving else connection.looks):
                     return
@@ -165,7 +172,9 @@ class BlockingDriver:
             raise
         finally:
             self._receives += 1
-            self._resign()
+            if 0 in leader and leader[0] == me:
+                del leader[0]
+            self._call_followers()
 
     def _wait_until(self, wait: Wait, timeout: float | None) -> None:
         deadline = None if timeout is None else _clock.now() + timeout
@@ -182,23 +191,26 @@ class BlockingDriver:
                 peer=self.core.peer_name,
             )
 
-    def _resign(self) -> None:
+    def _call_followers(self) -> None:
         """This thread no longer receives; wake those that may take over."""
-        self._leading.release()
         if self._followers:
             for follower in list(self._followers):
                 follower.set()
 
     def _until(self, what: _Done, deadline: float | None) -> None:
+        leader, me = self._leader, get_ident()
         while _unfinished(what, deadline):
-            if self._leading.acquire(blocking=False):
-                try:
+            if leader:
+                self._follow(what, deadline)
+                continue
+            try:
+                if leader.setdefault(0, me) == me:
                     while _unfinished(what, deadline):
                         self._step(deadline)
-                finally:
-                    self._resign()
-            else:
-                self._follow(what, deadline)
+            finally:
+                if 0 in leader and leader[0] == me:
+                    del leader[0]
+                self._call_followers()
 
     def _follow(self, what: _Done, deadline: float | None) -> None:
         """Another thread receives; sleep until it has our answer or leaves."""
@@ -209,7 +221,7 @@ class BlockingDriver:
                 with self.core.lock:
                     what.notify = woken.set
             # The answer may have come, or the leader left, before it could tell this thread.
-            if what.done or not self._leading.locked():
+            if what.done or not self._leader:
                 return
             connection = self.core.peer.connection
             if connection is not None and connection.pending_output:
@@ -294,10 +306,13 @@ class BlockingDriver:
     def _poll(self, most: int = MANY) -> None:
         """Take in what has arrived (``most`` receives), without waiting; come back where the
         connection broke."""
-        if self.core.dead is not None or not self._leading.acquire(blocking=False):
+        leader, me = self._leader, get_ident()
+        if self.core.dead is not None or leader:
             return
         connection = self.core.peer.connection
         try:
+            if leader.setdefault(0, me) != me:
+                return
             if connection is None:
                 self._resume(_clock.now() + SHORT)
                 return
@@ -311,7 +326,9 @@ class BlockingDriver:
             assert connection is not None
             self._violated(connection, error)
         finally:
-            self._resign()
+            if 0 in leader and leader[0] == me:
+                del leader[0]
+            self._call_followers()
 
     def room(self) -> None:
         """Wait until one more upload may be on its way (with many threads uploading)."""
@@ -362,13 +379,15 @@ class BlockingDriver:
 
     def _cancel(self, wait: Wait) -> None:
         """Give up an answer, and make sure that its buffer is left alone."""
-        core = self.core
-        if self._leading.acquire(blocking=False):
+        core, leader, me = self.core, self._leader, get_ident()
+        if not leader:
             try:
-                core.cancel(wait)
+                if leader.setdefault(0, me) == me:
+                    core.cancel(wait)
+                    return
             finally:
-                self._leading.release()
-            return
+                if 0 in leader and leader[0] == me:
+                    del leader[0]
         # Another thread may be receiving into the buffer at this moment: break its connection
         # off (the session resumes) and wait until it has left the receive.
         with core.lock:
@@ -379,7 +398,7 @@ class BlockingDriver:
         before = self._receives
         if connection is not None:
             connection.abort()
-        while self._leading.locked() and self._receives == before and connection is not None:
+        while leader and self._receives == before and connection is not None:
             if core.peer.connection is not connection:
                 break
             threading.Event().wait(0.001)
