@@ -240,7 +240,7 @@ def _decode_fixed(
         raise ProtocolError("a batch that ends within a record")
     length: int = _BLOB.unpack_from(body, offset)[0]
     offset += _BLOB.size
-    most = _most(kind)
+    most = _MOST.get(kind, MAX_BLOB)
     if length > most or size - offset < length:
         raise ProtocolError(f"record {number} announces {length} bytes that are not there")
     blob = unpack_info(memoryview(body)[offset : offset + length], most)
