@@ -318,49 +318,6 @@ def test_small_messages_that_the_kernel_takes_in_part(ends: Pair) -> None:
     assert len(freed) == len(sent)
 
 
-@pytest.mark.parametrize("size", [5_000, 100_000, 262_136])
-def test_a_middling_message_in_pieces(ends: Pair, size: int) -> None:
-    """Larger than what is asked for at first, and up to the receive buffer."""
-    here, there = ends
-    data = random.Random(size).randbytes(size)
-    whole = frame(1, data)
-    both = Ends(here, there)
-    for cut in (1, 7, 8, 9, 4_000, size):
-        sender = threading.Thread(target=_send_in_two, args=(here._sock, whole, cut))
-        sender.start()
-        assert both.receive(there).header == data
-        sender.join()
-
-
-def _send_in_two(sock: socket.socket, data: bytes, cut: int) -> None:
-    plain = sock.dup()
-    with plain:
-        plain.setblocking(True)
-        plain.sendall(data[:cut])
-        time.sleep(0.02)
-        plain.sendall(data[cut:])
-
-
-@pytest.mark.parametrize("size", [1, 1_000, MIB])
-def test_one_region_that_the_kernel_takes_in_part(ends: Pair, size: int) -> None:
-    """Nothing is queued before it, and the rest is: the same bytes, in the same order."""
-    here, there = ends
-    here._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-    both = Ends(here, there)
-    payload = random.Random(size).randbytes(size)
-    freed: list[int] = []
-    for number in range(20):
-        here.send(b"%d" % number, [Region(payload)], lambda: freed.append(1))
-        here.send(b"behind")
-        first = both.receive(there)
-        assert first.header == b"%d" % number
-        assert place(both, first) == [payload]
-        assert bytes(both.receive(there).header) == b"behind"
-    both.flush(here)
-    assert len(freed) == 20
-    assert here.stats.payload_sent == there.stats.payload_received == 20 * size
-
-
 def test_channel_numbers_come_around(ends: Pair) -> None:
     here, there = ends
     here._outbox._channel = 65530

@@ -156,8 +156,9 @@ class BlockingDriver:
         connection = peer.connection
         if connection is None or connection.pending_output or leader:
             return
-        me = get_ident()
+        me = 0
         try:
+            me = get_ident()
             if leader.setdefault(0, me) != me:
                 return
             while not wait.done:
@@ -168,11 +169,14 @@ class BlockingDriver:
         except ProtocolError as error:
             self._violated(connection, error)
         except BaseException:
-            core.cancel(wait)
+            if leader.get(0) == me:
+                core.cancel(wait)
+            else:
+                self._cancel(wait)
             raise
         finally:
-            self._receives += 1
             if 0 in leader and leader[0] == me:
+                self._receives += 1
                 del leader[0]
             self._call_followers()
 

@@ -139,7 +139,7 @@ class Device(Generic[A]):
     def _given(self, value: Any) -> A | None:
         """Upload an array of ``session.empty`` by giving it away; None: it can't be."""
         core = self._core
-        if not core.made or core.full or (block := core.take_made(value)) is None:
+        if core.full or (block := core.take_made(value)) is None:
             return None
         flags, base = value.flags, value.base
         if (

@@ -63,7 +63,7 @@ if not TYPE_CHECKING and native is not None:
 def copy_bytes(target: memoryview, source: memoryview, *, away: bool = False) -> None:
     """Copy flat bytes without the interpreter's lock, which a slice assignment would keep.
 
-    They must not overlap, and be of equal size. In C a large copy goes past the caches, a
+    They must not overlap, and be of equal size. In C a large copy may go past the caches, a
     middling one too if its bytes are for another process (``away``).
     """
     _copy(target, source, away)

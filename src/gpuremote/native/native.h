@@ -13,8 +13,8 @@
        fits    gpuremote.memory.host
        copy    gpuremote.memory.host
 
-   No code here runs without the interpreter lock, apart from a receive that waits and a copy, so
-   that a step is one step for other threads and for signals. */
+   No code here runs without the interpreter lock, apart from a receive that waits, the bytes of a
+   payload and a copy, so that a step is one step for other threads and for signals. */
 
 #ifndef GPUREMOTE_NATIVE_H
 #define GPUREMOTE_NATIVE_H
@@ -91,6 +91,10 @@ extern PyType_Spec stream_spec, lane_spec, wait_spec, slot_spec;
    bytes with its frame. OTHER: *other is what Stream._receive or _parse gave (None: nothing
    yet). FAILED: an exception is set. */
 enum taken stream_take(Stream *stream, double wait, Py_ssize_t *size, PyObject **other);
+
+/* Look that many times whether something has come, without the interpreter's lock: 1 if so, or if
+   only a receive can tell; -1: an exception is set. */
+int stream_look(Stream *stream, long looks);
 
 /* What _take called MESSAGE as a transport.base.Incoming, or NULL. */
 PyObject *stream_whole(Stream *stream, Py_ssize_t size);

@@ -83,21 +83,14 @@ static int leave(Stream *s)
     return failed;
 }
 
-/* The rest of a message of ``total`` bytes, of which ``count`` are here, if it comes at once. What is
+/* The rest of a message of ``total`` bytes, of which ``count`` are here, if it is there. What is
    missing then, an end or an error too, the next receive sees. -1: a signal's exception is set. */
-static int take_rest(Stream *s, double wait, char *into, Py_ssize_t *count, Py_ssize_t total)
+static int take_rest(Stream *s, char *into, Py_ssize_t *count, Py_ssize_t total)
 {
     while (*count < total) {
-        Py_ssize_t more;
-        int flags = wait > 0 ? 0 : MSG_DONTWAIT, reason;
-        Py_BEGIN_ALLOW_THREADS;
-        more = recv(s->fd, into + *count, (size_t)(total - *count), flags);
-        reason = errno;
-        Py_END_ALLOW_THREADS;
+        Py_ssize_t more = recv(s->fd, into + *count, (size_t)(total - *count), MSG_DONTWAIT);
         if (PyErr_CheckSignals() < 0)
             return -1;
-        if (more < 0 && reason == EINTR)
-            continue;
         if (more <= 0)
             break;
         s->receives++;
@@ -105,6 +98,23 @@ static int take_rest(Stream *s, double wait, char *into, Py_ssize_t *count, Py_s
         *count += more;
     }
     return 0;
+}
+
+int stream_look(Stream *s, long looks)
+{
+    if (s->closed || !s->plain)
+        return 1;
+    struct pollfd watched = {.fd = s->fd, .events = POLLIN};
+    int ready = 0;
+    s->rx_busy = 1;
+    Py_BEGIN_ALLOW_THREADS;
+    for (long k = 0; k < looks && ready <= 0 && !s->closed; k++)
+        ready = poll(&watched, 1, 0);
+    Py_END_ALLOW_THREADS;
+    s->rx_busy = 0;
+    if (leave(s) < 0 || PyErr_CheckSignals() < 0)
+        return -1;
+    return ready > 0 || s->closed;
 }
 
 enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **other)
@@ -165,7 +175,7 @@ enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **othe
     if (count > FRAME)
         memcpy(&frame, buffer->buf, FRAME);
     if (frame - PLAIN > (uint64_t)(count - FRAME) && frame - PLAIN <= (uint64_t)(buffer->len - FRAME)
-        && take_rest(s, wait, buffer->buf, &count, FRAME + (Py_ssize_t)(frame - PLAIN)) < 0)
+        && take_rest(s, buffer->buf, &count, FRAME + (Py_ssize_t)(frame - PLAIN)) < 0)
         goto over;
     if (frame == PLAIN + (uint64_t)(count - FRAME)) {
         s->messages_received++;

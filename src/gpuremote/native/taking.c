@@ -216,10 +216,18 @@ PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
         if (looks > 0 && l->skip > 0)
             l->skip--;
         else if (looks > 0) {
-            for (long k = 0; k < looks && found == NOTHING; k++)
-                found = receive(connection, 0.0, &total, &incoming);
-            l->skip = found == NOTHING ? l->pause : 0;
-            l->pause = found == NOTHING ? Py_MIN(2 * l->pause + looks / 16 + 1, MAX_PAUSE) : 0;
+            int there = 0;
+            if (is_stream(connection))
+                there = stream_look((Stream *)connection, looks);
+            else {
+                for (long k = 0; k < looks && found == NOTHING; k++)
+                    found = receive(connection, 0.0, &total, &incoming);
+                there = found != NOTHING;
+            }
+            if (there < 0)
+                return NULL;
+            l->skip = there ? 0 : l->pause;
+            l->pause = there ? 0 : Py_MIN(2 * l->pause + looks / 16 + 1, MAX_PAUSE);
         }
         if (found == NOTHING)
             found = receive(connection, wait, &total, &incoming);

@@ -64,7 +64,6 @@ class Sender(Connection):
             raise self._gone()
         outbox = self._outbox
         waiting = outbox.pending
-        self.stats.messages_sent += 1
         if (
             len(regions) == 1
             and not (waiting or self._calling)
@@ -77,6 +76,7 @@ class Sender(Connection):
         else:
             outbox.add_message(header, size, done)
         self._pending = True
+        self.stats.messages_sent += 1
         # Behind others the kernel most likely takes nothing now; trying each time would make a
         # long queue slow.
         if not waiting and not self._calling:
@@ -111,11 +111,14 @@ class Sender(Connection):
             if self._closed:
                 self._release()
         stats.sends += 1
+        stats.messages_sent += 1
         stats.bytes_sent += sent
         if not left:
             stats.payload_sent += view.nbytes
             if done is not None:
                 self._call([done])
+                if self._outbox.pending:
+                    self._pump()  # what it has sent
 
     def _left(self, header: BytesLike, sent: int) -> None:
         self._outbox.add_rest(header, len(header), sent, None)

@@ -215,13 +215,17 @@ class StreamConnection(Sender):
                 raise InternalError("receive() before into() or discard() of the message before")
             self._question = None
         found = None
-        start, end = self._start, self._end
+        start, end, under_way = self._start, self._end, len(self._channels)
         if start != end:
             found = self._parse()
-        if found is None and (
-            (self._start == start and self._end == end) or self._target is not None
-        ):
-            found = self._parse() if self._read(wait) else None
+        if found is None:
+            if self._start == start and self._end == end:
+                more = self._read(wait)
+            else:
+                # Only where nothing is complete yet that somebody may be waiting for.
+                waits = wait if len(self._channels) == under_way else 0.0
+                more = self._target is not None and self._read(waits)
+            found = self._parse() if more else None
         self._plain = self._start == self._end and not self._channels and self._large is None
         if self._plain:
             self._start = self._end = 0

@@ -35,7 +35,7 @@ MAX_RESULT_INFO: Final = 24 * KiB
 WINDOW_BYTES: Final = 1 * MiB
 """Message bytes (not payload) that may be on their way before the receiver grants more."""
 
-OVERRUN_BYTES: Final = 4 * WINDOW_BYTES
+OVERRUN_BYTES: Final = 8 * WINDOW_BYTES
 """Message bytes beyond what was granted after which a sender breaks the protocol. Several threads
 of a program that heeds its credit may each be a batch over it."""
 

@@ -95,6 +95,7 @@ class LanesConnection(Connection):
         self._sending = threading.RLock()
         self._placing = threading.RLock()
         self._control = control_over(first, self._wait_untouched)
+        self.near = self._control.near
         self.stats = self._control.stats
         self.reason = f"{first.reason}; {reason}" if reason else first.reason
         self.local_address = first.local_address

@@ -1,0 +1,105 @@
+"""Messages that are larger than what is asked for at first, and payloads with nothing before them."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from gpuremote.testing.driving import Ends, place
+from gpuremote.transport.base import Region
+from gpuremote.transport.tcp import TcpConnection, pair
+from tests.transport.test_tcp import MIB, Pair, frame, opening
+
+
+@pytest.fixture(params=[True, False], ids=["blocking", "non-blocking"])
+def ends(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    here, there = pair(request.param)
+    yield here, there
+    here.abort()
+    there.abort()
+
+
+@pytest.mark.parametrize("size", [5_000, 100_000, 262_136])
+def test_a_middling_message_in_pieces(ends: Pair, size: int) -> None:
+    """Larger than what is asked for at first, and up to the receive buffer."""
+    here, there = ends
+    data = random.Random(size).randbytes(size)
+    whole = frame(1, data)
+    both = Ends(here, there)
+    for cut in (1, 7, 8, 9, 4_000, size):
+        sender = threading.Thread(target=_send_in_two, args=(here._sock, whole, cut))
+        sender.start()
+        assert both.receive(there).header == data
+        sender.join()
+
+
+def _send_in_two(sock: socket.socket, data: bytes, cut: int) -> None:
+    plain = sock.dup()
+    with plain:
+        plain.setblocking(True)
+        plain.sendall(data[:cut])
+        time.sleep(0.02)
+        plain.sendall(data[cut:])
+
+
+@pytest.mark.parametrize("size", [1, 1_000, MIB])
+def test_one_region_that_the_kernel_takes_in_part(ends: Pair, size: int) -> None:
+    """Nothing is queued before it, and the rest is: the same bytes, in the same order."""
+    here, there = ends
+    here._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    both = Ends(here, there)
+    payload = random.Random(size).randbytes(size)
+    freed: list[int] = []
+    for number in range(20):
+        here.send(b"%d" % number, [Region(payload)], lambda: freed.append(1))
+        here.send(b"behind")
+        first = both.receive(there)
+        assert first.header == b"%d" % number
+        assert place(both, first) == [payload]
+        assert bytes(both.receive(there).header) == b"behind"
+    both.flush(here)
+    assert len(freed) == 20
+    assert here.stats.payload_sent == there.stats.payload_received == 20 * size
+
+
+def test_what_is_complete_is_reported_before_more_is_waited_for() -> None:
+    """Two payloads under way, and of the second one a part: nobody sleeps over the first."""
+    other, mine = socket.socketpair()
+    connection = TcpConnection(mine, blocking=True)
+    begun = frame(3, b"one", 0) + frame(3, b"part of b", 1)[:10]
+    other.sendall(opening([3], b"a", 0) + opening([9], b"b", 1) + begun)
+    done: list[bytes] = []
+    places = [bytearray(3), bytearray(9)]
+    for place_ in places:
+        incoming = connection.receive(1.0)
+        assert incoming is not None
+        incoming.into([memoryview(place_)], lambda found: done.append(bytes(found.header)))
+    slept: list[float] = []
+    original = connection._read
+
+    def read(wait: float) -> bool:
+        slept.append(wait if done else 0.0)
+        return original(wait)
+
+    connection._read = read  # type: ignore[method-assign]
+    while not done:
+        assert connection.receive(1.0) is None
+    assert done == [b"a"]
+    assert not any(slept)
+    assert places[0] == b"one"
+    other.close()
+    connection.abort()
+
+
+def test_what_a_callback_of_a_lone_payload_sends_goes_out(ends: Pair) -> None:
+    here, there = ends
+    here.send(b"first", [Region(b"abc")], lambda: here.send(b"second"))
+    assert not here.pending_output
+    both = Ends(here, there)
+    assert place(both, both.receive(there)) == [b"abc"]
+    assert bytes(both.receive(there).header) == b"second"
