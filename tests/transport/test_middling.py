@@ -1,4 +1,4 @@
-"""Messages that are larger than what is asked for at first, and payloads with nothing before them."""
+"""Messages larger than what is asked for at first, and payloads that nothing is queued before."""
 
 from __future__ import annotations
 
