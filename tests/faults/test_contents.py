@@ -247,8 +247,9 @@ def test_workers_that_are_killed_while_they_bring(side: Side) -> None:
         for seed in range(3):
             with side.session(server.url + ON) as session:
                 host = data(side, 12 * MiB, seed)
-                items = [((host.nbytes,), "u1", 0, memoryview(host))]
-                session._core.put_many(items, [True])
+                core = session._core
+                meta = core.metas.get(host.shape, host.dtype, 0)
+                core.put_many([(meta, memoryview(host))], [True])
                 time.sleep(0.01 * seed)
                 os.kill(session.worker_pid, signal.SIGKILL)
                 wait_until_gone(session.worker_pid, seconds=5)
