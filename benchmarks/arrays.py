@@ -125,8 +125,8 @@ def counted() -> dict[str, int]:
 
 
 def predicted() -> dict[str, Any]:
-    """Microseconds to infer what each op of the catalogue gives, where two arrays will do: of each the
-    best of some loops, as what else the machine does makes any of them longer."""
+    """Microseconds to infer what each op of the catalogue gives, where two arrays will do: the best
+    of some loops of each, as whatever else the machine does makes a loop longer."""
     metas = MetaTable()
     found: dict[str, Any] = {}
     for title, shape in (("4 x 4", (4, 4)), ("10^5 x 10^5", (100_000, 100_000))):
