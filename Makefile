@@ -26,12 +26,15 @@ LOOPLESS := $(addprefix --ignore=tests/,arrays ops backend memory wire cli test_
 	transport/test_cutting.py test_fixtures.py)
 # Long ones, which find on one loop and with one part what they would with the other.
 LONG := $(addprefix --ignore=tests/,faults/test_contents.py faults/test_deaths.py \
-	faults/test_flow.py faults/test_identity.py faults/test_starting.py faults/test_strangers.py \
-	faults/test_tls.py session/test_arithmetic.py session/test_chains.py session/test_copies.py \
-	session/test_functions.py session/test_fusion.py session/test_fusion_looks.py session/test_given.py \
-	session/test_large.py session/test_long_runs.py session/test_many.py session/test_streams.py \
-	pytorch/test_contents.py pytorch/test_operator.py pytorch/test_processes.py \
-	pytorch/test_program_memory.py pytorch/test_programs.py)
+	faults/test_flow.py faults/test_identity.py faults/test_lanes.py faults/test_starting.py \
+	faults/test_strangers.py faults/test_threads.py faults/test_tls.py session/test_arithmetic.py \
+	session/test_chains.py session/test_choice.py session/test_copies.py session/test_errors.py \
+	session/test_functions.py session/test_fusion.py session/test_fusion_looks.py \
+	session/test_given.py session/test_large.py session/test_long_runs.py session/test_many.py \
+	session/test_memory.py session/test_streams.py \
+	pytorch/test_arrays.py pytorch/test_contents.py pytorch/test_faults.py \
+	pytorch/test_operator.py pytorch/test_processes.py pytorch/test_program_memory.py \
+	pytorch/test_programs.py pytorch/test_tcp.py)
 
 # The tests start some hundred servers; what was compiled for one need not be for the next.
 unexport PYTHONDONTWRITEBYTECODE

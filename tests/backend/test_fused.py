@@ -95,7 +95,7 @@ def test_every_ufunc(backend: NumpyBackend, name: str) -> None:
     ran = 0
     for seed, dtype in enumerate(DTYPES):
         itemsize = np.dtype(dtype).itemsize
-        for odd in (0, 1):
+        for odd in (0, 1) if dtype in ("f4", "f8") else (seed % 2,):
             # Two blocks, of which the last is longer.
             size = 2 * BLOCK // itemsize + (0, 1, 4099, GRAIN - 1)[(seed + 2 * odd) % 4]
             x = numbers(size, dtype, 2 * seed + odd, seed % 4)

@@ -24,7 +24,7 @@ from gpuremote.wire.hello import Hello, Starting, Welcome
 from tests.faults.processes import children
 from tests.faults.raw import RawClient, fake_server
 
-SLOW = 2.5
+SLOW = 4.5
 """Seconds that the worker is held up."""
 
 
@@ -62,7 +62,7 @@ def test_it_is_waited_for(server: RunningServer, caplog: pytest.LogCaptureFixtur
     with (
         held_up(server),
         caplog.at_level(logging.INFO, "gpuremote.client"),
-        gpuremote.connect_sync(f"{server.url}?connect_timeout=2") as session,
+        gpuremote.connect_sync(f"{server.url}?connect_timeout=4") as session,
     ):
         assert session.devices[0].ones(3).tolist() == [1, 1, 1]
     assert ["starts a process" in record.message for record in caplog.records] == [True]
@@ -70,7 +70,7 @@ def test_it_is_waited_for(server: RunningServer, caplog: pytest.LogCaptureFixtur
 
 async def test_by_a_loop_too(server: RunningServer) -> None:
     with held_up(server):
-        async with gpuremote.connect(f"{server.url}?connect_timeout=2") as session:
+        async with gpuremote.connect(f"{server.url}?connect_timeout=4") as session:
             assert await session.devices[0].ones(3).tolist() == [1, 1, 1]
 
 
@@ -140,6 +140,6 @@ def test_with_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         device_server("--warm", "0", "--token-file", str(file)) as server,
         held_up(server),
-        gpuremote.connect_sync(f"{server.url}?connect_timeout=2") as session,
+        gpuremote.connect_sync(f"{server.url}?connect_timeout=4") as session,
     ):
         assert session.devices[0].ones(2).tolist() == [1, 1]
