@@ -6,22 +6,13 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from gpuremote.testing.driving import Ends, place
 from gpuremote.transport.base import Region
-from gpuremote.transport.tcp import TcpConnection, pair
+from gpuremote.transport.tcp import TcpConnection
 from tests.transport.test_tcp import MIB, Pair, frame, opening
-
-
-@pytest.fixture(params=[True, False], ids=["blocking", "non-blocking"])
-def ends(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    here, there = pair(request.param)
-    yield here, there
-    here.abort()
-    there.abort()
 
 
 @pytest.mark.parametrize("size", [5_000, 100_000, 262_136])
@@ -67,7 +58,9 @@ def test_one_region_that_the_kernel_takes_in_part(ends: Pair, size: int) -> None
     assert here.stats.payload_sent == there.stats.payload_received == 20 * size
 
 
-def test_what_is_complete_is_reported_before_more_is_waited_for() -> None:
+def test_what_is_complete_is_reported_before_more_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Two payloads under way, and of the second one a part: nobody sleeps over the first."""
     other, mine = socket.socketpair()
     connection = TcpConnection(mine, blocking=True)
@@ -86,7 +79,7 @@ def test_what_is_complete_is_reported_before_more_is_waited_for() -> None:
         slept.append(wait if done else 0.0)
         return original(wait)
 
-    connection._read = read  # type: ignore[method-assign]
+    monkeypatch.setattr(connection, "_read", read)
     while not done:
         assert connection.receive(1.0) is None
     assert done == [b"a"]

@@ -42,14 +42,6 @@ def opening(sizes: list[int], header: bytes = b"", channel: int = 0) -> bytes:
     return frame(2, struct.pack(f"<H{len(sizes)}Q", len(sizes), *sizes) + header, channel)
 
 
-@pytest.fixture(params=[True, False], ids=["blocking", "non-blocking"])
-def ends(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    here, there = pair(request.param)
-    yield here, there
-    here.abort()
-    there.abort()
-
-
 @pytest.fixture
 def raw() -> Iterator[tuple[socket.socket, TcpConnection]]:
     """A plain socket and a connection that are connected."""
