@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 
 MiB: Final = 1 << 20
 N: Final = MiB // 8
-NEVER: Final = 1 << 63
+NEVER: Final = (1 << 63) - 1
 
 
 class Queue:

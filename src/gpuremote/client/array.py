@@ -14,6 +14,7 @@ from gpuremote._types import Shape
 from gpuremote.client import issue
 from gpuremote.client.core import VIEW, Core
 from gpuremote.client.operators import binary, inplace, reflected, unary
+from gpuremote.client.recording import Handle
 from gpuremote.client.waits import Wait
 from gpuremote.errors import (
     DTypeError,
@@ -31,7 +32,7 @@ from gpuremote.ops.indexing import (
     parse_index,
     setitem_shape,
 )
-from gpuremote.ops.meta import Meta, check_dtype
+from gpuremote.ops.meta import check_dtype
 from gpuremote.wire.batch import Op
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ __all__ = ["RemoteArray"]
 Axis = int | tuple[int, ...] | None
 
 
-class RemoteArray:
+class RemoteArray(Handle):
     """An array on a remote device.
 
     Made by a device (``put``, ``zeros``, ...) or by an op on other arrays, never directly. Ops
@@ -57,19 +58,12 @@ class RemoteArray:
     device : Device
     """
 
-    __slots__ = ("__weakref__", "_core", "_id", "_meta")
+    __slots__ = ("__weakref__",)
+
+    _core: Core
 
     # NumPy's operators leave the work to ours, also when the host operand comes first.
     __array_priority__ = 1000.0
-
-    def __init__(self, core: Core, ident: int, meta: Meta) -> None:
-        self._core = core
-        self._id = ident
-        self._meta = meta
-
-    def __del__(self) -> None:
-        # May run in any thread, in the middle of anything: only append.
-        self._core.dropped.append(self._id)
 
     # -- what is known here ---------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 from gpuremote._clock import now_ns
 from gpuremote.client.current import current_stream
 from gpuremote.client.origin import Origin, caller, take
+from gpuremote.client.recording import Recorder
 from gpuremote.client.stats import SessionStats
 from gpuremote.errors import GpuRemoteError, LimitExceeded
 from gpuremote.ops.meta import Meta, MetaTable
@@ -36,7 +37,7 @@ FLUSH_NS: Final = 150_000
 FLUSH_NS_MAX: Final = 1_200_000
 """... and after twice as many each time, up to this, while the program issues without a pause:
 every send costs as much as several ops."""
-NEVER: Final = 1 << 63
+NEVER: Final = (1 << 63) - 1
 _pack_number = BATCH_PREFIX.pack
 _FREES: Final = 4096
 """Handles per FREE record."""
@@ -69,7 +70,7 @@ class Tape(Protocol):
         ``_clock.now_ns``), or each at once. Threads that write are noted."""
 
 
-class Issuer:
+class Issuer(Recorder):
     """The half of a session's core that turns ops into records.
 
     Parameters
@@ -117,16 +118,16 @@ class Issuer:
         self._post = self.peer.post
         self.stats = SessionStats()
         self.metas = MetaTable()
-        self.plans: dict[Any, Plan] = {}
+        self.plans = {}
         self.short: dict[Any, Plan] = {}
-        self.dropped: deque[int] = deque()
+        self.dropped = deque()
         self.dropped_streams: deque[int] = deque()
         self.dropped_events: deque[int] = deque()
         self.dead: GpuRemoteError | None = None
-        self.writes: float = 0
+        self.writes = 0.0
         self.on_stall: Callable[[], None] = _nothing
         self.on_output: Callable[[], None] = _nothing
-        self.on_buffered: Callable[[], None] | None = None
+        self.on_buffered = None
         self.on_check: Callable[[], None] = _nothing
         self.on_plans_cleared: Callable[[], None] = _nothing
         self._watcher: Callable[[bytes], None] | None = None
@@ -157,38 +158,12 @@ class Issuer:
         self._staged: list[tuple[int, memoryview]] = []
         """Arrays whose records are out or in the buffer, and where their bytes lie: memory that
         the server sees too, of which it has not been told."""
-        self._origins: list[Origin] = []
+        self._origins = []
         self._kept: deque[tuple[int, Sequence[Origin]]] = deque()
         self._tape: Tape | None = None
 
-    def issue(self, plan: Plan, record: bytes, frame: FrameType) -> int:
-        """Issue a plan call that is packed already; the number that names its first result.
-
-        ``frame`` is where the program called.
-        """
-        with self.lock:
-            if self._special:
-                self._prepare()
-            if plan.id < self._oldest:
-                record = self._renewed(plan) + record[4:]
-            if plan.inplace:
-                self.writes += 1
-            number = self._next
-            self._next = number + plan.step
-            self._buffer += record
-            self._origins.append(
-                (number, plan, frame.f_code, frame.f_lasti)
-                if self._depth == 1
-                else take(number, plan, frame, self._depth)
-            )
-            if now_ns() >= self.flush_after:
-                self._flush_by_time()
-            elif not self._told and self.on_buffered is not None:
-                self._told = True
-                self.on_buffered()
-        if self._special:
-            self._follow_up()
-        return number
+    def _take_origin(self, number: int, op: object, frame: FrameType) -> Origin:
+        return take(number, op, frame, self._depth)
 
     def _renewed(self, plan: Any) -> bytes:
         """Define a plan once more that another thread has cleared while this one was about to use

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from gpuremote.client import issue
 from gpuremote.client.array import RemoteArray
+from gpuremote.client.recording import known
 from gpuremote.cupy._array import ndarray, own, single, store, wire
 from gpuremote.cupy._creation import array_of, empty, operand
 from gpuremote.errors import DTypeError, UnsupportedOp
@@ -24,7 +25,6 @@ from gpuremote.ops.ufuncs import BINARY, UNARY
 __all__ = ["UFUNCS", "scatter", "ufunc"]
 
 _frame = sys._getframe
-_INT64 = 1 << 63
 _REDUCTIONS = {
     "add": "sum",
     "multiply": "prod",
@@ -91,10 +91,17 @@ class ufunc:
         order: str = "K",
         subok: bool = True,
     ) -> Any:
-        if out is None and where is True and dtype is None and self.nout == 1:
-            known = self._known(args)
-            if known is not None:
-                return known
+        if (
+            out is None
+            and where is True
+            and dtype is None
+            and self.nout == 1
+            and len(args) == self.nin
+            and args[0].__class__ is ndarray
+        ):
+            found = known(self._spec, _frame(1), *args)  # the shortest way, as operators take
+            if found is not None:
+                return found
         if len(args) > self.nin:
             args, more = args[: self.nin], args[self.nin :]
             if out is not None or len(more) > self.nout:
@@ -112,35 +119,6 @@ class ufunc:
             found = issue.apply(self._spec, operands, array_type=ndarray)
             return found[0] if self.nout == 1 else tuple(found)
         return self._into(operands, out, where, casting)
-
-    def _known(self, args: tuple[Any, ...]) -> ndarray | None:
-        """The result for arrays that a plan is known for: the shortest way, as operators take."""
-        first = args[0] if args else None
-        if first.__class__ is not ndarray or len(args) != self.nin:
-            return None
-        core = first._core
-        if len(args) == 1:
-            plan = core.plans.get((self._spec, first._meta))
-            if plan is None:
-                return None
-            record = plan.pack(plan.id, first._id)
-        else:
-            second = args[1]
-            kind = second.__class__
-            if kind is ndarray and second._core is core:
-                plan = core.plans.get((self._spec, first._meta, second._meta))
-                value = second._id
-            elif kind is float or (kind is int and -_INT64 <= second < _INT64):
-                plan = core.plans.get((self._spec, first._meta, "f" if kind is float else "i"))
-                value = second
-            else:
-                return None
-            if plan is None:
-                return None
-            record = plan.pack(plan.id, first._id, value)
-        result = plan.result
-        assert result is not None  # it has one of a known shape, as every ufunc
-        return ndarray(core, core.issue(plan, record, _frame(2)), result)
 
     def _cast(self, operands: Sequence[Any], dtype: np.dtype[Any], casting: str) -> list[Any]:
         """The operands in the dtypes that the loop for results of ``dtype`` takes."""

@@ -53,6 +53,7 @@ static PyObject *fits(PyObject *module, PyObject *const *args, Py_ssize_t count)
 static PyMethodDef module_methods[] = {
     {"copy", (PyCFunction)(void (*)(void))copy_bytes, METH_FASTCALL, NULL},
     {"fits", (PyCFunction)(void (*)(void))fits, METH_FASTCALL, NULL},
+    {"known", (PyCFunction)(void (*)(void))recording_known, METH_FASTCALL, NULL},
     {NULL},
 };
 
@@ -81,6 +82,8 @@ static int module_exec(PyObject *module)
                    || add_type(module, &wait_spec, &Wait_Type)
                    || add_type(module, &lane_spec, &Lane_Type)
                    || add_type(module, &slot_spec, &Slot_Type)
+                   || add_type(module, &handle_spec, &Handle_Type)
+                   || add_type(module, &recorder_spec, &Recorder_Type)
                ? -1
                : 0;
 }

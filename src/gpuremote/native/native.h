@@ -1,8 +1,9 @@
 /* gpuremote._native: what every small message goes through, in C.
 
    A call that waits for a few bytes costs some 20 µs in the kernel; the same steps in Python
-   cost twice that, as their code is cold after each switch to another process. This module
-   holds the common case of four steps and nothing else: everything rare is left to the Python
+   cost twice that, as their code is cold after each switch to another process; and an op that
+   waits for nothing is done in a microsecond. This module holds the common case of such steps
+   and nothing else: everything rare is left to the Python
    method named beside it. Each type has a twin in Python, which is used where this module was
    not built and which says what the steps mean:
 
@@ -10,6 +11,7 @@
        Lane    gpuremote.rpc.lane
        Wait    gpuremote.client.waits
        Slot    gpuremote.server.storage
+       Handle, Recorder, known  gpuremote.client.recording
        fits    gpuremote.memory.host
        copy    gpuremote.memory.host
 
@@ -54,10 +56,11 @@ typedef struct {
 
 /* Names of attributes and methods, as Python objects: name_append, name_done, ... */
 #define NAMES(X) \
-    X(_broken) X(_ended) X(_failed) X(_finish) X(_gone) X(_left) X(_parse) X(_receive) \
-    X(_release) X(_report_if_due) X(_send) X(_settle_up_to) X(_whole) X(abort) X(acquire) \
-    X(dispatch) X(done) X(dtype) X(lost) X(on_message) X(pending_output) X(receive) \
-    X(release) X(send) X(set_result) X(shape)
+    X(_broken) X(_ended) X(_failed) X(_finish) X(_flush_by_time) X(_follow_up) X(_gone) X(_left) \
+    X(_parse) X(_prepare) X(_receive) X(_release) X(_renewed) X(_report_if_due) X(_send) \
+    X(_settle_up_to) X(_take_origin) X(_whole) X(abort) X(acquire) X(append) X(dispatch) X(done) \
+    X(dtype) X(f) X(i) X(id) X(inplace) X(lost) X(on_message) X(pending_output) X(receive) \
+    X(release) X(result) X(send) X(set_result) X(shape) X(step)
 #define DECLARE(name) extern PyObject *name_##name;
 NAMES(DECLARE)
 #undef DECLARE
@@ -84,8 +87,8 @@ typedef struct {
 
 enum taken { FAILED = -1, NOTHING, MESSAGE, OTHER };
 
-extern PyTypeObject *Stream_Type, *Lane_Type, *Wait_Type, *Slot_Type;
-extern PyType_Spec stream_spec, lane_spec, wait_spec, slot_spec;
+extern PyTypeObject *Stream_Type, *Lane_Type, *Wait_Type, *Slot_Type, *Handle_Type, *Recorder_Type;
+extern PyType_Spec stream_spec, lane_spec, wait_spec, slot_spec, handle_spec, recorder_spec;
 
 /* Receive once. MESSAGE: one message without payload and nothing else is in the buffer, *size
    bytes with its frame. OTHER: *other is what Stream._receive or _parse gave (None: nothing
@@ -141,6 +144,9 @@ int wait_finish(PyObject *wait);
 
 /* What is in a Slot (borrowed); NULL or None if nothing is. */
 PyObject *slot_value(PyObject *slot);
+
+/* known, see recording.c. */
+PyObject *recording_known(PyObject *module, PyObject *const *args, Py_ssize_t count);
 
 /* copy, see copy.c. */
 PyObject *copy_bytes(PyObject *module, PyObject *const *args, Py_ssize_t count);

@@ -1,0 +1,488 @@
+/* Handle and Recorder: from ``x + y`` to a record in the batch. Twins: gpuremote.client.recording. */
+
+#include "native.h"
+
+#include <time.h>
+
+#define CALL_HEAD 4 /* ops.plan.layout_of: the plan's number u32, then 8 bytes per operand here */
+#define MOST 3      /* operands */
+
+PyTypeObject *Handle_Type, *Recorder_Type;
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *lock, *acquire, *release, *dropped, *drop, *plans, *buffer, *origins, *on_buffered;
+    long long next, oldest, flush_after;
+    double writes;
+    int depth;
+    char special, told;
+} Recorder;
+
+typedef struct {
+    PyObject_HEAD
+    Recorder *core;
+    PyObject *meta;
+    unsigned long long id;
+} Handle;
+
+static int recorder_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Recorder *r = (Recorder *)self;
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(r->lock);
+    Py_VISIT(r->acquire);
+    Py_VISIT(r->release);
+    Py_VISIT(r->dropped);
+    Py_VISIT(r->drop);
+    Py_VISIT(r->plans);
+    Py_VISIT(r->buffer);
+    Py_VISIT(r->origins);
+    Py_VISIT(r->on_buffered);
+    return 0;
+}
+
+static int recorder_clear(PyObject *self)
+{
+    Recorder *r = (Recorder *)self;
+    Py_CLEAR(r->lock);
+    Py_CLEAR(r->acquire);
+    Py_CLEAR(r->release);
+    Py_CLEAR(r->dropped);
+    Py_CLEAR(r->drop);
+    Py_CLEAR(r->plans);
+    Py_CLEAR(r->buffer);
+    Py_CLEAR(r->origins);
+    Py_CLEAR(r->on_buffered);
+    return 0;
+}
+
+static void recorder_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    recorder_clear(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+/* Set an attribute that is called for every op, and what of it is called. */
+static int keep_bound(PyObject **place, PyObject *value, PyObject **method, PyObject *name)
+{
+    PyObject *bound = value == NULL ? NULL : PyObject_GetAttr(value, name);
+    if (value != NULL && bound == NULL)
+        return -1;
+    Py_XSETREF(*place, Py_XNewRef(value));
+    Py_XSETREF(*method, bound);
+    return 0;
+}
+
+static int recorder_set_lock(PyObject *self, PyObject *value, void *unused)
+{
+    Recorder *r = (Recorder *)self;
+    return keep_bound(&r->lock, value, &r->acquire, name_acquire)
+           || keep_bound(&r->lock, value, &r->release, name_release);
+}
+
+static int recorder_set_dropped(PyObject *self, PyObject *value, void *unused)
+{
+    Recorder *r = (Recorder *)self;
+    return keep_bound(&r->dropped, value, &r->drop, name_append);
+}
+
+static PyObject *given(PyObject *value, const char *name)
+{
+    if (value == NULL)
+        PyErr_SetString(PyExc_AttributeError, name);
+    return Py_XNewRef(value);
+}
+
+static PyObject *recorder_get_lock(PyObject *self, void *unused)
+{
+    return given(((Recorder *)self)->lock, "lock");
+}
+
+static PyObject *recorder_get_dropped(PyObject *self, void *unused)
+{
+    return given(((Recorder *)self)->dropped, "dropped");
+}
+
+static long long now_ns(void) /* _clock.now_ns */
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+/* As client.origin.take. */
+static PyObject *take_origin(Recorder *r, PyObject *number, PyObject *plan, PyObject *frame)
+{
+    PyFrameObject *inner = (PyFrameObject *)frame, *outer;
+    if (r->depth == 1 || r->depth == 2) {
+        outer = r->depth == 1 ? NULL : PyFrame_GetBack(inner);
+        PyObject *origin = PyTuple_New(outer == NULL ? 4 : 6);
+        PyObject *at = origin == NULL ? NULL : PyLong_FromLong(PyFrame_GetLasti(inner));
+        PyObject *back = at == NULL || outer == NULL ? NULL : PyLong_FromLong(PyFrame_GetLasti(outer));
+        if (at != NULL && (outer == NULL || back != NULL)) {
+            PyTuple_SET_ITEM(origin, 0, Py_NewRef(number));
+            PyTuple_SET_ITEM(origin, 1, Py_NewRef(plan));
+            PyTuple_SET_ITEM(origin, 2, (PyObject *)PyFrame_GetCode(inner));
+            PyTuple_SET_ITEM(origin, 3, at);
+            if (outer != NULL) {
+                PyTuple_SET_ITEM(origin, 4, (PyObject *)PyFrame_GetCode(outer));
+                PyTuple_SET_ITEM(origin, 5, back);
+            }
+        }
+        else {
+            Py_CLEAR(origin);
+            Py_XDECREF(at);
+            Py_XDECREF(back);
+        }
+        Py_XDECREF(outer);
+        return origin;
+    }
+    return PyObject_CallMethodObjArgs((PyObject *)r, name__take_origin, number, plan, frame, NULL);
+}
+
+static int number_of(PyObject *plan, PyObject *name, long long *number)
+{
+    PyObject *value = PyObject_GetAttr(plan, name);
+    *number = value == NULL ? -1 : PyLong_AsLongLong(value);
+    Py_XDECREF(value);
+    return *number == -1 && PyErr_Occurred() ? -1 : 0;
+}
+
+/* The steps of an issue that the lock guards. 0: done. */
+static int append(Recorder *r, PyObject *plan, const char *record, Py_ssize_t size,
+                  PyObject *frame, long long *number)
+{
+    if (r->special && tell((PyObject *)r, name__prepare, NULL) < 0)
+        return -1;
+    long long ident, step;
+    PyObject *inplace = PyObject_GetAttr(plan, name_inplace);
+    if (inplace == NULL)
+        return -1;
+    int writes = PyObject_IsTrue(inplace);
+    Py_DECREF(inplace);
+    if (writes < 0 || number_of(plan, name_id, &ident) < 0 || number_of(plan, name_step, &step) < 0)
+        return -1;
+    PyObject *renewed = NULL;
+    if (ident < r->oldest) {
+        renewed = PyObject_CallMethodOneArg((PyObject *)r, name__renewed, plan);
+        if (renewed == NULL)
+            return -1;
+        if (!PyBytes_Check(renewed) || PyBytes_GET_SIZE(renewed) != CALL_HEAD) {
+            PyErr_SetString(PyExc_TypeError, "_renewed() gives a plan's number");
+            Py_DECREF(renewed);
+            return -1;
+        }
+    }
+    /* Read here, as both calls above may have issued records. */
+    *number = r->next;
+    PyObject *named = PyLong_FromLongLong(*number);
+    PyObject *origin = named == NULL ? NULL : take_origin(r, named, plan, frame);
+    Py_XDECREF(named);
+    PyObject *buffer = r->buffer, *origins = r->origins;
+    int failed = -1;
+    if (origin == NULL)
+        ;
+    else if (buffer == NULL || !PyByteArray_Check(buffer) || origins == NULL
+             || !PyList_Check(origins) || size < CALL_HEAD)
+        PyErr_SetString(PyExc_TypeError, "there is nothing to append a record to");
+    else {
+        Py_ssize_t before = PyByteArray_GET_SIZE(buffer);
+        failed = PyByteArray_Resize(buffer, before + size);
+        if (!failed && (failed = PyList_Append(origins, origin)) < 0)
+            PyByteArray_Resize(buffer, before);
+        if (!failed) {
+            char *at = PyByteArray_AS_STRING(buffer) + before;
+            memcpy(at, record, (size_t)size);
+            if (renewed != NULL)
+                memcpy(at, PyBytes_AS_STRING(renewed), CALL_HEAD);
+            r->next = *number + step;
+            r->writes += writes;
+        }
+    }
+    Py_XDECREF(renewed);
+    Py_XDECREF(origin);
+    if (failed)
+        return -1;
+    if (now_ns() >= r->flush_after)
+        return tell((PyObject *)r, name__flush_by_time, NULL);
+    if (!r->told && r->on_buffered != NULL && r->on_buffered != Py_None) {
+        r->told = 1;
+        PyObject *answer = PyObject_CallNoArgs(r->on_buffered);
+        Py_XDECREF(answer);
+        return answer == NULL ? -1 : 0;
+    }
+    return 0;
+}
+
+static int issue(Recorder *r, PyObject *plan, const char *record, Py_ssize_t size, PyObject *frame,
+                 long long *number)
+{
+    if (r->acquire == NULL || !PyFrame_Check(frame)) {
+        PyErr_SetString(PyExc_TypeError, "issue() takes a lock, and the frame that called");
+        return -1;
+    }
+    PyObject *answer = PyObject_CallNoArgs(r->acquire);
+    if (answer == NULL)
+        return -1;
+    Py_DECREF(answer);
+    int failed = append(r, plan, record, size, frame, number);
+    PyObject *type, *error, *traceback;
+    if (failed)
+        PyErr_Fetch(&type, &error, &traceback);
+    answer = PyObject_CallNoArgs(r->release);
+    Py_XDECREF(answer);
+    if (failed) {
+        if (answer == NULL)
+            PyErr_Clear();
+        PyErr_Restore(type, error, traceback);
+        return -1;
+    }
+    if (answer == NULL)
+        return -1;
+    return r->special ? tell((PyObject *)r, name__follow_up, NULL) : 0;
+}
+
+/* issue(plan, record, frame) */
+static PyObject *recorder_issue(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    long long number;
+    if (count != 3 || !PyBytes_Check(args[1])) {
+        PyErr_SetString(PyExc_TypeError, "issue() takes a plan, a record and a frame");
+        return NULL;
+    }
+    if (issue((Recorder *)self, args[0], PyBytes_AS_STRING(args[1]), PyBytes_GET_SIZE(args[1]),
+              args[2], &number)
+        < 0)
+        return NULL;
+    return PyLong_FromLongLong(number);
+}
+
+/* -- handles ---------------------------------------------------------------------------------- */
+
+/* Give the handle back, once. */
+static void drop(Handle *h)
+{
+    Recorder *core = h->core;
+    if (core == NULL)
+        return;
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
+    h->core = NULL;
+    PyObject *ident = core->drop == NULL ? NULL : PyLong_FromUnsignedLongLong(h->id);
+    PyObject *answer = ident == NULL ? NULL : PyObject_CallOneArg(core->drop, ident);
+    if (answer == NULL && PyErr_Occurred())
+        PyErr_WriteUnraisable(core->drop);
+    Py_XDECREF(ident);
+    Py_XDECREF(answer);
+    Py_DECREF(core);
+    PyErr_Restore(type, error, traceback);
+}
+
+static int handle_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Handle *h = (Handle *)self;
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(h->core);
+    Py_VISIT(h->meta);
+    return 0;
+}
+
+static int handle_clear(PyObject *self)
+{
+    drop((Handle *)self);
+    Py_CLEAR(((Handle *)self)->meta);
+    return 0;
+}
+
+static void handle_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    handle_clear(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+/* Handle(core, ident, meta) */
+static int handle_init(PyObject *self, PyObject *args, PyObject *names)
+{
+    Handle *h = (Handle *)self;
+    PyObject *core, *meta;
+    unsigned long long id;
+    if (names != NULL && PyDict_GET_SIZE(names)) {
+        PyErr_SetString(PyExc_TypeError, "an array takes no named arguments");
+        return -1;
+    }
+    if (!PyArg_ParseTuple(args, "O!KO", Recorder_Type, &core, &id, &meta))
+        return -1;
+    drop(h);
+    h->core = (Recorder *)Py_NewRef(core);
+    h->id = id;
+    Py_XSETREF(h->meta, Py_NewRef(meta));
+    return 0;
+}
+
+/* What a record names for the given operand, and what a plan's key has for it. 0: neither. */
+static int operand(Handle *first, PyObject *given, uint64_t *field, PyObject **key)
+{
+    if (Py_IS_TYPE(given, Py_TYPE(first))) {
+        *field = ((Handle *)given)->id;
+        *key = ((Handle *)given)->meta;
+        return ((Handle *)given)->core == first->core && *key != NULL;
+    }
+    if (PyFloat_CheckExact(given)) {
+        double value = PyFloat_AS_DOUBLE(given);
+        memcpy(field, &value, 8);
+        *key = name_f;
+        return 1;
+    }
+    if (PyLong_CheckExact(given)) {
+        int beyond;
+        *field = (uint64_t)PyLong_AsLongLongAndOverflow(given, &beyond);
+        *key = name_i;
+        return !beyond;
+    }
+    return 0;
+}
+
+static PyObject *make_result(PyObject *like, Recorder *core, long long number, PyObject *meta)
+{
+    PyTypeObject *type = Py_TYPE(like);
+    if (type->tp_init != handle_init)
+        return PyObject_CallFunction((PyObject *)type, "OLO", core, number, meta);
+    Handle *made = (Handle *)type->tp_alloc(type, 0);
+    if (made == NULL)
+        return NULL;
+    made->core = (Recorder *)Py_NewRef(core);
+    made->id = (unsigned long long)number;
+    made->meta = Py_NewRef(meta);
+    return (PyObject *)made;
+}
+
+PyObject *recording_known(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    Py_ssize_t operands = count - 2;
+    if (operands < 1 || operands > MOST || !PyObject_TypeCheck(args[2], Handle_Type)) {
+        PyErr_SetString(PyExc_TypeError, "known() takes an op, a frame and arrays");
+        return NULL;
+    }
+    Handle *first = (Handle *)args[2];
+    Recorder *core = first->core;
+    if (core == NULL || core->plans == NULL || !PyDict_CheckExact(core->plans))
+        Py_RETURN_NONE;
+    char record[CALL_HEAD + 8 * MOST];
+    PyObject *parts[1 + MOST] = {args[0]};
+    for (Py_ssize_t k = 0; k < operands; k++) {
+        uint64_t field;
+        if (!operand(first, args[2 + k], &field, &parts[1 + k]))
+            Py_RETURN_NONE;
+        memcpy(record + CALL_HEAD + 8 * k, &field, 8);
+    }
+    PyObject *key = PyTuple_New(1 + operands);
+    if (key == NULL)
+        return NULL;
+    for (Py_ssize_t k = 0; k <= operands; k++)
+        PyTuple_SET_ITEM(key, k, Py_NewRef(parts[k]));
+    PyObject *plan = Py_XNewRef(PyDict_GetItemWithError(core->plans, key));
+    Py_DECREF(key);
+    if (plan == NULL) {
+        if (PyErr_Occurred())
+            return NULL;
+        Py_RETURN_NONE;
+    }
+    PyObject *found = NULL, *result = PyObject_GetAttr(plan, name_result);
+    PyObject *inplace = result == NULL ? NULL : PyObject_GetAttr(plan, name_inplace);
+    long long ident, number;
+    Py_INCREF(core);
+    if (inplace == NULL || number_of(plan, name_id, &ident) < 0)
+        ;
+    else if (result == Py_None && inplace != Py_True)
+        found = Py_NewRef(Py_None);
+    else {
+        uint32_t head = (uint32_t)ident;
+        memcpy(record, &head, CALL_HEAD);
+        if (!issue(core, plan, record, CALL_HEAD + 8 * operands, args[1], &number))
+            found = inplace == Py_True ? Py_NewRef(args[2])
+                                       : make_result(args[2], core, number, result);
+    }
+    Py_DECREF(core);
+    Py_XDECREF(inplace);
+    Py_XDECREF(result);
+    Py_DECREF(plan);
+    return found;
+}
+
+/* -- types ------------------------------------------------------------------------------------ */
+
+static PyMemberDef handle_members[] = {
+    {"_core", T_OBJECT_EX, offsetof(Handle, core), READONLY, NULL},
+    {"_meta", T_OBJECT_EX, offsetof(Handle, meta), 0, NULL},
+    {"_id", T_ULONGLONG, offsetof(Handle, id), READONLY, NULL},
+    {NULL},
+};
+
+static PyType_Slot handle_slots[] = {
+    {Py_tp_doc, "Names an array on the server, and gives the name back."},
+    {Py_tp_dealloc, handle_dealloc},
+    {Py_tp_traverse, handle_traverse},
+    {Py_tp_clear, handle_clear},
+    {Py_tp_init, handle_init},
+    {Py_tp_members, handle_members},
+    {0, NULL},
+};
+
+PyType_Spec handle_spec = {
+    "gpuremote._native.Handle",
+    sizeof(Handle),
+    0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
+    handle_slots,
+};
+
+static PyMemberDef recorder_members[] = {
+    {"plans", T_OBJECT_EX, offsetof(Recorder, plans), 0, NULL},
+    {"_buffer", T_OBJECT_EX, offsetof(Recorder, buffer), 0, NULL},
+    {"_origins", T_OBJECT_EX, offsetof(Recorder, origins), 0, NULL},
+    {"on_buffered", T_OBJECT, offsetof(Recorder, on_buffered), 0, NULL},
+    {"writes", T_DOUBLE, offsetof(Recorder, writes), 0, NULL},
+    {"flush_after", T_LONGLONG, offsetof(Recorder, flush_after), 0, NULL},
+    {"_next", T_LONGLONG, offsetof(Recorder, next), 0, NULL},
+    {"_oldest", T_LONGLONG, offsetof(Recorder, oldest), 0, NULL},
+    {"_depth", T_INT, offsetof(Recorder, depth), 0, NULL},
+    {"_special", T_BOOL, offsetof(Recorder, special), 0, NULL},
+    {"_told", T_BOOL, offsetof(Recorder, told), 0, NULL},
+    {NULL},
+};
+
+static PyGetSetDef recorder_getset[] = {
+    {"lock", recorder_get_lock, recorder_set_lock, NULL, NULL},
+    {"dropped", recorder_get_dropped, recorder_set_dropped, NULL, NULL},
+    {NULL},
+};
+
+static PyMethodDef recorder_methods[] = {
+    {"issue", (PyCFunction)(void (*)(void))recorder_issue, METH_FASTCALL, NULL},
+    {NULL},
+};
+
+static PyType_Slot recorder_slots[] = {
+    {Py_tp_doc, "Turns ops into records."},
+    {Py_tp_dealloc, recorder_dealloc},
+    {Py_tp_traverse, recorder_traverse},
+    {Py_tp_clear, recorder_clear},
+    {Py_tp_members, recorder_members},
+    {Py_tp_getset, recorder_getset},
+    {Py_tp_methods, recorder_methods},
+    {0, NULL},
+};
+
+PyType_Spec recorder_spec = {
+    "gpuremote._native.Recorder",
+    sizeof(Recorder),
+    0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
+    recorder_slots,
+};
