@@ -72,11 +72,11 @@ def elementwise(function: Callable[..., Any], n: int = 1, **samples: Any) -> Inf
 
     def infer(operands: Sequence[Operand], _params: Params) -> Inferred:
         exactly(operands, n)
-        if all(isinstance(operand, str) for operand in operands):
+        if Meta not in map(type, operands):
             raise DTypeError("one operand at least has to be an array")
         shape = broadcast(*map(shape_of, operands))
         dtypes = dtypes_of(function, *map(kind_of, operands), **samples)
-        return tuple((shape, dtype) for dtype in dtypes)
+        return tuple([(shape, dtype) for dtype in dtypes])
 
     return infer
 
@@ -98,11 +98,15 @@ def _isin(operands: Sequence[Operand], params: Params) -> Inferred:
     return ((x.shape, dtype),)
 
 
+_compared = elementwise(np.isclose, 2)
+
+
 def _isclose(operands: Sequence[Operand], params: Params) -> Inferred:
-    for name in ("rtol", "atol"):
-        number_param(params, name, 0.0)
-    bool_param(params, "equal_nan")
-    return elementwise(np.isclose, 2)(operands, params)
+    if params:
+        for name in ("rtol", "atol"):
+            number_param(params, name, 0.0)
+        bool_param(params, "equal_nan")
+    return _compared(operands, params)
 
 
 def _interp(operands: Sequence[Operand], params: Params) -> Inferred:
@@ -381,14 +385,14 @@ def _gradient(operands: Sequence[Operand], params: Params) -> Inferred:
     x = array_operand(operands)
     axes = normal_axes(params.get("axis"), x.ndim)
     edge = int_param(params, "edge_order", 1)
-    if edge not in (1, 2) or any(x.shape[axis] < edge + 1 for axis in axes):
+    if edge not in (1, 2) or any(x.shape[axis] <= edge for axis in axes):
         raise ShapeError(f"shape {x.shape} is too small for a gradient of edge_order {edge}")
     steps = operands[1:]
     if len(steps) not in (0, 1, len(axes)) or any(len(shape_of(step)) > 1 for step in steps):
         raise ShapeError(f"{len(steps)} spacings for {len(axes)} axes")
     dtypes_of(np.subtract, x.dtype, x.dtype)
     (dtype,) = dtypes_of(_differences, x.dtype)
-    return tuple((x.shape, dtype) for _ in axes)
+    return ((x.shape, dtype),) * len(axes)
 
 
 def _differences(x: Any) -> Any:

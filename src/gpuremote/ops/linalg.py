@@ -56,7 +56,8 @@ def _vecdot(operands: Sequence[Operand], params: Params) -> Inferred:
     at_a, at_b = normal_axis(axis, a.ndim), normal_axis(axis, b.ndim)
     if a.shape[at_a] != b.shape[at_b]:
         raise ShapeError(f"shapes {a.shape} and {b.shape} differ along axis {axis}")
-    shape = broadcast(reduced(a.shape, (at_a,), False), reduced(b.shape, (at_b,), False))
+    left = a.shape[:at_a] + a.shape[at_a + 1 :]
+    shape = broadcast(left, b.shape[:at_b] + b.shape[at_b + 1 :])
     return ((shape, dtypes_of(np.vecdot, a.dtype, b.dtype)[0]),)
 
 
@@ -84,10 +85,15 @@ def tensordot_axes(axes: Any, a: int, b: int) -> tuple[tuple[int, ...], tuple[in
 def _tensordot(operands: Sequence[Operand], params: Params) -> Inferred:
     a, b = _two(operands)
     left, right = tensordot_axes(params.get("axes", 2), a.ndim, b.ndim)
-    if any(a.shape[i] != b.shape[j] for i, j in zip(left, right, strict=True)):
+    if [a.shape[i] for i in left] != [b.shape[j] for j in right]:
         raise ShapeError(f"shapes {a.shape} and {b.shape} differ along axes {left} and {right}")
     shape = reduced(a.shape, left, False) + reduced(b.shape, right, False)
-    return ((shape, dtypes_of(np.tensordot, a.dtype, b.dtype, axes=0)[0]),)
+    return ((shape, dtypes_of(_outer_product, a.dtype, b.dtype)[0]),)
+
+
+def _outer_product(a: Any, b: Any) -> Any:
+    """As dtypes go, any tensordot."""
+    return np.tensordot(a, b, axes=0)
 
 
 def _matrices(x: Meta, square: bool = False) -> tuple[Shape, int, int]:

@@ -187,20 +187,21 @@ def _arrays(operands: Sequence[Operand]) -> list[Meta]:
 
 def _concat(operands: Sequence[Operand], params: Params) -> Inferred:
     arrays = _arrays(operands)
-    (dtype,) = dtypes_of(joined_dtype, *dict.fromkeys(x.dtype for x in arrays))
+    (dtype,) = dtypes_of(joined_dtype, *{x.dtype: None for x in arrays})
     given = params.get("axis", 0)
     if given is None:
         return (((sum(x.size for x in arrays),), dtype),)
     first = arrays[0].shape
     axis = normal_axis(given, len(first))
     for x in arrays:
-        if (
-            x.ndim != len(first)
-            or x.shape[:axis] != first[:axis]
-            or x.shape[axis + 1 :] != first[axis + 1 :]
+        shape = x.shape
+        if shape != first and (
+            len(shape) != len(first)
+            or shape[:axis] != first[:axis]
+            or shape[axis + 1 :] != first[axis + 1 :]
         ):
             raise ShapeError(f"shapes {first} and {x.shape} differ in more than axis {axis}")
-    total = sum(x.shape[axis] for x in arrays)
+    total = sum([x.shape[axis] for x in arrays])
     return (((*first[:axis], total, *first[axis + 1 :]), dtype),)
 
 

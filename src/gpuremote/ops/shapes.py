@@ -46,7 +46,7 @@ def broadcast(*shapes: Shape) -> Shape:
         The shapes don't go together.
     """
     first = shapes[0]
-    if all(shape == first for shape in shapes):
+    if shapes.count(first) == len(shapes):
         return first
     ndim = max(map(len, shapes))
     out = [1] * ndim
@@ -78,7 +78,7 @@ def normal_axes(axes: Any, ndim: int) -> tuple[int, ...]:
         return (normal_axis(axes, ndim),)
     if not isinstance(axes, tuple | list):
         raise ShapeError(f"axis {axes!r} is neither an integer nor a tuple of integers")
-    found = tuple(normal_axis(axis, ndim) for axis in axes)
+    found = tuple([normal_axis(axis, ndim) for axis in axes])
     if len(set(found)) != len(found):
         raise ShapeError(f"axis {tuple(axes)} names an axis twice")
     return found
@@ -87,8 +87,8 @@ def normal_axes(axes: Any, ndim: int) -> tuple[int, ...]:
 def reduced(shape: Shape, axes: tuple[int, ...], keepdims: bool) -> Shape:
     """What is left of a shape when the given (normal) axes are reduced."""
     if keepdims:
-        return tuple(1 if i in axes else n for i, n in enumerate(shape))
-    return tuple(n for i, n in enumerate(shape) if i not in axes)
+        return tuple([1 if i in axes else n for i, n in enumerate(shape)])
+    return tuple([n for i, n in enumerate(shape) if i not in axes])
 
 
 def is_int(value: Any) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpuremote._types import Shape
 from gpuremote.errors import DTypeError, ShapeError
+from gpuremote.ops.meta import Meta
 from gpuremote.ops.operands import (
     DType,
     Kind,
@@ -153,7 +154,7 @@ def _unary(ufunc: np.ufunc) -> Infer:
 def _elementwise(operands: Sequence[Operand]) -> tuple[Shape, tuple[Kind, ...]]:
     """Broadcast shape and kinds of operands of which one at least is an array."""
     kinds = tuple(map(kind_of, operands))
-    if all(isinstance(operand, str) for operand in operands):
+    if Meta not in map(type, operands):
         raise DTypeError("one operand at least has to be an array")
     return broadcast(*map(shape_of, operands)), kinds
 
