@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuremote.backend.blocks import SMALLEST, BlockPool
+from gpuremote.backend.blocks import LINE, SMALLEST, BlockPool, aligned
 
 F8 = np.dtype("f8")
 
@@ -88,3 +88,14 @@ def test_threads_never_share_a_block() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_blocks_begin_with_a_line_of_the_cache() -> None:
+    pool = BlockPool()
+    for nbytes in (SMALLEST, SMALLEST + 4096, (3 << 20) + 8):
+        made = pool.empty((nbytes,), np.dtype("u1"), nbytes)
+        assert made.nbytes == nbytes
+        assert made.ctypes.data % LINE == 0
+    for nbytes in (1, 100, 512 << 10):
+        memory = aligned(nbytes)
+        assert (memory.nbytes, memory.ctypes.data % LINE) == (nbytes, 0)

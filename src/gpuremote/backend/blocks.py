@@ -15,10 +15,21 @@ import numpy.typing as npt
 
 from gpuremote._types import Shape
 
-__all__ = ["BlockPool"]
+__all__ = ["BlockPool", "aligned"]
 
 SMALLEST: Final = 1 << 20
 """Below this the C library's allocator does the same, and better."""
+LINE: Final = 64
+"""Bytes of a line of the cache."""
+
+
+def aligned(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Uninitialised memory that begins with a line of the cache. The C library puts large memory 16
+    bytes behind one, and then every other vector lies in two: additions in the cache take a quarter
+    longer."""
+    memory = np.empty(nbytes + LINE, np.uint8)
+    begin = -memory.ctypes.data % LINE
+    return memory[begin : begin + nbytes]
 
 
 class _Block:
@@ -75,7 +86,7 @@ class BlockPool:
             if memory is None:
                 self.spare.clear()
         if memory is None:
-            memory = np.empty(nbytes, np.uint8)
+            memory = aligned(nbytes)
         flat = np.asarray(_Block(memory, nbytes, self))
         return flat.view(dtype).reshape(shape)
 

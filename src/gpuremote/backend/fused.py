@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from gpuremote.backend.blocks import aligned
 from gpuremote.backend.kernels import MAKERS
 from gpuremote.ops.meta import Meta
 from gpuremote.ops.operands import WEAK
@@ -229,7 +230,7 @@ class Scratch:
         try:
             return self._spare.pop()
         except IndexError:
-            return np.empty(2 * BLOCK, np.uint8)
+            return aligned(2 * BLOCK)
 
     def give(self, memory: list[npt.NDArray[np.uint8]]) -> None:
         self._spare += memory[: max(0, REGISTERS - len(self._spare))]

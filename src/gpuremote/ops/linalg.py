@@ -84,10 +84,14 @@ def tensordot_axes(axes: Any, a: int, b: int) -> tuple[tuple[int, ...], tuple[in
 
 def _tensordot(operands: Sequence[Operand], params: Params) -> Inferred:
     a, b = _two(operands)
-    left, right = tensordot_axes(params.get("axes", 2), a.ndim, b.ndim)
+    axes = params.get("axes", 2)
+    left, right = tensordot_axes(axes, a.ndim, b.ndim)
     if [a.shape[i] for i in left] != [b.shape[j] for j in right]:
         raise ShapeError(f"shapes {a.shape} and {b.shape} differ along axes {left} and {right}")
-    shape = reduced(a.shape, left, False) + reduced(b.shape, right, False)
+    if is_int(axes):
+        shape = a.shape[: a.ndim - axes] + b.shape[axes:]
+    else:
+        shape = reduced(a.shape, left, False) + reduced(b.shape, right, False)
     return ((shape, dtypes_of(_outer_product, a.dtype, b.dtype)[0]),)
 
 
