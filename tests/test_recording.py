@@ -220,6 +220,33 @@ def test_a_failure_leaves_nothing_behind(parts: Parts) -> None:
         pool.submit(failing.lock.release).result()
 
 
+def test_finalisers_may_issue(parts: Parts) -> None:
+    x, core = parts.new(), parts.core
+    plan = parts.plan("negative", x)
+
+    class Ghost:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            parts.call("negative", x)
+
+    before = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for _ in range(200):
+            Ghost()
+            parts.call("negative", x)
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    numbers = [origin[0] for origin in core._origins]
+    assert sorted(numbers) == list(range(5, core._next))
+    assert core._next == 405
+    assert core._buffer == 400 * plan.pack(plan.id, 900)
+    assert sorted(core.dropped) == sorted(numbers)
+
+
 def test_issue_refuses_what_is_no_record(parts: Parts) -> None:
     x, core = parts.new(), parts.core
     plan = parts.plan("negative", x)

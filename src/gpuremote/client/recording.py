@@ -50,16 +50,17 @@ class PythonRecorder:
                 self._prepare()
             if plan.id < self._oldest:
                 record = self._renewed(plan) + record[4:]
+            # Nothing stands between these lines that may collect garbage: a finaliser may issue.
             number = self._next
             self._buffer += record
+            self._next = number + plan.step
+            if plan.inplace:
+                self.writes += 1
             self._origins.append(
                 take(number, plan, frame, 2)
                 if self._depth == 2
                 else self._take_origin(number, plan, frame)
             )
-            if plan.inplace:
-                self.writes += 1
-            self._next = number + plan.step
             if now_ns() >= self.flush_after:
                 self._flush_by_time()
             elif not self._told and self.on_buffered is not None:

@@ -106,7 +106,7 @@ static PyObject *recorder_get_dropped(PyObject *self, void *unused)
     return given(((Recorder *)self)->dropped, "dropped");
 }
 
-static long long now_ns(void) /* _clock.now_ns */
+static long long now_ns(void) /* _clock.now_ns, as Linux has it */
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -176,33 +176,32 @@ static int append(Recorder *r, PyObject *plan, const char *record, Py_ssize_t si
             return -1;
         }
     }
-    /* Read here, as both calls above may have issued records. */
-    *number = r->next;
-    PyObject *named = PyLong_FromLongLong(*number);
-    PyObject *origin = named == NULL ? NULL : take_origin(r, named, plan, frame);
-    Py_XDECREF(named);
-    PyObject *buffer = r->buffer, *origins = r->origins;
+    PyObject *buffer = r->buffer;
     int failed = -1;
-    if (origin == NULL)
-        ;
-    else if (buffer == NULL || !PyByteArray_Check(buffer) || origins == NULL
-             || !PyList_Check(origins) || size < CALL_HEAD)
+    if (buffer == NULL || !PyByteArray_Check(buffer) || size < CALL_HEAD || r->origins == NULL
+        || !PyList_Check(r->origins))
         PyErr_SetString(PyExc_TypeError, "there is nothing to append a record to");
     else {
+        /* Nothing stands between these lines that may collect garbage: a finaliser may issue. */
         Py_ssize_t before = PyByteArray_GET_SIZE(buffer);
+        *number = r->next;
         failed = PyByteArray_Resize(buffer, before + size);
-        if (!failed && (failed = PyList_Append(origins, origin)) < 0)
-            PyByteArray_Resize(buffer, before);
         if (!failed) {
             char *at = PyByteArray_AS_STRING(buffer) + before;
             memcpy(at, record, (size_t)size);
             if (renewed != NULL)
                 memcpy(at, PyBytes_AS_STRING(renewed), CALL_HEAD);
-            r->next = *number + step;
+            r->next += step;
             r->writes += writes;
         }
     }
     Py_XDECREF(renewed);
+    if (failed)
+        return -1;
+    PyObject *named = PyLong_FromLongLong(*number);
+    PyObject *origin = named == NULL ? NULL : take_origin(r, named, plan, frame);
+    Py_XDECREF(named);
+    failed = origin == NULL ? -1 : PyList_Append(r->origins, origin);
     Py_XDECREF(origin);
     if (failed)
         return -1;
