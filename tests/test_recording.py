@@ -166,6 +166,31 @@ def test_handles_are_given_back_once(parts: Parts) -> None:
     assert list(core.dropped) == [5, 900]
 
 
+def test_a_lent_handle_is_not_given_back(parts: Parts) -> None:
+    class Lent(parts.array):  # type: ignore[misc, name-defined]
+        def __del__(self) -> None:
+            pass
+
+    core = parts.core
+    x = Lent(core, 1, None)
+    del x
+    x = Lent(core, 2, None)
+    x.itself = x
+    del x
+    gc.collect()
+    assert not core.dropped
+
+
+def test_handles_that_change_places(parts: Parts) -> None:
+    core = parts.core
+    x, y = parts.array(core, 1, None), parts.array(core, 2, None)
+    x._id, y._id = y._id, x._id
+    del x
+    assert list(core.dropped) == [2]
+    del y
+    assert list(core.dropped) == [2, 1]
+
+
 def test_what_is_special_is_seen_to(parts: Parts) -> None:
     x, core = parts.new(), parts.core
     parts.plan("negative", x)

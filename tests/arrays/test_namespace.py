@@ -240,6 +240,17 @@ def test_creation_from_whatever(xp: Any) -> None:
         _ = x.__cuda_array_interface__
 
 
+def test_a_shape_can_be_assigned(xp: Any) -> None:
+    x = same = xp.arange(6)
+    x.shape = (2, 3)
+    assert x is same
+    assert x.shape == (2, 3)
+    assert xp.asnumpy(x).tolist() == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(ValueError, match="shape"):
+        x.shape = (4, 2)
+    assert x.shape == (2, 3)
+
+
 def test_dtype_questions(xp: Any) -> None:
     x, y = xp.ones(2, "f4"), xp.ones(2, "i4")
     assert xp.result_type(x, y) == np.float64

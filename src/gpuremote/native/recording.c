@@ -80,7 +80,9 @@ static int recorder_set_lock(PyObject *self, PyObject *value, void *unused)
 {
     Recorder *r = (Recorder *)self;
     return keep_bound(&r->lock, value, &r->acquire, name_acquire)
-           || keep_bound(&r->lock, value, &r->release, name_release);
+                   || keep_bound(&r->lock, value, &r->release, name_release)
+               ? -1
+               : 0;
 }
 
 static int recorder_set_dropped(PyObject *self, PyObject *value, void *unused)
@@ -261,22 +263,21 @@ static PyObject *recorder_issue(PyObject *self, PyObject *const *args, Py_ssize_
 
 /* -- handles ---------------------------------------------------------------------------------- */
 
-/* Give the handle back, once. */
-static void drop(Handle *h)
+/* Give the handle back. A subclass with a __del__ of its own does what that says. */
+static void handle_finalize(PyObject *self)
 {
+    Handle *h = (Handle *)self;
     Recorder *core = h->core;
-    if (core == NULL)
+    if (core == NULL || core->drop == NULL)
         return;
     PyObject *type, *error, *traceback;
     PyErr_Fetch(&type, &error, &traceback);
-    h->core = NULL;
-    PyObject *ident = core->drop == NULL ? NULL : PyLong_FromUnsignedLongLong(h->id);
+    PyObject *ident = PyLong_FromUnsignedLongLong(h->id);
     PyObject *answer = ident == NULL ? NULL : PyObject_CallOneArg(core->drop, ident);
-    if (answer == NULL && PyErr_Occurred())
+    if (answer == NULL)
         PyErr_WriteUnraisable(core->drop);
     Py_XDECREF(ident);
     Py_XDECREF(answer);
-    Py_DECREF(core);
     PyErr_Restore(type, error, traceback);
 }
 
@@ -291,7 +292,7 @@ static int handle_traverse(PyObject *self, visitproc visit, void *arg)
 
 static int handle_clear(PyObject *self)
 {
-    drop((Handle *)self);
+    Py_CLEAR(((Handle *)self)->core);
     Py_CLEAR(((Handle *)self)->meta);
     return 0;
 }
@@ -299,6 +300,8 @@ static int handle_clear(PyObject *self)
 static void handle_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
+    if (PyObject_CallFinalizerFromDealloc(self) < 0)
+        return; /* somebody has it again; a subclass was asked before, and is asked once */
     PyObject_GC_UnTrack(self);
     handle_clear(self);
     type->tp_free(self);
@@ -317,8 +320,7 @@ static int handle_init(PyObject *self, PyObject *args, PyObject *names)
     }
     if (!PyArg_ParseTuple(args, "O!KO", Recorder_Type, &core, &id, &meta))
         return -1;
-    drop(h);
-    h->core = (Recorder *)Py_NewRef(core);
+    Py_XSETREF(h->core, (Recorder *)Py_NewRef(core));
     h->id = id;
     Py_XSETREF(h->meta, Py_NewRef(meta));
     return 0;
@@ -372,19 +374,21 @@ PyObject *recording_known(PyObject *module, PyObject *const *args, Py_ssize_t co
     Recorder *core = first->core;
     if (core == NULL || core->plans == NULL || !PyDict_CheckExact(core->plans))
         Py_RETURN_NONE;
-    char record[CALL_HEAD + 8 * MOST];
-    PyObject *parts[1 + MOST] = {args[0]};
-    for (Py_ssize_t k = 0; k < operands; k++) {
-        uint64_t field;
-        if (!operand(first, args[2 + k], &field, &parts[1 + k]))
-            Py_RETURN_NONE;
-        memcpy(record + CALL_HEAD + 8 * k, &field, 8);
-    }
-    PyObject *key = PyTuple_New(1 + operands);
+    PyObject *key = PyTuple_New(1 + operands); /* first: this may collect garbage */
     if (key == NULL)
         return NULL;
-    for (Py_ssize_t k = 0; k <= operands; k++)
-        PyTuple_SET_ITEM(key, k, Py_NewRef(parts[k]));
+    PyTuple_SET_ITEM(key, 0, Py_NewRef(args[0]));
+    char record[CALL_HEAD + 8 * MOST];
+    for (Py_ssize_t k = 0; k < operands; k++) {
+        uint64_t field;
+        PyObject *part;
+        if (!operand(first, args[2 + k], &field, &part)) {
+            Py_DECREF(key);
+            Py_RETURN_NONE;
+        }
+        PyTuple_SET_ITEM(key, 1 + k, Py_NewRef(part));
+        memcpy(record + CALL_HEAD + 8 * k, &field, 8);
+    }
     PyObject *plan = Py_XNewRef(PyDict_GetItemWithError(core->plans, key));
     Py_DECREF(key);
     if (plan == NULL) {
@@ -419,13 +423,14 @@ PyObject *recording_known(PyObject *module, PyObject *const *args, Py_ssize_t co
 static PyMemberDef handle_members[] = {
     {"_core", T_OBJECT_EX, offsetof(Handle, core), READONLY, NULL},
     {"_meta", T_OBJECT_EX, offsetof(Handle, meta), 0, NULL},
-    {"_id", T_ULONGLONG, offsetof(Handle, id), READONLY, NULL},
+    {"_id", T_ULONGLONG, offsetof(Handle, id), 0, NULL},
     {NULL},
 };
 
 static PyType_Slot handle_slots[] = {
     {Py_tp_doc, "Names an array on the server, and gives the name back."},
     {Py_tp_dealloc, handle_dealloc},
+    {Py_tp_finalize, handle_finalize},
     {Py_tp_traverse, handle_traverse},
     {Py_tp_clear, handle_clear},
     {Py_tp_init, handle_init},
