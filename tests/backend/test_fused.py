@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuremote.backend.fused import BLOCK, GRAIN, REGISTERS, SMALLEST, Chain, Piece, Step
+from gpuremote._speed import native
+from gpuremote.backend.fused import BLOCK, GRAIN, REGISTERS, SMALLEST, Blocked, Chain, Piece
 from gpuremote.backend.numpy_backend import NumpyBackend
 from gpuremote.errors import OpError
 from gpuremote.ops.catalogue import find
@@ -80,9 +81,10 @@ def fused(backend: NumpyBackend, plan: Plan, operands: Sequence[Any], repeat: in
     """The op, and then copies, so that its own result is never whole."""
     piece = backend.piece(plan)
     assert piece is not None
-    steps = [Step(piece, tuple(range(-1, -1 - len(operands), -1)))]
+    steps: list[tuple[Any, tuple[int, ...]]]
+    steps = [(piece, tuple(range(-1, -1 - len(operands), -1)))]
     copying = backend.piece(define(65, find("copy"), plan.bounds, {}, 0, METAS))
-    steps += [Step(copying, (k,)) for k in range(repeat)]
+    steps += [(copying, (k,)) for k in range(repeat)]
     program = backend.fuse(Chain(steps, [len(steps) - 1]))
     assert program is not None
     out = np.empty(plan.bounds[0].shape, plan.bounds[0].dtype)
@@ -185,7 +187,7 @@ def test_chains(
     """Registers are given to others when nobody reads them any more, and not before."""
     inputs: list[Any] = [numbers(size, dtype, 2), numbers(size, "f4", 4)]
     values: dict[int, Any] = {-1: inputs[0].copy(), -2: inputs[1].copy()}
-    steps: list[Step] = []
+    steps: list[tuple[Any, tuple[int, ...]]] = []
     # Both occur first in this order.
     first = plan_of("add", inputs)
     drawn_plans: list[tuple[Plan, list[int]]] = [(first, [-1, -2])]
@@ -219,7 +221,7 @@ def test_chains(
             values[number_of] = made
             if keep:
                 wanted.append(number_of)
-    steps = [Step(backend.piece(plan), tuple(refs)) for plan, refs in drawn_plans]
+    steps = [(backend.piece(plan), tuple(refs)) for plan, refs in drawn_plans]
     program = backend.fuse(Chain(steps, wanted))
     if program is None:
         return
@@ -233,13 +235,38 @@ def test_chains(
         assert given_[k].tobytes() == values[-1 - k].tobytes()
 
 
+@pytest.mark.parametrize("offset", [0, 1, 4])
+@pytest.mark.parametrize("name", ["square", "exp"])
+def test_loops_in_c(backend: NumpyBackend, name: str, offset: int) -> None:
+    """Of one dtype it runs in C, where the part in C is there; not on what lies across words."""
+    size = SIZES[0] + 4099
+    x = np.empty(8 * size + 8, "u1")[offset:][: 8 * size].view("f8")
+    x[:] = numbers(size, "f8", 2)
+    plans = [plan_of(name, (x,)), plan_of("add", (x, x)), plan_of("multiply", (x, 0.3))]
+    pieces = [backend.piece(plan) for plan in plans]
+    steps = [(pieces[0], (-1,)), (pieces[1], (0, -1)), (pieces[2], (1, -2))]
+    program = backend.fuse(Chain(steps, [2]))
+    assert isinstance(program, Blocked)
+    assert (program._loops is None) == (native is None)
+    out = np.empty(size)
+    program([x, 0.3], [out])
+    wanted = (alone(backend, plans[0], [x]) + x) * 0.3
+    assert out.tobytes() == wanted.tobytes()
+    mixed = plan_of("astype", (x,), dtype="f4")
+    steps = [*steps, (backend.piece(mixed), (2,))]
+    program = backend.fuse(Chain(steps, [3]))
+    assert isinstance(program, Blocked)
+    assert program._loops is None
+
+
 def test_too_many_at_a_time(backend: NumpyBackend) -> None:
     x = numbers(SIZES[0], "f8", 2)
     plan = plan_of("exp", (x,))
     adding = plan_of("add", (x, x))
     piece, add = backend.piece(plan), backend.piece(adding)
-    steps = [Step(piece, (-1,)) for _ in range(REGISTERS + 1)]
-    steps += [Step(add, (0, k)) for k in range(1, REGISTERS + 1)]
+    steps: list[tuple[Any, tuple[int, ...]]]
+    steps = [(piece, (-1,)) for _ in range(REGISTERS + 1)]
+    steps += [(add, (0, k)) for k in range(1, REGISTERS + 1)]
     assert backend.fuse(Chain(steps, [])) is None
     assert backend.fuse(Chain(steps[1:-1], [])) is not None
 

@@ -1,6 +1,6 @@
 """Chains of elementwise ops, run block by block: what passes from op to op stays in the cache.
 
-Each op of a chain runs on a block of some 256 KiB, then the next op on the same block, and so on
+Each op of a chain runs on a block of some 128 KiB, then the next op on the same block, and so on
 to the end; then comes the next block. Results that nobody can name any more exist as one block
 only.
 
@@ -9,6 +9,10 @@ elements alike: the last few of a call may take another path than those before t
 differently), one element alone is no vector, and what has to be cast goes through a buffer of 8192
 elements. So every block but the last is a multiple of 8192 elements, and the last is never shorter:
 each element then lies in its call as it would in a call for the whole array.
+
+Where all of a chain is one dtype, NumPy's loops are called in C (``native/loops.c``), without what
+a ufunc does around its loop, and blocks are as small as they may be. If every op is rounded the
+same way by any loop they may be of any size, and stay in the first level of the cache.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from gpuremote._speed import native
 from gpuremote.backend.blocks import aligned
 from gpuremote.backend.kernels import MAKERS
 from gpuremote.ops.meta import Meta
@@ -26,13 +31,17 @@ from gpuremote.ops.operands import WEAK
 from gpuremote.ops.plan import Plan
 from gpuremote.ops.ufuncs import BINARY, UNARY
 
-__all__ = ["SMALLEST", "Blocked", "Chain", "Fused", "Piece", "Scratch", "Step", "can_fail"]
+__all__ = ["SMALLEST", "Blocked", "Chain", "Fused", "Piece", "Scratch", "can_fail"]
 
 SMALLEST: Final = 256 << 10
 """Bytes of a result below which looking at the chain takes as long as it saves."""
-BLOCK: Final = 256 << 10
-"""Bytes of a block, of the widest dtype in the chain: a few of them fit into the caches of a core,
-and a call of NumPy's takes a small part of the time that it computes."""
+BLOCK: Final = 128 << 10
+"""Bytes of a block, of the widest dtype in the chain: a few of them fit into the caches of a core
+(half a MiB is common), and a call of NumPy's takes a small part of the time that it computes."""
+NEAREST: Final = 32 << 10
+"""Bytes of the blocks that a chain in C works on, taken together: the first level of the cache."""
+LEAST: Final = 512
+"""Elements of such a block: a call of a loop costs some ten of them."""
 GRAIN: Final = 8192
 """Elements: NumPy's own buffer, and a multiple of every vector."""
 REGISTERS: Final = 16
@@ -46,33 +55,20 @@ _Frame: TypeAlias = list[Any]
 _DType: TypeAlias = np.dtype[Any]
 
 
-class Step(NamedTuple):
-    """One op of a chain.
-
-    Attributes
-    ----------
-    piece : object
-        What the backend made of its plan.
-    operands : tuple of int
-        From 0 on the result of that step, else -1, -2, ... the first, second, ... input. Inputs
-        are numbered as they first occur.
-    """
-
-    piece: Any
-    operands: tuple[int, ...]
-
-
 class Chain(NamedTuple):
     """Elementwise ops on arrays of one shape, and what of them is wanted.
 
     Attributes
     ----------
-    steps : list of Step
+    steps : sequence of (piece, operands)
+        For each op what the backend made of its plan, and what it takes: from 0 on the result of
+        that step, else -1, -2, ... the first, second, ... input. Inputs are numbered as they first
+        occur.
     kept : list of int
         Steps whose results are wanted, in order.
     """
 
-    steps: list[Step]
+    steps: Sequence[tuple[Any, tuple[int, ...]]]
     kept: list[int]
 
 
@@ -118,8 +114,11 @@ class Piece:
         Of what it writes.
     itemsize : int
         Of the widest of its dtypes.
-    overwrites : bool
-        The result may take the place of an operand, so that less goes through the cache.
+    uniform : bool
+        A ufunc, and its dtypes are one.
+    exact : bool
+        Also, any of NumPy's loops rounds it the same way. So the result may take the place of an
+        operand, and less goes through the cache.
     values : tuple
         For each operand that is no array of the chain's shape, what to make of the value before
         the first block: a dtype or None; ARRAY for all others.
@@ -129,17 +128,18 @@ class Piece:
 
     __slots__ = (
         "dtype",
+        "exact",
         "inplace",
         "itemsize",
         "kernel",
-        "overwrites",
         "ufunc",
         "unary",
+        "uniform",
         "values",
     )
 
     def __init__(self, plan: Plan, result: Meta) -> None:
-        name = plan.spec.name
+        name = plan.spec.name.rstrip("_")
         dtypes = [result.dtype, *(o.dtype for o in plan.operands if isinstance(o, Meta))]
         self.ufunc = _UFUNCS.get(name)
         self.kernel = MAKERS[name](np, plan) if name in _OTHERS else None
@@ -147,11 +147,8 @@ class Piece:
         self.inplace = plan.spec.inplace
         self.dtype = result.dtype
         self.itemsize = max(dtype.itemsize for dtype in dtypes)
-        self.overwrites = (
-            name in _EXACT
-            and self.dtype.kind in "fiu"
-            and all(dtype == self.dtype for dtype in dtypes)
-        )
+        self.uniform = self.ufunc is not None and all(dtype == self.dtype for dtype in dtypes)
+        self.exact = self.uniform and name in _EXACT and self.dtype.kind in "fiu"
         self.values = tuple(
             Piece.ARRAY if isinstance(o, Meta) and o.ndim else _loop_dtype(plan, position)
             for position, o in enumerate(plan.operands)
@@ -202,14 +199,17 @@ _FRAME: Final = 1 << 30
 def _loop_dtype(plan: Plan, position: int) -> _DType | None:
     """What a ufunc casts a Python number to; done once, not for each block.
 
-    None: it is an array already, or what the ufunc does with it depends on its value.
+    An array without axes stays what it is. None: what the ufunc does with it depends on its value.
     """
     ufunc = _UFUNCS.get(plan.spec.name)
     code = plan.operands[position]
+    if isinstance(code, Meta):
+        return code.dtype
     if ufunc is None or code not in ("i", "f") or ufunc.nin != 2:
         return None
     other = plan.operands[1 - position]
-    if not isinstance(other, Meta) or other.dtype.kind not in "fc":
+    exact = plan.spec.name.rstrip("_") in _EXACT
+    if not isinstance(other, Meta) or other.dtype.kind not in ("fciu" if exact else "fc"):
         return None
     kinds: list[Any] = [other.dtype, other.dtype, None]
     kinds[position] = type(WEAK[code])
@@ -266,6 +266,12 @@ class Blocked:
         self._steps: list[tuple[Any, int, int | None, int]] = []
         """A ufunc, the places of its operands, and where it writes to. Or a function of the frame,
         and _FRAME."""
+        self._loops: Any = None
+        """A ``native.Loops`` that does the same, if there is one."""
+        self._kinds = b""
+        """What each place of the frame is to it."""
+        self._near = 0
+        """Elements of its blocks."""
         self._registers = 0
         self._places = 0
         self._inputs = 0
@@ -282,10 +288,13 @@ class Blocked:
         held: dict[int, int] = {}
         """Registers of results that are still to be read."""
         free: list[int] = []
-        itemsize = 1
+        itemsize, uniform, exact = 1, native is not None, True
+        dtype = steps[0][0].dtype
         for number, (piece, operands) in enumerate(steps):
             if piece.itemsize > itemsize:
                 itemsize = piece.itemsize
+            uniform = uniform and piece.uniform and piece.dtype == dtype
+            exact = exact and piece.exact
             at = []
             ending = []
             for position, operand in enumerate(operands):
@@ -303,7 +312,7 @@ class Blocked:
                 out = self._place()
                 self._results.append(out)
             else:
-                if ending and piece.overwrites:
+                if ending and piece.exact:
                     register = ending.pop()
                 else:
                     # Not one that it reads from: where they meet, NumPy may leave its vectors.
@@ -323,6 +332,33 @@ class Blocked:
             if ending:
                 free += ending
         self._block = GRAIN * max(1, BLOCK // GRAIN // itemsize)
+        if uniform:
+            self._in_c(dtype, exact)
+
+    def _in_c(self, dtype: _DType, exact: bool) -> None:
+        """Prepare to run it in C; all arrays are of this dtype."""
+        if any(kind is None or kind != dtype for _, kind in self._values):
+            return
+        total = self._places + self._inputs
+        kinds = bytearray(total)
+        for places, kind in (
+            (self._views.values(), b"r"),
+            (self._results + self._arrays, b"m"),
+            ([place for place, _ in self._values], b"v"),
+        ):
+            for place in places:
+                kinds[place] = kind[0]
+        steps = [
+            (ufunc, x % total, None if y is None else y % total, out % total)
+            for ufunc, x, y, out in self._steps
+        ]
+        try:
+            self._loops = native.Loops(steps, total, dtype.num, dtype.itemsize)
+        except LookupError:
+            return
+        self._kinds = bytes(kinds)
+        shared = NEAREST // dtype.itemsize // (self._registers + 1)
+        self._near = max(LEAST, 1 << shared.bit_length() - 1) if exact else GRAIN
 
     def _enter(self, operand: int, value: Any) -> None:
         self._inputs += 1
@@ -351,10 +387,35 @@ class Blocked:
             (place, result.reshape(-1))
             for place, result in zip(self._results, results, strict=True)
         ]
-        block, steps, size = self._block, self._steps, moving[0][1].size
+        size = moving[0][1].size
+        memory = [self._scratch.take() for _ in range(self._registers)]
+        if self._loops is None or not self._run_in_c(frame, moving, memory, size):
+            self._run(frame, moving, memory, size)
+        self._scratch.give(memory)
+
+    def _run_in_c(
+        self,
+        frame: _Frame,
+        moving: list[tuple[int, _Array]],
+        memory: list[npt.NDArray[np.uint8]],
+        size: int,
+    ) -> bool:
+        for place, flat in moving:
+            frame[place] = flat
+        for (register, _), place in self._views.items():
+            frame[place] = memory[register]
+        return self._loops.run(frame, self._kinds, size, self._near)  # type: ignore[no-any-return]
+
+    def _run(
+        self,
+        frame: _Frame,
+        moving: list[tuple[int, _Array]],
+        memory: list[npt.NDArray[np.uint8]],
+        size: int,
+    ) -> None:
+        block, steps = self._block, self._steps
         count = max(1, size // block)
         most = size - (count - 1) * block
-        memory = [self._scratch.take() for _ in range(self._registers)]
         views = [
             (place, memory[register][: most * dtype.itemsize].view(dtype))
             for (register, dtype), place in self._views.items()
@@ -377,4 +438,3 @@ class Blocked:
                     function(frame[x], out=frame[out])
                 else:
                     function(frame)
-        self._scratch.give(memory)

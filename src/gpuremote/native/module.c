@@ -53,7 +53,9 @@ static PyObject *fits(PyObject *module, PyObject *const *args, Py_ssize_t count)
 static PyMethodDef module_methods[] = {
     {"copy", (PyCFunction)(void (*)(void))copy_bytes, METH_FASTCALL, NULL},
     {"fits", (PyCFunction)(void (*)(void))fits, METH_FASTCALL, NULL},
+    {"gather", (PyCFunction)(void (*)(void))runs_gather, METH_FASTCALL, NULL},
     {"known", (PyCFunction)(void (*)(void))recording_known, METH_FASTCALL, NULL},
+    {"take_calls", (PyCFunction)(void (*)(void))calls_take, METH_FASTCALL, NULL},
     {NULL},
 };
 
@@ -84,6 +86,7 @@ static int module_exec(PyObject *module)
                    || add_type(module, &slot_spec, &Slot_Type)
                    || add_type(module, &handle_spec, &Handle_Type)
                    || add_type(module, &recorder_spec, &Recorder_Type)
+                   || add_type(module, &loops_spec, &Loops_Type)
                ? -1
                : 0;
 }

@@ -12,6 +12,9 @@
        Wait    gpuremote.client.waits
        Slot    gpuremote.server.storage
        Handle, Recorder, known  gpuremote.client.recording
+       take_calls  gpuremote.server.calls
+       gather  gpuremote.server.runs
+       Loops  gpuremote.backend.fused
        fits    gpuremote.memory.host
        copy    gpuremote.memory.host
 
@@ -56,11 +59,13 @@ typedef struct {
 
 /* Names of attributes and methods, as Python objects: name_append, name_done, ... */
 #define NAMES(X) \
-    X(_broken) X(_ended) X(_failed) X(_finish) X(_flush_by_time) X(_follow_up) X(_gone) X(_left) \
-    X(_parse) X(_prepare) X(_receive) X(_release) X(_renewed) X(_report_if_due) X(_send) \
-    X(_settle_up_to) X(_take_origin) X(_whole) X(abort) X(acquire) X(append) X(dispatch) X(done) \
-    X(dtype) X(f) X(i) X(id) X(inplace) X(lost) X(on_message) X(pending_output) X(receive) \
-    X(release) X(result) X(send) X(set_result) X(shape) X(step)
+    X(_admits) X(_broken) X(_ended) X(_failed) X(_finish) X(_flush_by_time) X(_follow_up) X(_gone) \
+    X(_input) X(_known) X(_left) X(_parse) X(_prepare) X(_receive) X(_release) X(_renewed) \
+    X(_report_if_due) X(_send) X(_settle_up_to) X(_shared) X(_slots) X(_take_origin) X(_whole) \
+    X(_written) X(abort) X(acquire) X(append) X(device) X(dispatch) X(done) X(dtype) X(expected) \
+    X(f) X(form) X(i) X(id) X(inplace) X(inputs) X(isdisjoint) X(lost) X(n_out) X(numbers) \
+    X(on_message) X(pending_output) X(receive) X(release) X(result) X(run) X(send) X(set_result) \
+    X(shape) X(slot) X(special) X(step) X(wiring)
 #define DECLARE(name) extern PyObject *name_##name;
 NAMES(DECLARE)
 #undef DECLARE
@@ -87,8 +92,10 @@ typedef struct {
 
 enum taken { FAILED = -1, NOTHING, MESSAGE, OTHER };
 
-extern PyTypeObject *Stream_Type, *Lane_Type, *Wait_Type, *Slot_Type, *Handle_Type, *Recorder_Type;
-extern PyType_Spec stream_spec, lane_spec, wait_spec, slot_spec, handle_spec, recorder_spec;
+extern PyTypeObject *Stream_Type, *Lane_Type, *Wait_Type, *Slot_Type, *Handle_Type, *Recorder_Type,
+    *Loops_Type;
+extern PyType_Spec stream_spec, lane_spec, wait_spec, slot_spec, handle_spec, recorder_spec,
+    loops_spec;
 
 /* Receive once. MESSAGE: one message without payload and nothing else is in the buffer, *size
    bytes with its frame. OTHER: *other is what Stream._receive or _parse gave (None: nothing
@@ -145,8 +152,17 @@ int wait_finish(PyObject *wait);
 /* What is in a Slot (borrowed); NULL or None if nothing is. */
 PyObject *slot_value(PyObject *slot);
 
+/* Its meta, likewise. */
+PyObject *slot_meta(PyObject *slot);
+
 /* known, see recording.c. */
 PyObject *recording_known(PyObject *module, PyObject *const *args, Py_ssize_t count);
+
+/* take_calls, see calls.c. */
+PyObject *calls_take(PyObject *module, PyObject *const *args, Py_ssize_t count);
+
+/* gather, see runs.c. */
+PyObject *runs_gather(PyObject *module, PyObject *const *args, Py_ssize_t count);
 
 /* copy, see copy.c. */
 PyObject *copy_bytes(PyObject *module, PyObject *const *args, Py_ssize_t count);

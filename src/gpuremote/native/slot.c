@@ -44,6 +44,11 @@ PyObject *slot_value(PyObject *slot)
     return Py_IS_TYPE(slot, Slot_Type) ? ((Slot *)slot)->value : NULL;
 }
 
+PyObject *slot_meta(PyObject *slot)
+{
+    return Py_IS_TYPE(slot, Slot_Type) ? ((Slot *)slot)->meta : NULL;
+}
+
 static PyObject *slot_fill(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     Slot *s = (Slot *)self;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from gpuremote._types import Shape
 from gpuremote.backend.base import Backend
@@ -26,7 +26,7 @@ from gpuremote.server.storage import STALLED, Failure, Slot, Storage
 if TYPE_CHECKING:
     from gpuremote.server.session import WorkerSession
 
-__all__ = ["Executable", "Writes", "poison_op", "run_plan"]
+__all__ = ["Executable", "Writes", "form_of", "poison_op", "run_plan"]
 
 
 class Writes(Protocol):
@@ -36,6 +36,16 @@ class Writes(Protocol):
     writes: tuple[int, ...]
 
 
+_FORMS: Final = {"b": "?", "i": "q", "I": "U", "f": "d", "c": "c"}
+
+
+def form_of(operands: Sequence[Any]) -> bytes | None:
+    """The fields of a call's operands, one letter each: ``Q`` a handle; a bool ``?``, an int ``q``
+    (``U``: unsigned), a float ``d``, a complex ``c``. None: there are others (NumPy's scalars)."""
+    codes = [_FORMS.get(o) if isinstance(o, str) else "Q" for o in operands]
+    return None if None in codes else "".join(map(str, codes)).encode()
+
+
 class Executable:
     """A plan as the worker keeps it: how to decode its calls, and the function that runs it.
 
@@ -43,8 +53,8 @@ class Executable:
     ----------
     layout : struct.Struct
         The record, the leading plan id included.
-    step : int
-        Record numbers that a call uses.
+    form : bytes or None
+        Its operands, as ``server.calls.take_calls`` reads them, see :func:`form_of`.
     reserve : int
         Bytes that a call allocates at most.
     checks : list of (int, Meta)
@@ -59,6 +69,7 @@ class Executable:
 
     __slots__ = (
         "checks",
+        "form",
         "function",
         "ident",
         "layout",
@@ -70,7 +81,6 @@ class Executable:
         "run",
         "scratch",
         "simple",
-        "step",
         "view",
         "writes",
     )
@@ -80,8 +90,8 @@ class Executable:
         self.run: Callable[..., object] = run_plan
         self.ident: int = plan.id
         self.layout: struct.Struct = plan.layout
+        self.form = form_of(plan.operands)
         self.n_out: int = plan.n_out
-        self.step = plan.n_out or 1
         self.name: str = plan.spec.name
         self.view: bool = plan.spec.view
         self.writes = plan.writes
@@ -167,8 +177,8 @@ class RefusedPlan(Executable):
         self.run = run_plan
         self.ident = outline.id
         self.layout = layout_of(outline.operands)
+        self.form = form_of(outline.operands)
         self.n_out = len(outline.dtypes)
-        self.step = self.n_out or 1
         self.name = outline.name[:64]
         self.view = False
         if writes is None:

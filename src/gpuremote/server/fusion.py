@@ -22,13 +22,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 from gpuremote.backend.base import Backend
-from gpuremote.backend.fused import Chain, Fused, Step, can_fail
-from gpuremote.ops.meta import Meta
+from gpuremote.backend.fused import Chain, Fused
 from gpuremote.ops.plan import Plan
 from gpuremote.server.execute import Executable, poison_op, run_plan
+from gpuremote.server.runs import Call, FusibleExecutable, Run
 from gpuremote.server.storage import Slot, Storage
 from gpuremote.server.streams import Stream
 
@@ -41,65 +41,9 @@ MAX_RUN: Final = 512
 """Ops of one run: what comes behind it, and whoever waits for its results, waits for all of it."""
 LEAST: Final = 8
 """Calls that are looked at, however short the runs before were."""
-PART: Final = 3
-"""By one of so many the calls without a link to one before may outnumber those with one: a sum of
-two products is worth it."""
-LOOSE: Final = 16
-"""By how many more before a look ends."""
 MAX_PROGRAMS: Final = 1024
 MAX_STEPS: Final = 1 << 15
 """Of all programs that are kept."""
-
-
-class FusibleExecutable(Executable):
-    """A plan whose calls may be part of a run.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        What it computes element by element.
-    piece : object
-        What the backend made of the plan.
-    device : int
-    can_fail : bool
-        Values decide whether it raises.
-    inplace : bool
-        It writes to its first operand.
-    special : bool
-        It can fail, or it writes in place.
-    expected : tuple of (Meta or None)
-        What each operand was declared to be; None for a scalar.
-    result : Meta or None
-        None for an op in place.
-    """
-
-    __slots__ = (
-        "can_fail",
-        "device",
-        "expected",
-        "inplace",
-        "piece",
-        "result",
-        "shape",
-        "special",
-    )
-
-    def __init__(self, plan: Plan, function: Callable[[Sequence[Any]], Any], piece: object) -> None:
-        super().__init__(plan, function)
-        self.run = run_fusible
-        self.piece = piece
-        self.device = plan.device
-        self.can_fail = can_fail(plan)
-        self.inplace = plan.inplace
-        self.special = self.can_fail or self.inplace
-        self.expected = tuple(o if isinstance(o, Meta) else None for o in plan.operands)
-        self.result = plan.result
-        target = plan.operands[0] if plan.inplace else plan.result
-        assert isinstance(target, Meta)
-        self.shape = target.shape
-
-
-_Call: TypeAlias = tuple[FusibleExecutable, tuple[int, ...]]
 
 
 class Fusion:
@@ -129,16 +73,16 @@ class Fusion:
         """How the worker keeps a plan."""
         piece = self._backend.piece(plan) if self._on else None
         if piece is not None:
-            return FusibleExecutable(plan, function, piece)
+            return FusibleExecutable(plan, function, piece, run_fusible)
         return Executable(plan, function)
 
-    def program(self, wiring: list[_Call], kept: list[int]) -> Fused | None:
+    def program(self, wiring: list[Call], kept: list[int]) -> Fused | None:
         """The program of a run that is wired like this; None: the backend has none."""
         key = (tuple(wiring), tuple(kept))
         try:
             return self._programs[key]
         except KeyError:
-            steps = [Step(op.piece, operands) for op, operands in wiring]
+            steps = [(op.piece, operands) for op, operands in wiring]
             program = self._backend.fuse(Chain(steps, kept))
             self._steps += len(steps)
             if len(self._programs) >= MAX_PROGRAMS or self._steps > MAX_STEPS:
@@ -169,185 +113,6 @@ class Fusion:
                 self._reach[stream.ident] = 2 * reach
             else:
                 self._reach.pop(stream.ident, None)
-
-
-class Run:
-    """The calls at the head of a queue that can run as one.
-
-    Attributes
-    ----------
-    wiring : list of tuple
-        For each call the executable, and its operands as ``backend.fused.Step`` has them.
-    inputs : list
-        Arrays and scalars.
-    numbers : list of int
-        Of the calls that were looked at, and could be in it.
-    looks : int
-        How many calls were looked at.
-    settled : int
-        How many of them need not be looked at again.
-    """
-
-    def __init__(self, stream: Stream, device: int, reach: int) -> None:
-        self.wiring: list[_Call] = []
-        self.inputs: list[Any] = []
-        self.numbers: list[int] = []
-        self.looks = 0
-        self.settled = 0
-        self._slots: list[Slot | None] = []
-        self._known: dict[int, int] = {}
-        """How operands refer to what a slot (by its identity) holds."""
-        self._owners: dict[int, int] = {}
-        self._shared: set[int] = set()
-        """Storages that several operands lie in."""
-        self._written: set[int] = set()
-        """Storages that were there before the run, which it writes to."""
-        self._can_fail = False
-        self._worth = 0
-        """How many from the first on have enough to do with each other."""
-        self._loosest = 0
-        """Where the calls without a link first outnumber those with one by most."""
-        self._gather(stream, device, reach)
-
-    def _gather(self, stream: Stream, device: int, reach: int) -> None:
-        queue, wiring, known, inputs = stream.queue, self.wiring, self._known, self.inputs
-        shape = queue[0][2][1].shape
-        loose = most = 0
-        for count in range(reach):
-            try:
-                number, function, arguments = queue[count]
-            except IndexError:
-                return
-            self.looks += 1
-            if function is not run_fusible:
-                return
-            _, op, operands, outs = arguments
-            if op.shape != shape or op.device != device:
-                return
-            refs: list[int] = []
-            linked = False
-            for operand, expected in zip(operands, op.expected, strict=True):
-                if expected is None:
-                    inputs.append(operand)
-                    refs.append(-len(inputs))
-                    continue
-                ref = known.get(id(operand))
-                if ref is None:
-                    ref = self._input(operand, expected)
-                    if ref is None:
-                        return
-                elif ref >= 0:
-                    if wiring[ref][0].result is not expected:
-                        return
-                    linked = True
-                elif operand.meta is not expected:
-                    return
-                refs.append(ref)
-            if op.special and not self._admits(op, operands[0], refs[0]):
-                return
-            if self._written:
-                if not self._written.isdisjoint(self._shared):
-                    return
-                linked = True
-            self.numbers.append(number)
-            wiring.append((op, tuple(refs)))
-            if outs:
-                slot = outs[0]
-                known[id(slot)] = count
-                self._slots.append(slot)
-            else:
-                self._slots.append(None)
-            loose += -1 if linked else 1
-            allowed = (count + 1) // PART
-            if loose <= max(1, allowed):
-                self._worth = count + 1
-            if loose > most:
-                most, self._loosest = loose, count
-                if loose > LOOSE + allowed:
-                    return
-
-    def _admits(self, op: FusibleExecutable, target: Any, ref: int) -> bool:
-        """Whether an op that writes in place or can fail may be in this run; it is entered then."""
-        if op.can_fail:
-            if self._written:
-                return False
-            self._can_fail = True
-        if op.inplace:
-            if self._can_fail:
-                return False
-            if ref < 0:
-                storage = target.storage
-                if storage is None or storage.outgoing:
-                    return False
-                self._written.add(id(storage))
-        return True
-
-    def _input(self, slot: Slot, expected: Meta) -> int | None:
-        value, storage = slot.value, slot.storage
-        if (
-            value is None
-            or storage is None
-            or slot.meta is not expected
-            or not value.flags.c_contiguous
-        ):
-            return None
-        if self._owners.setdefault(id(storage), id(slot)) != id(slot):
-            self._shared.add(id(storage))
-        self.inputs.append(value)
-        ref = self._known[id(slot)] = -len(self.inputs)
-        return ref
-
-    @property
-    def worthwhile(self) -> int:
-        """How many of its calls, from the first on, are worth running as one."""
-        return self._worth
-
-    @property
-    def loose(self) -> int:
-        """How many of its calls, from the first on, have nothing to do with what follows, if none
-        are worth running as one."""
-        return min(len(self.numbers), max(1, self._loosest))
-
-    def cut(self, length: int) -> None:
-        """Leave away all but the first ``length`` calls."""
-        del self.wiring[length:], self._slots[length:]
-
-    def refuse(self, stream: Stream, count: int) -> None:
-        """Have the first ``count`` calls run one by one."""
-        if count:
-            stream.unfused = self.numbers[count - 1]
-        self.settled = count
-
-    @property
-    def writes(self) -> bool:
-        """Whether it writes to what was there before."""
-        return any(op.inplace and refs[0] < 0 for op, refs in self.wiring)
-
-    def kept(self) -> list[int]:
-        """Those of its calls with a result that something else can name."""
-        uses = [1] * len(self.wiring)  # that of the call itself
-        for _, refs in self.wiring:
-            for ref in refs:
-                if ref >= 0:
-                    uses[ref] += 1
-        references = _references(self._slots)
-        return [
-            number
-            for number, (slot, count, own) in enumerate(
-                zip(self._slots, references, uses, strict=True)
-            )
-            if slot is not None and count > own
-        ]
-
-
-def _references(slots: list[Slot | None]) -> list[int]:
-    """How many references there are to each slot beside that of the list."""
-    return [count - _OWN for count in map(sys.getrefcount, slots)]
-
-
-_OWN: int = 0
-# What the list and the call cost depends on the interpreter's version.
-_OWN = _references([Slot()])[0]
 
 
 def run_fusible(

@@ -32,6 +32,7 @@ from gpuremote.ops.torch_graph import is_graph
 from gpuremote.rpc.peer import Peer
 from gpuremote.server.answers import Answers
 from gpuremote.server.arrivals import Arrival
+from gpuremote.server.calls import enqueue, take_calls
 from gpuremote.server.execute import Executable
 from gpuremote.server.fusion import Fusion
 from gpuremote.server.ordering import Ordering
@@ -41,7 +42,7 @@ from gpuremote.server.torch_graph import GraphExecutable
 from gpuremote.server.torch_run import TorchExecutable
 from gpuremote.transport.base import Incoming, Target
 from gpuremote.wire import caps
-from gpuremote.wire.batch import FIRST_PLAN, Op, decode
+from gpuremote.wire.batch import FIRST_PLAN, Op, begin, read
 from gpuremote.wire.frames import NUMBER, SEPARATE, Kind
 
 __all__ = ["WorkerSession"]
@@ -258,19 +259,25 @@ class WorkerSession:
     # -- records --------------------------------------------------------------------------------
 
     def _batch(self, body: memoryview) -> None:
-        table = self._table
-        records = self._records
-        backlog = 0
-        for number, op, values in decode(body, self._plans):
-            if number != self.peer.turn:
-                raise ProtocolError(f"record {number} came where {self.peer.turn} was due")
+        peer, plans, table, records = self.peer, self._plans, self._table, self._records
+        number, offset = begin(body)
+        if number != peer.turn:
+            raise ProtocolError(f"record {number} came where {peer.turn} was due")
+        size = len(body)
+        while offset < size:
+            queue = self.ordering.current.queue
+            offset, number = take_calls(self, body, offset, number, plans, table, queue)
+            peer.turn = number
+            if offset == size:
+                break
+            op, values, offset = read(body, offset, number, plans)
             if isinstance(op, Executable):
-                self.peer.turn = number + op.step
-                self._call(number, op, values, table)
-                backlog += 1
+                peer.turn += op.n_out or 1
+                enqueue(self, number, op, values, table, queue)
             else:
-                self.peer.turn = number + 1
+                peer.turn += 1
                 records[op](number, *values)  # type: ignore[index]
+            number = peer.turn
         if len(table) > caps.MAX_HANDLES:
             raise LimitExceeded(
                 f"more than {caps.MAX_HANDLES} arrays in one session; drop some of them"
@@ -280,19 +287,6 @@ class WorkerSession:
             self.regulate()
         elif len(self.default.queue) > caps.MAX_BACKLOG or self.peer.credit <= 0:
             self.regulate()
-
-    def _call(
-        self, number: int, op: Executable, values: tuple[Any, ...], table: dict[int, Slot]
-    ) -> None:
-        stream = self.ordering.current
-        operands = op.operands(values, table, self.slot)
-        if op.n_out == 1:
-            slot = table[number] = Slot()
-            outs = [slot]
-        else:
-            outs = [Slot() for _ in range(op.n_out)]
-            table.update(zip(range(number, number + op.n_out), outs, strict=True))
-        stream.queue.append((number, op.run, (self, op, operands, outs)))
 
     def failed(self, number: int, op: str, error: Exception) -> Failure:
         """Tell the client that record ``number`` failed, and give what poisons its results."""

@@ -48,8 +48,8 @@ class GraphExecutable(Executable):
         self.graph = graph
         self.ident = graph.id
         self.layout = graph.layout
+        self.form = b"Q" * graph.inputs
         self.n_out = graph.n_out
-        self.step = graph.step
         self.name = f"graph of {len(graph.nodes)} ops"
         self.run = run_graph
         # What else there is was refused when the definition was read.

@@ -11,7 +11,7 @@ from gpuremote.backend.base import Backend
 from gpuremote.errors import OpError, ProtocolError
 from gpuremote.ops.meta import MetaTable
 from gpuremote.ops.torch_call import Call, Views, decode
-from gpuremote.server.execute import Executable, Writes, poison_op
+from gpuremote.server.execute import Executable, Writes, form_of, poison_op
 from gpuremote.server.storage import STALLED, Slot, Storage
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ class TorchExecutable(Executable):
         self.call = call
         self.ident = call.id
         self.layout: struct.Struct = call.layout
+        self.form = form_of(call.operands)
         self.n_out = len(call.sizes)
-        self.step = call.step
         self.name = call.name
         self.metas = tuple(
             None if size is None else metas.get((size,), _BYTES, call.device) for size in call.sizes

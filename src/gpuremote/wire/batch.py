@@ -25,9 +25,11 @@ __all__ = [
     "PREFIX",
     "Layout",
     "Op",
+    "begin",
     "blob_record",
     "decode",
     "fixed_record",
+    "read",
 ]
 
 FIRST_PLAN: Final = 64
@@ -169,12 +171,49 @@ def free_record(handles: list[int]) -> bytes:
 def decode(
     body: BytesLike, plans: Mapping[int, Layout]
 ) -> Iterator[tuple[int, int | Layout, tuple[Any, ...]]]:
-    """Iterate over the records of a batch.
+    """Iterate over the records of a batch: number, op and values as :func:`read` has them.
 
-    Yields ``(number, op, values)``. For a plan call ``op`` is the plan and ``values`` what its
-    layout unpacks, the plan id first; else ``op`` is the kind and ``values`` the fixed fields,
-    followed by the decoded msgpack of records with a variable part. ``plans``
-    is looked up lazily, so the consumer can enter a plan when its DEFINE comes by.
+    ``plans`` is looked up lazily, so the consumer can enter a plan when its DEFINE comes by.
+    """
+    number, offset = begin(body)
+    while offset < len(body):
+        op, values, offset = read(body, offset, number, plans)
+        yield number, op, values
+        number += 1 if isinstance(op, int) else op.n_out or 1
+
+
+def begin(body: BytesLike) -> tuple[int, int]:
+    """Number of the first record of a batch, and where it begins.
+
+    Raises
+    ------
+    ProtocolError
+        The batch is too short.
+    LimitExceeded
+        It is longer than ``MAX_BATCH``.
+    """
+    size = len(body)
+    if size > MAX_BATCH:
+        raise LimitExceeded(f"a batch of {size} bytes, at most {MAX_BATCH} are allowed")
+    if size < PREFIX.size:
+        raise ProtocolError(f"a batch of {size} bytes")
+    number: int = PREFIX.unpack_from(body)[0]
+    return number, PREFIX.size
+
+
+def read(
+    body: BytesLike, offset: int, number: int, plans: Mapping[int, Layout]
+) -> tuple[int | Layout, tuple[Any, ...], int]:
+    """The record that begins at ``offset``, of that number, and where the next one begins.
+
+    Returns
+    -------
+    op : Layout or int
+        For a call the plan, else the kind.
+    values : tuple
+        Of a call what its layout unpacks, the plan id first; else the fixed fields, followed by the
+        decoded msgpack of records with a variable part.
+    offset : int
 
     Raises
     ------
@@ -183,41 +222,26 @@ def decode(
     LimitExceeded
         A size over its cap.
     """
-    size = len(body)
-    if size > MAX_BATCH:
-        raise LimitExceeded(f"a batch of {size} bytes, at most {MAX_BATCH} are allowed")
-    if size < PREFIX.size:
-        raise ProtocolError(f"a batch of {size} bytes")
-    number: int = PREFIX.unpack_from(body)[0]
-    offset = PREFIX.size
-    kind_of = _KIND.unpack_from
-    while offset < size:
-        if size - offset < 4:
+    if len(body) - offset < _KIND.size:
+        raise ProtocolError("a batch that ends within a record")
+    kind: int = _KIND.unpack_from(body, offset)[0]
+    if kind >= FIRST_PLAN:
+        plan = plans.get(kind)
+        if plan is None:
+            raise ProtocolError(f"record {number} calls plan {kind}, which is not defined")
+        end = offset + plan.layout.size
+        if end > len(body):
             raise ProtocolError("a batch that ends within a record")
-        kind: int = kind_of(body, offset)[0]
-        if kind >= FIRST_PLAN:
-            plan = plans.get(kind)
-            if plan is None:
-                raise ProtocolError(f"record {number} calls plan {kind}, which is not defined")
-            layout = plan.layout
-            end = offset + layout.size
-            if end > size:
-                raise ProtocolError("a batch that ends within a record")
-            yield number, plan, layout.unpack_from(body, offset)
-            offset = end
-            number += plan.n_out or 1
-            continue
-        values, offset = _decode_fixed(body, offset, kind, number)
-        yield number, kind, values
-        number += 1
+        return plan, plan.layout.unpack_from(body, offset), end
+    values, end = _read_fixed(body, offset + _KIND.size, kind, number)
+    return kind, values, end
 
 
-def _decode_fixed(
+def _read_fixed(
     body: BytesLike, offset: int, kind: int, number: int
 ) -> tuple[tuple[Any, ...], int]:
     """Fields of a record that is not a plan call, and where the next record begins."""
     size = len(body)
-    offset += _KIND.size
     if kind == Op.FREE:
         if size - offset < _FREE.size:
             raise ProtocolError("a batch that ends within a record")

@@ -1,0 +1,95 @@
+"""Calls of plans, from the bytes of a batch into the queue of a stream.
+
+Most records are such calls, and an op that is small costs the server less to run than to read. So
+``take_calls`` is written in C as well (``native/calls.c``) and takes what stands one behind the
+other; what it leaves, :func:`wire.batch.read` reads and :func:`enqueue` takes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final
+
+from gpuremote._speed import native
+from gpuremote._types import BytesLike
+from gpuremote.server.execute import Executable
+from gpuremote.server.storage import Slot
+
+if TYPE_CHECKING:
+    from gpuremote.server.session import WorkerSession
+
+__all__ = ["enqueue", "python_take_calls", "take_calls"]
+
+_KIND: Final = struct.Struct("<I")
+
+
+def enqueue(
+    session: WorkerSession,
+    number: int,
+    plan: Executable,
+    fields: tuple[Any, ...],
+    table: dict[int, Slot],
+    queue: deque[Any],
+) -> None:
+    """Queue one call.
+
+    Parameters
+    ----------
+    number : int
+        Of the record, and the handle of the first result.
+    fields : tuple
+        What ``plan.layout`` unpacks, the plan id first.
+    """
+    operands = plan.operands(fields, table, session.slot)
+    if plan.n_out == 1:
+        slot = table[number] = Slot()
+        outs = [slot]
+    else:
+        outs = [Slot() for _ in range(plan.n_out)]
+        table.update(zip(range(number, number + plan.n_out), outs, strict=True))
+    queue.append((number, plan.run, (session, plan, operands, outs)))
+
+
+def python_take_calls(
+    session: WorkerSession,
+    body: BytesLike,
+    offset: int,
+    number: int,
+    plans: dict[int, Executable],
+    table: dict[int, Slot],
+    queue: deque[Any],
+) -> tuple[int, int]:
+    """Queue the calls that stand one behind the other in a batch.
+
+    Parameters
+    ----------
+    session : WorkerSession
+        Its ``slot`` is asked for handles that are not in ``table``.
+    offset : int
+        Where the first one begins.
+    number : int
+        Its number.
+    plans : dict
+        By id; those without ``form`` are left to who calls.
+
+    Returns
+    -------
+    tuple of int
+        Where the first record begins that was not taken (the end of ``body``, if all were), and its
+        number. It may be no call, or be malformed: nothing is raised for that here.
+    """
+    size = len(body)
+    while size - offset >= _KIND.size:
+        plan = plans.get(_KIND.unpack_from(body, offset)[0])
+        if plan is None or plan.form is None or offset + plan.layout.size > size:
+            break
+        enqueue(session, number, plan, plan.layout.unpack_from(body, offset), table, queue)
+        offset += plan.layout.size
+        number += plan.n_out or 1
+    return offset, number
+
+
+take_calls = python_take_calls
+if not TYPE_CHECKING and native is not None:
+    take_calls = native.take_calls
