@@ -159,7 +159,7 @@ def _diagonal(x: Meta, params: Params) -> Shape:
         raise ShapeError(f"axis1 and axis2 are both {a}")
     rows, columns = x.shape[a], x.shape[b]
     length = min(rows, columns - offset) if offset >= 0 else min(rows + offset, columns)
-    return (*(n for i, n in enumerate(x.shape) if i not in (a, b)), max(length, 0))
+    return (*[n for i, n in enumerate(x.shape) if i != a and i != b], max(length, 0))
 
 
 def _sorted_axis(x: Meta, params: Params) -> None:
@@ -182,7 +182,10 @@ def _argsort(operands: Sequence[Operand], params: Params) -> Inferred:
 def _arrays(operands: Sequence[Operand]) -> list[Meta]:
     if not operands:
         raise ShapeError("nothing to join")
-    return [array_operand(operands, i) for i in range(len(operands))]
+    found = [operand for operand in operands if isinstance(operand, Meta)]
+    if len(found) != len(operands):
+        raise DTypeError("what is joined has to be arrays, not scalars")
+    return found
 
 
 def _concat(operands: Sequence[Operand], params: Params) -> Inferred:
@@ -207,7 +210,7 @@ def _concat(operands: Sequence[Operand], params: Params) -> Inferred:
 
 def _stack(operands: Sequence[Operand], params: Params) -> Inferred:
     arrays = _arrays(operands)
-    (dtype,) = dtypes_of(joined_dtype, *dict.fromkeys(x.dtype for x in arrays))
+    (dtype,) = dtypes_of(joined_dtype, *{x.dtype: None for x in arrays})
     first = arrays[0].shape
     for x in arrays:
         if x.shape != first:

@@ -63,6 +63,8 @@ def broadcast(*shapes: Shape) -> Shape:
 
 def normal_axis(axis: Any, ndim: int) -> int:
     """The axis as a number from 0 to ``ndim - 1``."""
+    if axis.__class__ is int and -ndim <= axis < ndim:
+        return axis + ndim if axis < 0 else axis
     if not is_int(axis):
         raise ShapeError(f"axis {axis!r} is not an integer")
     if not -ndim <= axis < ndim:
@@ -93,12 +95,14 @@ def reduced(shape: Shape, axes: tuple[int, ...], keepdims: bool) -> Shape:
 
 def is_int(value: Any) -> bool:
     """Whether a parameter is an integer (a bool is not)."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    return value.__class__ is int or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def int_param(params: Params, name: str, default: int | None = None) -> int:
     """An integer parameter."""
     value = params.get(name, default)
+    if value.__class__ is int:
+        return value
     if not is_int(value):
         raise ShapeError(f"parameter {name} has to be an integer, not {value!r}")
     return int(value)
