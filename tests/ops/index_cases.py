@@ -58,6 +58,8 @@ MASKS: list[Any] = [
     values((2,), "b1"),
     (slice(None), values((3,), "b1")),
     values((2, 3), "b1"),
+    values((0, 3), "b1"),
+    values((2, 0), "b1"),
     values((2, 3, 4), "b1"),
     (0, values((3,), "b1")),
     (values((2,), "b1"), 0),

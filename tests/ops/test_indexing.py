@@ -51,11 +51,10 @@ def random_index(rng: random.Random, shape: tuple[int, ...], arrays: bool) -> An
             items.append(np.array(np.zeros(size, int)) if length else np.zeros(common, int))
         else:
             covered = shape[axis : axis + rng.choice([1, 1, 2])]
-            items.append(
-                np.array([rng.random() < 0.5 for _ in range(int(np.prod(covered)))]).reshape(
-                    covered
-                )
-            )
+            # Nothing is picked by an array without elements, which need not be that long.
+            lengths = tuple([n * (rng.random() < 0.9) for n in covered])
+            drawn = [rng.random() < 0.5 for _ in range(int(np.prod(lengths)))]
+            items.append(np.array(drawn, bool).reshape(lengths))
             axis += len(covered)
             continue
         axis += 1

@@ -325,7 +325,12 @@ def _advanced(
             picked.append(next(arrays))
         elif item == "m":
             mask = next(arrays)
-            if shape[axis : axis + len(mask)] != mask:
+            lengths = shape[axis : axis + len(mask)]
+            # As NumPy and the array API standard: an axis of a bool array may also have length 0.
+            if lengths != mask and (
+                len(lengths) < len(mask)
+                or any(n not in (0, m) for n, m in zip(mask, lengths, strict=True))
+            ):
                 raise IndexOutOfBounds(
                     f"a bool array of shape {mask} as an index from axis {axis} of shape {shape}"
                 )
