@@ -175,3 +175,14 @@ def test_plans_that_another_thread_forgets(monkeypatch: pytest.MonkeyPatch) -> N
             thread.join(20)
         session.synchronize()
     assert not errors
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u2", "u8"])
+def test_repeat_takes_counts_of_any_integer(xp: Any, dtype: str) -> None:
+    """Those of the standard; np.repeat refuses uint64."""
+    x = xp.asarray([1.0, 2.0, 3.0])
+    counts = np.array([2, 0, 1], dtype)
+    assert xp.repeat(x, counts).tolist() == [1, 1, 3]
+    assert xp.repeat(x, xp.asarray(counts)).tolist() == [1, 1, 3]
+    with pytest.raises(ValueError, match="negative"):
+        xp.repeat(x, np.array([1 << 63, 0, 0], "u8"))

@@ -205,6 +205,8 @@ def repeat(a: Any, repeats: Any, axis: int | None = None) -> ndarray:
         else:
             flat = x if axis is not None else x.ravel()
             at = 0 if axis is None else axis_of(axis, x.ndim)
+            # The standard takes any integers, np.repeat none of uint64.
+            counts = counts.astype(np.int64) if counts.dtype.kind == "u" else counts
             places = np.repeat(np.arange(flat.shape[at]), counts)
             return single("take", flat, asarray(places, device=x.device), axis=at)
     return single("repeat", x, repeats=operator.index(repeats), axis=integers(axis))
