@@ -33,6 +33,8 @@ def _given(
 ) -> dict[str, Operand]:
     """Operands that may be missing, by their keywords."""
     given = params.get("given", ())
+    if given == () and len(operands) == required:
+        return {}
     if (
         not isinstance(given, tuple | list)
         or not set(given) <= set(spec_names)
@@ -222,6 +224,8 @@ def _unique(operands: Sequence[Operand], params: Params) -> Inferred:
         at = normal_axis(axis, x.ndim)
         bound, length = x.shape, x.shape[at]
         inverse = (length,)
+    if not any(flags):
+        return ((bound, x.dtype),)
     counted: list[tuple[Shape, DType]] = [((length,), INTP), (inverse, INTP), ((length,), INTP)]
     return ((bound, x.dtype), *(one for one, flag in zip(counted, flags, strict=True) if flag))
 

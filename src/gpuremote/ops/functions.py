@@ -153,7 +153,7 @@ def reduction(function: Callable[..., Any], *, empty: bool = True) -> Infer:
         axes = normal_axes(params.get("axis"), x.ndim)
         number_param(params, "ddof", 0)
         shape = reduced(x.shape, axes, bool_param(params, "keepdims"))
-        if not empty and any(x.shape[axis] == 0 for axis in axes):
+        if not (empty or x.size) and any(x.shape[axis] == 0 for axis in axes):
             raise ShapeError(f"shape {x.shape} has no elements along axis {axes}")
         return ((shape, dtypes_of(function, x.dtype, **_dtyped(x, params))[0]),)
 
@@ -166,7 +166,7 @@ def _position(function: Callable[..., Any]) -> Infer:
         x = array_operand(operands)
         axis = params.get("axis")
         axes = normal_axes(None, x.ndim) if axis is None else (normal_axis(axis, x.ndim),)
-        if any(x.shape[i] == 0 for i in axes):
+        if not x.size and any(x.shape[i] == 0 for i in axes):
             raise ShapeError(f"shape {x.shape} has no elements along axis {axes}")
         shape = reduced(x.shape, axes, bool_param(params, "keepdims"))
         return ((shape, dtypes_of(function, x.dtype)[0]),)

@@ -192,7 +192,8 @@ def _cond(operands: Sequence[Operand], params: Params) -> Inferred:
     p = params.get("p", 2)
     _check_order(p)
     stack, m, n = _matrices(x, square=p not in (2, -2))
-    _refuse_no_elements((*stack, m, n), tuple(range(x.ndim)))
+    if not x.size:
+        _refuse_no_elements((*stack, m, n), tuple(range(x.ndim)))
     return ((stack, dtypes_of(np.linalg.cond, x.dtype, ndim=2, p=p)[0]),)
 
 

@@ -48,7 +48,7 @@ def _reduction(function: Callable[..., Any], identity: bool = True) -> Infer:
         axes = normal_axes(params.get("axis"), x.ndim)
         keepdims = bool_param(params, "keepdims")
         number_param(params, "correction", 0)
-        if not identity:
+        if not (identity or x.size):
             _refuse_empty(x.shape, axes)
         (dtype,) = dtypes_of(function, x.dtype, **_dtype_kwargs(x, params))
         return ((reduced(x.shape, axes, keepdims), dtype),)
@@ -64,7 +64,7 @@ def _position(function: Callable[..., Any]) -> Infer:
         axis = params.get("axis")
         axes = normal_axes(None, x.ndim) if axis is None else (normal_axis(axis, x.ndim),)
         keepdims = bool_param(params, "keepdims")
-        if any(x.shape[i] == 0 for i in axes):
+        if not x.size and any(x.shape[i] == 0 for i in axes):
             raise ShapeError(f"shape {x.shape} has no elements along axis {axes}")
         return ((reduced(x.shape, axes, keepdims), dtypes_of(function, x.dtype)[0]),)
 

@@ -88,6 +88,8 @@ def normal_axes(axes: Any, ndim: int) -> tuple[int, ...]:
 
 def reduced(shape: Shape, axes: tuple[int, ...], keepdims: bool) -> Shape:
     """What is left of a shape when the given (normal) axes are reduced."""
+    if len(axes) == len(shape):
+        return (1,) * len(shape) if keepdims else ()
     if keepdims:
         return tuple([1 if i in axes else n for i, n in enumerate(shape)])
     return tuple([n for i, n in enumerate(shape) if i not in axes])
