@@ -235,6 +235,61 @@ def test_chains(
         assert given_[k].tobytes() == values[-1 - k].tobytes()
 
 
+OF_OTHER_DTYPES: Final = {"ldexp", "signbit"}
+"""Ufuncs whose results and operands are never of one dtype."""
+
+
+def forms_of(name: str, x: Array, y: Array) -> list[tuple[Any, ...]]:
+    """Operands: arrays, numbers on either side, and arrays without axes."""
+    if name in UNARY:
+        return [(x,)]
+    value = y[5:6].reshape(())
+    return [(x, y), (x, 3), (2.5, x), (x, 0.5), (x, x), (x, value), (value, x)]
+
+
+@pytest.mark.skipif(native is None, reason="only where the part in C is")
+@pytest.mark.parametrize("name", [*UNARY, *BINARY])
+def test_every_ufunc_in_c(backend: NumpyBackend, name: str) -> None:
+    """Its result is a block that the next op reads, or is kept as well."""
+    ran = 0
+    for seed, dtype in enumerate(DTYPES):
+        itemsize = np.dtype(dtype).itemsize
+        size = max(SMALLEST // itemsize, GRAIN) + (1, 4099, GRAIN - 1, 0)[seed % 4]
+        x = numbers(size, dtype, 2 * seed, seed % 4)
+        y = numbers(size, dtype, 2 * seed + 40, 3 * seed % 4)
+        forms = forms_of(name, x, y)
+        for operands in {seed % len(forms), seed // 2 % len(forms), 0}:
+            ran += runs_in_c(backend, name, forms[operands], seed % 2 == 0)
+    assert bool(ran) == (name not in OF_OTHER_DTYPES)
+
+
+def runs_in_c(backend: NumpyBackend, name: str, operands: tuple[Any, ...], keep: bool) -> bool:
+    """Whether that is a chain of one dtype; then its bits are compared."""
+    try:
+        plan = plan_of(name, operands)
+        first = alone(backend, plan, operands)
+    except (OpError, TypeError, ValueError, OverflowError):
+        return False  # not of these dtypes, or of these values
+    piece = backend.piece(plan)
+    if piece is None or not piece.uniform:
+        return False
+    last = define(
+        65, find("logical_not" if first.dtype == bool else "square"), plan.bounds, {}, 0, METAS
+    )
+    steps = [(piece, tuple(range(-1, -1 - len(operands), -1))), (backend.piece(last), (0,))]
+    if last.bounds != plan.bounds:
+        return False
+    program = backend.fuse(Chain(steps, [0, 1] if keep else [1]))
+    assert isinstance(program, Blocked)
+    if program._loops is None:
+        return False  # numbers that are cast by what they are
+    outs = [np.empty_like(first) for _ in range(1 + keep)]
+    program(operands, outs)
+    assert outs[-1].tobytes() == alone(backend, last, [first]).tobytes(), (plan, operands)
+    assert outs[0].tobytes() == first.tobytes() or not keep, (plan, operands)
+    return True
+
+
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @pytest.mark.parametrize("name", ["square", "exp"])
 def test_loops_in_c(backend: NumpyBackend, name: str, offset: int) -> None:

@@ -94,8 +94,23 @@ def test_places_are_checked(step: tuple[Any, ...]) -> None:
         loops([step], 2)
     with pytest.raises(LookupError, match="places"):
         loops([], 1 << 20)
+    with pytest.raises(IndexError, match="place"):
+        loops([(np.add, 0, 1 << 32, 1)], 2)
     with pytest.raises(TypeError):
         loops([step[:2]], 2)
+
+
+def test_objects_are_no_numbers() -> None:
+    with pytest.raises(LookupError, match="no loop"):
+        native.Loops([(np.add, 0, 0, 1)], 2, np.dtype("O").num, 8)
+
+
+def test_what_was_refused_does_nothing() -> None:
+    made = native.Loops.__new__(native.Loops)
+    with pytest.raises(LookupError, match="places"):
+        made.__init__([], 5000, np.dtype("f8").num, 8)
+    with pytest.raises(TypeError, match="run"):
+        made.run([np.ones(10)] * 5000, b"m" * 5000, 10, 512)
 
 
 def test_memory_is_checked() -> None:

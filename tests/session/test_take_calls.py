@@ -85,9 +85,11 @@ class Batch:
             fields += [operand.real, operand.imag] if isinstance(operand, complex) else [operand]
         self.body += self.plans[ident].layout.pack(ident, *fields)
 
-    def take(self, take: Take, offset: int = 8, number: int = 100) -> tuple[int, int]:
+    def take(
+        self, take: Take, offset: int = 8, number: int = 100, most: int = 1 << 20
+    ) -> tuple[int, int]:
         body = memoryview(bytes(self.body))
-        return take(self.session, body, offset, number, self.plans, self.table, self.queue)
+        return take(self.session, body, offset, number, self.plans, self.table, self.queue, most)
 
 
 @takers
@@ -169,6 +171,22 @@ def test_what_is_left_to_who_calls(take: Take, what: str) -> None:
 
 
 @takers
+@pytest.mark.parametrize("n_out", [0, 1, 3])
+def test_no_more_than_it_is_told(take: Take, n_out: int) -> None:
+    """A record of 4 bytes may ask for thousands of results."""
+    batch = Batch({FIRST_PLAN: Plan([], n_out)})
+    for _ in range(10):
+        batch.call(FIRST_PLAN)
+    step = max(1, n_out)
+    assert batch.take(take, most=4 * step + step - 1) == (8 + 4 * 4, 100 + 4 * step)
+    assert len(batch.queue) == 4
+    assert len(batch.table) == 3 + 4 * n_out
+    for most in (0, -1, step - 1):
+        assert batch.take(take, 24, 200, most) == (24, 200)
+    assert batch.take(take, 24, 200, 6 * step) == (len(batch.body), 200 + 6 * step)
+
+
+@takers
 def test_an_error_on_the_way_loses_nothing(take: Take) -> None:
     """What was queued before stays; nothing of the call itself does."""
     batch = Batch({FIRST_PLAN: Plan([META], 1)})
@@ -193,4 +211,8 @@ def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="offset"):
         batch.take(native.take_calls, -1)
     with pytest.raises(TypeError):
-        native.take_calls(batch.session, "text", 0, 0, {}, {}, batch.queue)
+        native.take_calls(batch.session, "text", 0, 0, {}, {}, batch.queue, 1)
+    batch.plans[FIRST_PLAN].n_out = -1
+    batch.call(FIRST_PLAN, 7)
+    with pytest.raises(ValueError, match="results"):
+        batch.take(native.take_calls)

@@ -44,6 +44,7 @@ LEAST: Final = 512
 """Elements of such a block: a call of a loop costs some ten of them."""
 GRAIN: Final = 8192
 """Elements: NumPy's own buffer, and a multiple of every vector."""
+assert 16 * GRAIN <= BLOCK, "a block of complex128"
 REGISTERS: Final = 16
 """Blocks that a chain may need at a time."""
 

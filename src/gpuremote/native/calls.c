@@ -19,10 +19,11 @@ static Py_ssize_t extent(PyObject *form)
     if (!PyBytes_Check(form))
         return -1;
     Py_ssize_t total = HEAD;
-    for (const char *code = PyBytes_AS_STRING(form); *code; code++) {
-        if (width(*code) == 0)
+    for (Py_ssize_t k = 0; k < PyBytes_GET_SIZE(form); k++) {
+        Py_ssize_t bytes = width(PyBytes_AS_STRING(form)[k]);
+        if (bytes == 0)
             return -1;
-        total += width(*code);
+        total += bytes;
     }
     return total;
 }
@@ -63,11 +64,12 @@ static PyObject *value_of(char code, const char *field)
 
 static PyObject *operands_of(PyObject *session, PyObject *table, PyObject *form, const char *field)
 {
-    PyObject *operands = PyList_New(PyBytes_GET_SIZE(form));
+    Py_ssize_t count = PyBytes_GET_SIZE(form);
+    PyObject *operands = PyList_New(count);
     if (operands == NULL)
         return NULL;
     const char *codes = PyBytes_AS_STRING(form);
-    for (Py_ssize_t k = 0; codes[k]; k++) {
+    for (Py_ssize_t k = 0; k < count; k++) {
         PyObject *operand;
         if (codes[k] == 'Q') {
             uint64_t handle;
@@ -122,9 +124,11 @@ static int enqueue(PyObject *append, unsigned long long number, PyObject *sessio
     return done == NULL ? -1 : 0;
 }
 
-/* One call: the bytes that it takes; 0: nothing that is taken here; -1: error. */
+/* One call of up to ``most`` numbers: the bytes that it takes; 0: nothing that is taken here; -1:
+   error. */
 static Py_ssize_t take(PyObject *session, PyObject *plans, PyObject *table, PyObject *append,
-                       const char *record, Py_ssize_t left, unsigned long long *number)
+                       const char *record, Py_ssize_t left, unsigned long long *number,
+                       Py_ssize_t most)
 {
     uint32_t ident;
     if (left < HEAD)
@@ -139,8 +143,10 @@ static Py_ssize_t take(PyObject *session, PyObject *plans, PyObject *table, PyOb
     PyObject *form = PyObject_GetAttr(plan, name_form);
     PyObject *results = form == NULL ? NULL : PyObject_GetAttr(plan, name_n_out);
     Py_ssize_t count = results == NULL ? -1 : PyLong_AsSsize_t(results);
+    if (count < 0 && results != NULL && !PyErr_Occurred())
+        PyErr_SetString(PyExc_ValueError, "a plan with fewer results than none");
     Py_ssize_t size = count < 0 ? -1 : extent(form);
-    if (count >= 0 && (size < 0 || size > left))
+    if (count >= 0 && (size < 0 || size > left || Py_MAX(1, count) > most))
         taken = 0;
     else if (count >= 0) {
         PyObject *operands = operands_of(session, table, form, record + HEAD);
@@ -159,13 +165,14 @@ static Py_ssize_t take(PyObject *session, PyObject *plans, PyObject *table, PyOb
 
 PyObject *calls_take(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
-    if (count != 7 || !PyDict_CheckExact(args[4]) || !PyDict_CheckExact(args[5])) {
+    if (count != 8 || !PyDict_CheckExact(args[4]) || !PyDict_CheckExact(args[5])) {
         PyErr_SetString(PyExc_TypeError, "take_calls() takes session, body, offset, number, plans, "
-                                         "table and queue");
+                                         "table, queue and most");
         return NULL;
     }
     Py_ssize_t offset = PyLong_AsSsize_t(args[2]);
-    unsigned long long number = PyLong_AsUnsignedLongLong(args[3]);
+    unsigned long long number = PyLong_AsUnsignedLongLong(args[3]), first = number;
+    Py_ssize_t most = PyErr_Occurred() ? -1 : PyLong_AsSsize_t(args[7]);
     Py_buffer body;
     if (PyErr_Occurred() || PyObject_GetBuffer(args[1], &body, PyBUF_SIMPLE) < 0)
         return NULL;
@@ -173,7 +180,7 @@ PyObject *calls_take(PyObject *module, PyObject *const *args, Py_ssize_t count)
     Py_ssize_t taken = append == NULL || offset < 0 ? -1 : 1;
     while (taken > 0) {
         taken = take(args[0], args[4], args[5], append, (const char *)body.buf + offset,
-                     body.len - offset, &number);
+                     body.len - offset, &number, most - (Py_ssize_t)(number - first));
         if (taken > 0)
             offset += taken;
     }

@@ -9,6 +9,8 @@
 #include <fenv.h>
 
 #define MOST_PLACES 4096
+#define COMPLEX_LONG_DOUBLE 16 /* NumPy's numbers of types: up to here none is an object */
+#define HALF 23
 #define IN_TURN 'm' /* a block of an array */
 #define SCRATCH 'r' /* room for two blocks */
 #define VALUE 'v'   /* one element */
@@ -86,23 +88,25 @@ static int read_step(Loops *l, Step *step, PyObject *item, int type)
 {
     PyObject *ufunc, *second;
     int first, out;
+    long middle;
     if (!PyTuple_Check(item)) {
         PyErr_SetString(PyExc_TypeError, "a step is a tuple");
         return -1;
     }
     if (!PyArg_ParseTuple(item, "OiOi", &ufunc, &first, &second, &out))
         return -1;
-    step->count = second == Py_None ? 2 : 3;
-    step->places[0] = first;
-    step->places[1] = second == Py_None ? out : PyLong_AsLong(second);
-    step->places[2] = out;
+    middle = second == Py_None ? out : PyLong_AsLong(second);
     if (PyErr_Occurred())
         return -1;
-    for (int k = 0; k < 3; k++)
-        if (step->places[k] < 0 || step->places[k] >= l->places) {
-            PyErr_SetString(PyExc_IndexError, "a place that there is not");
-            return -1;
-        }
+    if (first < 0 || first >= l->places || middle < 0 || middle >= l->places || out < 0
+        || out >= l->places) {
+        PyErr_SetString(PyExc_IndexError, "a place that there is not");
+        return -1;
+    }
+    step->count = second == Py_None ? 2 : 3;
+    step->places[0] = first;
+    step->places[1] = (int)middle;
+    step->places[2] = out;
     if (find_loop(step, ufunc, type) < 0) {
         PyErr_SetString(PyExc_LookupError, "no loop of NumPy's for that");
         return -1;
@@ -121,19 +125,26 @@ static int loops_init(PyObject *self, PyObject *args, PyObject *names)
         PyErr_SetString(PyExc_TypeError, "a chain is made once");
         return -1;
     }
-    if (!PyArg_ParseTuple(args, "O!nin", &PyList_Type, &steps, &l->places, &type, &l->itemsize))
+    Py_ssize_t places, itemsize;
+    if (!PyArg_ParseTuple(args, "O!nin", &PyList_Type, &steps, &places, &type, &itemsize))
         return -1;
     Py_ssize_t count = PyList_GET_SIZE(steps);
-    if (l->places < 1 || l->places > MOST_PLACES || l->itemsize < 1) {
+    if (places < 1 || places > MOST_PLACES || itemsize < 1) {
         PyErr_SetString(PyExc_LookupError, "too many places");
         return -1;
     }
+    if (type < 0 || (type > COMPLEX_LONG_DOUBLE && type != HALF)) {
+        PyErr_SetString(PyExc_LookupError, "no loop of NumPy's for that"); /* objects */
+        return -1;
+    }
     l->steps = PyMem_Calloc((size_t)count + 1, sizeof(Step));
-    l->written = PyMem_Calloc((size_t)l->places, 1);
+    l->written = PyMem_Calloc((size_t)places, 1);
     if (l->steps == NULL || l->written == NULL) {
         PyErr_NoMemory();
         return -1;
     }
+    l->places = places;
+    l->itemsize = itemsize;
     for (Py_ssize_t k = 0; k < count; k++)
         if (read_step(l, &l->steps[k], PyList_GET_ITEM(steps, k), type) < 0)
             return -1;
@@ -191,8 +202,9 @@ static PyObject *loops_run(PyObject *self, PyObject *const *args, Py_ssize_t cou
     Py_ssize_t block = count == 4 ? PyLong_AsSsize_t(args[3]) : -1;
     if (PyErr_Occurred())
         return NULL;
-    if (size < 0 || block < 1 || block > PY_SSIZE_T_MAX / 2 || !PyList_CheckExact(args[0]) || !PyBytes_Check(args[1])
-        || PyList_GET_SIZE(args[0]) != l->places || PyBytes_GET_SIZE(args[1]) != l->places) {
+    if (size < 0 || block < 1 || block > PY_SSIZE_T_MAX / 2 || !PyList_CheckExact(args[0])
+        || !PyBytes_Check(args[1]) || l->places < 1 || PyList_GET_SIZE(args[0]) != l->places
+        || PyBytes_GET_SIZE(args[1]) != l->places) {
         PyErr_SetString(PyExc_TypeError, "run() takes arrays, kinds, size and block");
         return NULL;
     }

@@ -184,7 +184,7 @@ def _arrays(operands: Sequence[Operand]) -> list[Meta]:
         raise ShapeError("nothing to join")
     found = [operand for operand in operands if isinstance(operand, Meta)]
     if len(found) != len(operands):
-        raise DTypeError("what is joined has to be arrays, not scalars")
+        return [array_operand(operands, i) for i in range(len(operands))]  # which raises
     return found
 
 

@@ -59,6 +59,7 @@ def python_take_calls(
     plans: dict[int, Executable],
     table: dict[int, Slot],
     queue: deque[Any],
+    most: int,
 ) -> tuple[int, int]:
     """Queue the calls that stand one behind the other in a batch.
 
@@ -72,6 +73,8 @@ def python_take_calls(
         Its number.
     plans : dict
         By id; those without ``form`` are left to who calls.
+    most : int
+        Numbers that they may use. (Nothing else runs in the worker while C queues them.)
 
     Returns
     -------
@@ -79,10 +82,15 @@ def python_take_calls(
         Where the first record begins that was not taken (the end of ``body``, if all were), and its
         number. It may be no call, or be malformed: nothing is raised for that here.
     """
-    size = len(body)
+    size, end = len(body), number + most
     while size - offset >= _KIND.size:
         plan = plans.get(_KIND.unpack_from(body, offset)[0])
-        if plan is None or plan.form is None or offset + plan.layout.size > size:
+        if (
+            plan is None
+            or plan.form is None
+            or offset + plan.layout.size > size
+            or number + (plan.n_out or 1) > end
+        ):
             break
         enqueue(session, number, plan, plan.layout.unpack_from(body, offset), table, queue)
         offset += plan.layout.size

@@ -50,7 +50,16 @@ __all__ = ["WorkerSession"]
 SCRATCH: Final = 64 << 20
 """Bytes for what nobody wants that are not counted; where it is more, it has to fit as an array."""
 _HANDLES: Final = NUMBER
+_AT_ONCE: Final = 1024
+"""Results of calls that are queued before another thread gets its turn."""
 _BATCH: Final = int(Kind.BATCH)
+
+
+def _check_handles(count: int) -> None:
+    if count > caps.MAX_HANDLES:
+        raise LimitExceeded(
+            f"more than {caps.MAX_HANDLES} arrays in one session; drop some of them"
+        )
 
 
 class _Upload:
@@ -265,23 +274,23 @@ class WorkerSession:
             raise ProtocolError(f"record {number} came where {peer.turn} was due")
         size = len(body)
         while offset < size:
-            queue = self.ordering.current.queue
-            offset, number = take_calls(self, body, offset, number, plans, table, queue)
+            queue, start = self.ordering.current.queue, offset
+            most = min(_AT_ONCE, caps.MAX_HANDLES - len(table))
+            offset, number = take_calls(self, body, offset, number, plans, table, queue, most)
+            # Until now whoever asked heard of too few, never of too many.
             peer.turn = number
-            if offset == size:
-                break
+            if offset != start:
+                continue
             op, values, offset = read(body, offset, number, plans)
             if isinstance(op, Executable):
+                _check_handles(len(table) + op.n_out)
                 peer.turn += op.n_out or 1
                 enqueue(self, number, op, values, table, queue)
             else:
                 peer.turn += 1
                 records[op](number, *values)  # type: ignore[index]
             number = peer.turn
-        if len(table) > caps.MAX_HANDLES:
-            raise LimitExceeded(
-                f"more than {caps.MAX_HANDLES} arrays in one session; drop some of them"
-            )
+        _check_handles(len(table))
         if self.streams:
             self.ordering.wake_threads()
             self.regulate()
