@@ -32,6 +32,7 @@ Tensor = torch.Tensor
 ROUNDS: Final = 9
 DELAY: Final = 30
 """Milliseconds of round trip of the emulated way."""
+LAYERS: Final = 48
 TIERS: Final = ("cpp", "python")
 STEPS: Final = 10
 """After so many the loss is read."""
@@ -95,6 +96,7 @@ def measure() -> dict[str, Any]:
         try:
             gpuremote.torch.connect(f"gpu://127.0.0.1:{relay.port}?transport=tcp&lanes=1")
             apart(_homes.home().session.worker_pid)
+            found[f"a model of {LAYERS} matrices of 256 KiB through {DELAY} ms"] = moved()
             found[f"step through {DELAY} ms, ms"] = {
                 "op by op": layer("remote", reads=True),
                 "captured": layer("remote", reads=True, how=captured),
@@ -103,6 +105,24 @@ def measure() -> dict[str, Any]:
             gpuremote.torch.close()
             relay.close()
     return found
+
+
+def moved() -> dict[str, float]:
+    """``model.to``: milliseconds until it returns, and until the server has it; its waits."""
+    session = _homes.home().session
+    model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(LAYERS)))
+    session.synchronize()
+    trips, begin = session.stats().round_trips.total(), time.perf_counter()
+    model.to("remote")
+    returned = time.perf_counter() - begin
+    trips = session.stats().round_trips.total() - trips
+    session.synchronize()
+    there = time.perf_counter() - begin
+    return {
+        "ms": round(1e3 * returned, 1),
+        "ms until it is there": round(1e3 * there, 1),
+        "round trips": trips,
+    }
 
 
 def apart(worker: int) -> None:

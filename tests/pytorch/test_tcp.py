@@ -1,9 +1,10 @@
-"""The part in C++ over a way without shared memory."""
+"""Over a way without shared memory."""
 
 from __future__ import annotations
 
 import torch
 
+from gpuremote.torch import _homes
 from tests.pytorch.device import remote_device
 
 
@@ -20,3 +21,22 @@ def test_a_large_upload_after_ops_that_are_not_out_yet() -> None:
             there = big.to("remote")
             assert b.sum().item() == 16
             assert there.sum().item() == 1 << 20
+
+
+def test_what_goes_there_is_not_waited_for() -> None:
+    """A copy travels, as a copy of pageable memory does with CUDA."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(12)))
+    batch = torch.randn(512, 256)
+    expected = model(batch).sum().item()
+    with remote_device("&transport=tcp"):
+        session = _homes.home().session
+        session.synchronize()
+        before = session.stats().round_trips.total()
+        there = model.to("remote")
+        x = batch.to("remote")
+        batch.zero_()
+        loss = there(x).sum()
+        assert session.stats().round_trips.total() == before
+        assert abs(loss.item() - expected) < 1e-2
+        assert session.stats().round_trips.total() == before + 1

@@ -25,10 +25,14 @@ from gpuremote.client.waits import Wait
 from gpuremote.errors import DeadlineExceeded
 from gpuremote.memory.host import output_view
 from gpuremote.wire.batch import ALL_STREAMS, Op
+from gpuremote.wire.digests import sketch_of
 
 __all__ = ["BlockingArray", "BlockingDevice", "BlockingEvent", "BlockingStream", "Session"]
 
 CLOSE_TIMEOUT: Final = 10.0
+COPIED: Final = 8 << 20
+"""Bytes up to which :meth:`BlockingDevice.put_copied` sends a copy: that costs less than the way
+to the server and back, and its memory less than what it is for."""
 
 
 class BlockingArray(RemoteArray):
@@ -160,6 +164,45 @@ class BlockingDevice(Device[BlockingArray]):
         changed before, so its owner has to wait for something that comes after."""
         self._driver.room()
         return self._upload(value)[0]
+
+    def put_copied(self, value: Any, dtype: npt.DTypeLike | None = None) -> BlockingArray:
+        """As :meth:`put`, without waiting where a copy can travel in place of the array: up to 8
+        MiB, as long as no more than 64 MiB of copies are on their way.
+
+        What goes wrong with such an upload arrives at the next wait.
+        """
+        core = self._core
+        connection = core.peer.connection
+        if connection is None or connection.shared:
+            return self.put(value, dtype)
+        host = self._host_array(value, dtype)
+        view = host.view
+        if core.inlines(view.nbytes):
+            return self._put(host)[0]
+        if view.nbytes > COPIED:
+            return self.put(value, dtype)
+        self._driver.room()
+        keep = False
+        if core.known.applies(view.nbytes, connection):
+            if core.known.worth_it(view.nbytes, connection):
+                listing = core.known.ask(lambda: core.ask(Op.CONTENTS, kind="contents"))
+                if listing is not None:
+                    self._driver.wait(listing)
+                sketch = sketch_of(view)
+                if core.known.has(sketch):
+                    return self.put(value, dtype)
+                core.known.note(sketch, True)
+                keep = True
+            elif core.known.rate(connection) is None:
+                return self.put(value, dtype)  # which finds out
+        copy = core.copy_of(view)
+        if copy is None:
+            return self.put(value, dtype)
+        meta = core.metas.get(host.shape, host.dtype, self.index)
+        with core.lock:
+            (number,), _ = core.put_many([(meta, copy)], [keep])
+            core.trips["put"] -= 1  # nobody waits
+        return self._array_type(core, number, meta)
 
     def put_many(
         self,

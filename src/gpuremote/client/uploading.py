@@ -4,14 +4,17 @@ lent, is said here; nothing here waits itself."""
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
 from gpuremote.client.issuing import FLUSH_BYTES, NEVER, Issuer
 from gpuremote.client.waits import Wait
+from gpuremote.memory.host import copy_bytes
 from gpuremote.ops.meta import Meta
 from gpuremote.rpc.peer import Connection, Entry, Region, Sink
 from gpuremote.wire import caps
@@ -32,6 +35,8 @@ MOST_STAGED: Final = 8 * STAGED
 ALMOST_FULL: Final = FLUSH_BYTES - 1024
 """A batch of so many bytes goes out before another upload: one that is full goes out by itself,
 and what it says of the upload would not be complete yet."""
+COPIES: Final = 64 << 20
+"""Bytes of copies that are on their way at a time."""
 MAX_RECORDS: Final = 1024
 """Encoded records of either kind of PUT that are kept; programs upload the same shapes again and
 again."""
@@ -71,6 +76,9 @@ class Uploader(Issuer):
         """Bytes up to which the server takes an array inside a batch."""
         self._put_records: dict[Meta, bytes] = {}
         self._inline_heads: dict[Meta, bytes] = {}
+        self._copies = 0
+        self._landed: deque[int] = deque()
+        """Bytes of copies that are no longer needed; filled by finalisers, in any thread."""
         self.made: dict[int, Made] = {}
         """Arrays of ``session.empty`` by their ``id``, as long as they live and were not put."""
 
@@ -133,6 +141,21 @@ class Uploader(Issuer):
         if self._stalled:
             self._relieve()
         return found
+
+    def copy_of(self, view: memoryview) -> memoryview | None:
+        """A copy of bytes, to travel while the program goes on; None: too many are on their way."""
+        nbytes = view.nbytes
+        with self.lock:
+            while self._landed:
+                self._copies -= self._landed.popleft()
+            if self._copies + nbytes > COPIES:
+                return None
+            self._copies += nbytes
+        memory = np.empty(nbytes, np.uint8)
+        weakref.finalize(memory, self._landed.append, nbytes).atexit = False
+        copy_bytes(memory.data, view)
+        self.stats.payload_copied += nbytes
+        return memory.data
 
     def note_made(self, array: npt.NDArray[Any], block: memoryview) -> None:
         """Remember that ``array`` lies in ``block``, which :meth:`allocate` gave, so that its put

@@ -233,7 +233,7 @@ class ndarray(Methods):
     def _beside(self, host: Any) -> ndarray:
         """An upload to this array's device."""
         device: BlockingDevice = self.device  # type: ignore[assignment]
-        return own(device.put(host))
+        return own(device.put_copied(host))
 
     def __iter__(self) -> Iterator[Self]:  # type: ignore[override]
         """Over the first axis: views, no values."""

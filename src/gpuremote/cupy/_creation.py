@@ -118,7 +118,7 @@ def asarray(
         if wanted is not None:
             obj = np.asarray(obj, wanted)[()] if wanted.kind != "b" else bool(obj)
         return _make("full", {"shape": ()}, place, (obj,))
-    return own(place.put(obj, wanted))
+    return own(place.put_copied(obj, wanted))
 
 
 def _as_remote(obj: RemoteArray, dtype: Any, device: Any, copy: bool | None) -> ndarray:

@@ -41,7 +41,8 @@ def upload(place: Home, tensor: torch.Tensor, *, waits: bool = True) -> torch.Te
     alike if that is dense.
 
     Without ``waits`` one in pinned memory may still be on its way at the end, and is kept until it
-    has arrived; whatever lies elsewhere may be changed as soon as this returns.
+    has arrived. Whatever lies elsewhere may be changed as soon as this returns: a copy of it may be
+    on its way then, as with CUDA.
     """
     host = tensor.detach().cpu().resolve_conj().resolve_neg()
     if not is_dense(host):
@@ -53,7 +54,7 @@ def upload(place: Home, tensor: torch.Tensor, *, waits: bool = True) -> torch.Te
         memory.flags.writeable = False
         array = device.put(memory) if waits else device.put_lent(memory)
     else:
-        array = device.put(memory)
+        array = device.put_copied(memory)
     form = (host.dtype, tuple(host.shape), host.stride(), 0, array.nbytes, False)
     made: torch.Tensor = make_tensor(place, array._id, form, array)
     return made
