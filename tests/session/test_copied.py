@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from gpuremote.client import blocking, uploading
 from gpuremote.errors import OutOfDeviceMemory
 from gpuremote.testing.servers import RunningServer, device_server
 
+MiB = 1 << 20
 SIZE = 1 << 17
 """Bytes: more than travel in a batch."""
 
@@ -28,6 +32,11 @@ def session(server: RunningServer) -> Iterator[gpuremote.Session]:
 def trips(session: Any) -> int:
     found: int = session.stats().round_trips.total()
     return found
+
+
+def both(*functions: Callable[[], object]) -> None:
+    for function in functions:
+        function()
 
 
 def numbers(seed: int, size: int = SIZE) -> np.ndarray[Any, Any]:
@@ -70,7 +79,7 @@ def test_copies_have_a_bound(session: gpuremote.Session, monkeypatch: pytest.Mon
     assert np.array_equal(array.get(), host)
     session.synchronize()
     gc.collect()
-    core.copy_of(memoryview(b"x"))
+    core.copy_of(memoryview(b"x"), 1 << 20)
     assert core._copies <= SIZE + 1
 
 
@@ -88,15 +97,103 @@ def test_what_is_large_is_waited_for(
 
 def test_where_there_is_no_room_the_next_wait_says_so() -> None:
     with (
-        device_server("--memory-limit", "1MiB", "--warm", "1") as server,
+        device_server("--memory-limit", "4MiB", "--warm", "1") as server,
         gpuremote.connect_sync(f"{server.url}?transport=tcp") as session,
     ):
         device = session.devices[0]
-        array = device.put_copied(numbers(1, 2 << 20))
-        with pytest.raises(OutOfDeviceMemory):
-            array.get()
+        full = device.zeros(4 * MiB - 100, "u1")
+        for wait in (session.synchronize, full[0].item):
+            array = device.put_copied(numbers(1))
+            with pytest.raises(OutOfDeviceMemory):
+                both(wait, session.synchronize)
+            with pytest.raises(OutOfDeviceMemory):
+                array.get()
+            session.synchronize()  # it was said
+            del array
+        del full, wait
+        gc.collect()  # tracebacks hold on to it
+        with pytest.raises(OutOfDeviceMemory):  # more than its share: it is waited for
+            device.put_copied(numbers(1, 5 * MiB))
         there = device.put_copied(numbers(2))
         assert np.array_equal(there.get(), numbers(2))
+
+
+def test_what_fits_one_after_the_other_fits() -> None:
+    """The server makes room when it hears of an upload, not in its turn."""
+    with (
+        device_server("--memory-limit", "24MiB", "--warm", "1") as server,
+        gpuremote.connect_sync(f"{server.url}?transport=tcp") as session,
+    ):
+        device = session.devices[0]
+        weights = device.put(numbers(0, 4 * MiB))
+        for size in (MiB, 4 * MiB):
+            total = device.zeros((), "u8")
+            for _ in range(40):
+                total = total + (device.put_copied(numbers(1, size)) * weights[:size]).sum()
+            assert int(total.get()) > 0
+        session.synchronize()
+
+
+def test_synchronize_waits_for_uploads_too(session: gpuremote.Session) -> None:
+    """Its answer may overtake their bytes."""
+    device, core = session.devices[0], session._core
+    before = trips(session)
+    arrays = []
+    for _ in range(3):
+        arrays = [device.put_copied(numbers(seed, 8 * MiB)) for seed in range(8)]
+        session.synchronize(timeout=60)
+        assert not core.lent
+        assert core.peer.bulk_in_flight == 0
+    assert trips(session) <= before + 3 + 24
+    assert np.array_equal(arrays[7].get(), numbers(7, 8 * MiB))
+
+
+def test_every_op_can_be_made_to_wait(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUREMOTE_DEBUG", "sync")
+    with gpuremote.connect_sync(f"{server.url}?transport=tcp") as session:
+        before = session.stats().round_trips["put"]
+        session.devices[0].put_copied(numbers(1))
+        assert session.stats().round_trips["put"] == before + 1
+
+
+def test_two_threads_and_a_server_that_stands_still(session: gpuremote.Session) -> None:
+    """Who waits for credit leaves the other one the lock that takes it in."""
+    device = session.devices[0]
+    small, large = numbers(1, 16 << 10), numbers(2, 80 << 10)
+    os.kill(session.worker_pid, signal.SIGSTOP)
+    again = threading.Timer(1.0, os.kill, (session.worker_pid, signal.SIGCONT))
+    again.start()
+    getting = threading.Thread(target=lambda: device.ones(10).get(), daemon=True)
+    getting.start()
+    kept = []
+    try:
+        for _ in range(1500):
+            kept = [device.put_copied(small), device.put_copied(large)]
+        assert np.array_equal(kept[1].get(), large)
+    finally:
+        again.join()
+        getting.join(20)
+    assert not getting.is_alive()
+
+
+def test_many_threads_that_ask_and_upload(session: gpuremote.Session) -> None:
+    device = session.devices[0]
+    host = numbers(1, 20 << 10)
+    wrong: list[int] = []
+
+    def work() -> None:
+        same = [np.array_equal(device.put(host).get(), host) for _ in range(150)]
+        wrong.append(same.count(False))
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(50)
+    assert not any(thread.is_alive() for thread in threads)
+    assert sum(wrong) == 0
 
 
 def test_it_arrives_after_a_loss_of_the_connection(session: gpuremote.Session) -> None:

@@ -23,7 +23,8 @@ from gpuremote.client.session import SessionBase
 from gpuremote.client.stream import Event, Stream
 from gpuremote.client.waits import Wait
 from gpuremote.errors import DeadlineExceeded
-from gpuremote.memory.host import output_view
+from gpuremote.memory.host import HostArray, output_view
+from gpuremote.rpc.peer import Connection
 from gpuremote.wire.batch import ALL_STREAMS, Op
 from gpuremote.wire.digests import sketch_of
 
@@ -33,6 +34,8 @@ CLOSE_TIMEOUT: Final = 10.0
 COPIED: Final = 8 << 20
 """Bytes up to which :meth:`BlockingDevice.put_copied` sends a copy: that costs less than the way
 to the server and back, and its memory less than what it is for."""
+SHARE: Final = 16
+"""The part of a session's memory that copies on their way may take."""
 
 
 class BlockingArray(RemoteArray):
@@ -151,8 +154,10 @@ class BlockingDevice(Device[BlockingArray]):
             return given
         if core.peer.bulk_in_flight:
             self._driver.room()
-        host = self._host_array(value, dtype)
-        if core.known.enabled and (steps := self._offering([host])) is not None:
+        return self._put_host(value, self._host_array(value, dtype), timeout)
+
+    def _put_host(self, value: Any, host: HostArray, timeout: float | None) -> BlockingArray:
+        if self._core.known.enabled and (steps := self._offering([host])) is not None:
             return self._make(steps, timeout)[0]
         array, wait = self._upload_host(value, host)
         if wait is not None:
@@ -163,46 +168,47 @@ class BlockingDevice(Device[BlockingArray]):
         """As :meth:`put`, without waiting for the server to have the bytes: the memory must not be
         changed before, so its owner has to wait for something that comes after."""
         self._driver.room()
-        return self._upload(value)[0]
+        return self._upload_host(value, self._host_array(value, None), lent=True)[0]
 
     def put_copied(self, value: Any, dtype: npt.DTypeLike | None = None) -> BlockingArray:
         """As :meth:`put`, without waiting where a copy can travel in place of the array: up to 8
-        MiB, as long as no more than 64 MiB of copies are on their way.
+        MiB, as long as no more than 64 MiB of copies are on their way (and no more than a sixteenth
+        of what the session may hold, as the server makes room for them at once).
 
-        What goes wrong with such an upload arrives at the next wait.
+        What goes wrong with such an upload arrives at the next wait for anything.
         """
         core = self._core
         connection = core.peer.connection
-        if connection is None or connection.shared:
+        if connection is None or connection.shared or core.sync:
             return self.put(value, dtype)
         host = self._host_array(value, dtype)
-        view = host.view
-        if core.inlines(view.nbytes):
+        if core.inlines(host.view.nbytes):
             return self._put(host)[0]
-        if view.nbytes > COPIED:
-            return self.put(value, dtype)
         self._driver.room()
-        keep = False
-        if core.known.applies(view.nbytes, connection):
-            if core.known.worth_it(view.nbytes, connection):
-                listing = core.known.ask(lambda: core.ask(Op.CONTENTS, kind="contents"))
-                if listing is not None:
-                    self._driver.wait(listing)
-                sketch = sketch_of(view)
-                if core.known.has(sketch):
-                    return self.put(value, dtype)
-                core.known.note(sketch, True)
-                keep = True
-            elif core.known.rate(connection) is None:
-                return self.put(value, dtype)  # which finds out
-        copy = core.copy_of(view)
+        keep = self._kept(host.view, connection) if host.view.nbytes <= COPIED else None
+        copy = None
+        if keep is not None:
+            copy = core.copy_of(host.view, core.owner.memory_limit // SHARE)
         if copy is None:
-            return self.put(value, dtype)
-        meta = core.metas.get(host.shape, host.dtype, self.index)
-        with core.lock:
-            (number,), _ = core.put_many([(meta, copy)], [keep])
-            core.trips["put"] -= 1  # nobody waits
-        return self._array_type(core, number, meta)
+            return self._put_host(value, host, None)
+        array = self._put(host._replace(view=copy), keep=bool(keep), lent=True)[0]
+        if keep:
+            core.known.note(keep, True)
+        return array
+
+    def _kept(self, view: memoryview, connection: Connection) -> bytes | None:
+        """The sketch of an upload that the server may keep (b"": it need not); None: it is to be
+        waited for, as the server may have the bytes, or as nobody knows how fast the way is."""
+        core, known = self._core, self._core.known
+        if not known.applies(view.nbytes, connection):
+            return b""
+        if not known.worth_it(view.nbytes, connection):
+            return None if known.rate(connection) is None else b""
+        listing = known.ask(lambda: core.ask(Op.CONTENTS, kind="contents"))
+        if listing is not None:
+            self._driver.wait(listing)
+        sketch = sketch_of(view)
+        return None if known.has(sketch) else sketch
 
     def put_many(
         self,
@@ -330,7 +336,7 @@ class Session(SessionBase[BlockingDevice]):
         OpError
             The first failure that was not raised yet (a note names the others).
         """
-        self._driver.wait(self._core.ask(Op.SYNC, ALL_STREAMS, kind="synchronize"), timeout)
+        self._driver.wait_for_all(self._core.ask(Op.SYNC, ALL_STREAMS, kind="synchronize"), timeout)
         self._raise_failures()
 
     def get_many(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import select
 import threading
+from collections.abc import Iterable
 from threading import get_ident
 from typing import Any, Final, Protocol
 
@@ -65,6 +66,20 @@ class _Room:
     @property
     def done(self) -> bool:
         return not self._core.full
+
+
+class _Landed:
+    """Done when none of these uploads is on its way."""
+
+    def __init__(self, core: Core, waits: Iterable[Wait]) -> None:
+        self._core = core
+        self._waits = list(waits)
+
+    @property
+    def done(self) -> bool:
+        return self._core.dead is not None or all(
+            wait.done or wait.cancelled for wait in self._waits
+        )
 
 
 class BlockingDriver:
@@ -148,6 +163,22 @@ class BlockingDriver:
         if wait.error is not None:
             raise wait.take_error()
         return wait.value
+
+    def wait_for_all(self, wait: Wait, timeout: float | None) -> None:
+        """As :meth:`wait`, and for every upload that nobody else waits for: the answer may have
+        overtaken their bytes."""
+        deadline = None if timeout is None else _clock.now() + timeout
+        core = self.core
+        with core.lock:
+            landed = _Landed(core, core.lent)
+        self.wait(wait, timeout)
+        self._until(landed, deadline)
+        if not landed.done:
+            raise DeadlineExceeded(
+                f"uploads did not arrive within {timeout} s; the session goes on",
+                op="synchronize",
+                peer=core.peer_name,
+            )
 
     def _wait_simply(self, wait: Wait) -> None:
         """The common case: this thread alone, the connection as it should be, one answer."""

@@ -180,6 +180,7 @@ class Core(Uploader):
             if wait.done or wait.cancelled:
                 return
             wait.cancelled = True
+            self.lent.discard(wait)
             if wait.entries is not None:
                 numbers = [n for n, other in self._waits.items() if other is wait]
                 for entry in wait.entries:
@@ -277,6 +278,8 @@ class Core(Uploader):
                 raise ProtocolError("a malformed FAILURE")
         error = self._failures.get(root) or self._build(root, code, text, op)
         wait = self._waits.pop(number, None)
+        if wait in self.lent:
+            wait = None  # nobody will hear of it by that
         if wait is not None and wait.entries is not None and not wait.cancelled:
             # The memory is lent until the transport is through with it, so the caller learns
             # of this then.
@@ -372,6 +375,7 @@ class Core(Uploader):
             self._stop(copy.copy(error))
             waits = dict(self._waits)
             self._waits.clear()
+            self.lent.clear()
             linked, self._linked = self._linked, {}
             self.peer.forget()
             self._farewell.finish()

@@ -128,10 +128,12 @@ class Device(Generic[A]):
     def _upload(self, value: Any, dtype: npt.DTypeLike | None = None) -> tuple[A, Wait | None]:
         return self._upload_host(value, self._host_array(value, dtype))
 
-    def _upload_host(self, value: Any, host: HostArray) -> tuple[A, Wait | None]:
+    def _upload_host(
+        self, value: Any, host: HostArray, *, lent: bool = False
+    ) -> tuple[A, Wait | None]:
         staged = self._staged(value, host)
         if staged is None:
-            return self._put(host)
+            return self._put(host, lent=lent)
         if staged is not host.view:
             copy_bytes(staged, host.view, away=True)
         return self._put_staged(value, host, staged), None
@@ -157,10 +159,12 @@ class Device(Generic[A]):
             self._core.stats.payload_copied += host.copied
         return host
 
-    def _put(self, host: HostArray) -> tuple[A, Wait | None]:
+    def _put(
+        self, host: HostArray, *, keep: bool = False, lent: bool = False
+    ) -> tuple[A, Wait | None]:
         core = self._core
         meta = core.metas.get(host.shape, host.dtype, self.index)
-        number, wait = core.put(meta, host.view)
+        number, wait = core.put(meta, host.view, keep=keep, lent=lent)
         return self._array_type(core, number, meta), wait
 
     def _staged(self, value: Any, host: HostArray) -> memoryview | None:

@@ -132,7 +132,7 @@ class Issuer(Recorder):
         self.on_plans_cleared: Callable[[], None] = _nothing
         self._watcher: Callable[[bytes], None] | None = None
         self._watched: set[int] | None = None
-        self._sync = sync
+        self.sync = sync
         self._streams = False
         self._stalled = False
         self._special = sync
@@ -278,7 +278,7 @@ class Issuer(Recorder):
 
     def _is_special(self) -> bool:
         return (
-            self._sync
+            self.sync
             or self._streams
             or self.dead is not None
             or self._tape is not None
@@ -293,7 +293,7 @@ class Issuer(Recorder):
                 self._told = True
                 self.on_buffered()
             assert self._tape is not None
-            pressing = self._sync or self._stalled
+            pressing = self.sync or self._stalled
             self._tape.open(self._next, self.flush_after, pressing, self._watched)
 
     def _send_tape(self) -> None:
@@ -373,7 +373,7 @@ class Issuer(Recorder):
     def _follow_up(self) -> None:
         if self._stalled:
             self._relieve()
-        if self._sync:
+        if self.sync:
             self.on_check()
 
     def _stop(self, error: GpuRemoteError) -> None:
@@ -486,6 +486,10 @@ class Issuer(Recorder):
 
     def _relieve(self) -> None:
         """The server is behind: wait until it grants credit."""
+        if self.lock._is_owned():  # type: ignore[attr-defined]
+            # Of an outer level, which sees to it: another thread may need the lock to take in
+            # what brings the credit.
+            return
         self.stats.credit_waits += 1
         self._stalled = False
         self._special = self._is_special()

@@ -103,7 +103,7 @@ def upload(
         if len(offered) > 1:
             core.trips["offer"] -= len(offered) - 1  # nobody waits before all are asked
         rest = [position for position in range(len(hosts)) if position not in offered]
-        begin = _clock.now()
+        begin, alone = _clock.now(), not core.peer.bulk_in_flight
         if rest:  # they go out while the server looks for the others
             items = [
                 (core.metas.get(host.shape, host.dtype, device), host.view)
@@ -131,7 +131,7 @@ def upload(
             core.cancel(pending)
         core.withdraw([wait.number for wait in offered.values()])
         raise
-    if not offered:
+    if alone and not offered:
         known.sent(sum(host.view.nbytes for host in hosts), _clock.now() - begin)
     for position in rest:
         if sketches[position]:

@@ -76,6 +76,8 @@ class Uploader(Issuer):
         """Bytes up to which the server takes an array inside a batch."""
         self._put_records: dict[Meta, bytes] = {}
         self._inline_heads: dict[Meta, bytes] = {}
+        self.lent: set[Wait] = set()
+        """Uploads that are on their way and that nobody waits for."""
         self._copies = 0
         self._landed: deque[int] = deque()
         """Bytes of copies that are no longer needed; filled by finalisers, in any thread."""
@@ -95,12 +97,14 @@ class Uploader(Issuer):
         connection = self.peer.connection
         return connection is not None and not connection.shared
 
-    def put(self, meta: Meta, view: memoryview) -> tuple[int, Wait | None]:
+    def put(
+        self, meta: Meta, view: memoryview, *, keep: bool = False, lent: bool = False
+    ) -> tuple[int, Wait | None]:
         """Upload bytes: the handle, and what to wait for until ``view`` may be reused (None:
         it may be at once, the bytes were small and went into the batch)."""
         nbytes = meta.nbytes
         if not self.inlines(nbytes):
-            numbers, wait = self.put_many([(meta, view)])
+            numbers, wait = self.put_many([(meta, view)], [keep], lent=lent)
             return numbers[0], wait
         record = b"".join((self._inline_head(meta), view))
         with self.lock:
@@ -142,17 +146,19 @@ class Uploader(Issuer):
             self._relieve()
         return found
 
-    def copy_of(self, view: memoryview) -> memoryview | None:
-        """A copy of bytes, to travel while the program goes on; None: too many are on their way."""
+    def copy_of(self, view: memoryview, most: int) -> memoryview | None:
+        """A copy of bytes, to travel while the program goes on; None: then there would be more than
+        ``most`` bytes, or ``COPIES``, on their way."""
         nbytes = view.nbytes
         with self.lock:
             while self._landed:
                 self._copies -= self._landed.popleft()
-            if self._copies + nbytes > COPIES:
+            if self._copies + nbytes > min(COPIES, most):
                 return None
+            memory = np.empty(nbytes, np.uint8)
+            ending = weakref.finalize(memory, self._landed.append, nbytes)
             self._copies += nbytes
-        memory = np.empty(nbytes, np.uint8)
-        weakref.finalize(memory, self._landed.append, nbytes).atexit = False
+        ending.atexit = False
         copy_bytes(memory.data, view)
         self.stats.payload_copied += nbytes
         return memory.data
@@ -239,14 +245,20 @@ class Uploader(Issuer):
         self,
         items: Sequence[tuple[Meta, memoryview]],
         kept: Sequence[bool] = (),
+        *,
+        lent: bool = False,
     ) -> tuple[list[int], Wait]:
         """Upload several arrays, up to ``GROUP`` of them as the payload of one message. The server
-        may keep some of them for other sessions."""
+        may keep some of them for other sessions. With ``lent`` nobody waits: what fails is kept for
+        the next wait for anything."""
         wait = Wait(self._next, "put")
         entries: list[Entry] = []
         wait.entries = entries
         with self.lock:
-            self.trips["put"] = self.trips.get("put", 0) + 1
+            if lent:
+                self.lent.add(wait)
+            else:
+                self.trips["put"] = self.trips.get("put", 0) + 1
             self.free_dropped()
             numbers = []
             try:
@@ -331,4 +343,5 @@ class Uploader(Issuer):
             self._waits.pop(number, None)
         wait.left -= 1
         if not wait.left:
+            self.lent.discard(wait)
             wait.finish(error=wait.refusal)

@@ -49,12 +49,11 @@ def upload(place: Home, tensor: torch.Tensor, *, waits: bool = True) -> torch.Te
         host = host.contiguous()
     memory = host_bytes(host)
     device = place.session.devices[place.number]
-    if native is not None and memory.nbytes and host.is_pinned():
+    pinned = native is not None and memory.nbytes and host.is_pinned()
+    if pinned:
         # Not to be given away, though it may be the transport's: the program goes on using it.
         memory.flags.writeable = False
-        array = device.put(memory) if waits else device.put_lent(memory)
-    else:
-        array = device.put_copied(memory)
+    array = device.put_copied(memory) if waits or not pinned else device.put_lent(memory)
     form = (host.dtype, tuple(host.shape), host.stride(), 0, array.nbytes, False)
     made: torch.Tensor = make_tensor(place, array._id, form, array)
     return made
