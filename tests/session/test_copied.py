@@ -118,20 +118,21 @@ def test_where_there_is_no_room_the_next_wait_says_so() -> None:
         assert np.array_equal(there.get(), numbers(2))
 
 
-def test_what_fits_one_after_the_other_fits() -> None:
+def test_copies_take_a_share_of_the_memory() -> None:
     """The server makes room when it hears of an upload, not in its turn."""
     with (
-        device_server("--memory-limit", "24MiB", "--warm", "1") as server,
+        device_server("--memory-limit", "32MiB", "--warm", "1") as server,
         gpuremote.connect_sync(f"{server.url}?transport=tcp") as session,
     ):
-        device = session.devices[0]
-        weights = device.put(numbers(0, 4 * MiB))
-        for size in (MiB, 4 * MiB):
-            total = device.zeros((), "u8")
-            for _ in range(40):
-                total = total + (device.put_copied(numbers(1, size)) * weights[:size]).sum()
-            assert int(total.get()) > 0
-        session.synchronize()
+        device, core = session.devices[0], session._core
+        for _ in range(20):
+            array = device.put_copied(numbers(1, MiB))
+            assert core._copies <= 2 * MiB
+            assert array.get()[0] == numbers(1)[0]
+        before = session.stats().round_trips["put"]
+        for _ in range(3):
+            device.put_copied(numbers(1, 3 * MiB))
+        assert session.stats().round_trips["put"] == before + 3
 
 
 def test_synchronize_waits_for_uploads_too(session: gpuremote.Session) -> None:
