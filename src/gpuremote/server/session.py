@@ -50,6 +50,10 @@ __all__ = ["WorkerSession"]
 SCRATCH: Final = 64 << 20
 """Bytes for what nobody wants that are not counted; where it is more, it has to fit as an array."""
 _HANDLES: Final = NUMBER
+_TELL: Final = caps.ACK_BYTES // 32
+"""Ops after which the client is told that they were executed: it remembers until then where each
+was issued. (It is told with each acknowledgement of what was read, too, which may be long before.)
+"""
 _AT_ONCE: Final = 1024
 """Results of calls that are queued before another thread gets its turn."""
 _BATCH: Final = int(Kind.BATCH)
@@ -114,6 +118,7 @@ class WorkerSession:
         self.fusion = Fusion(backend)
         self._views = Views()
         self.ops_executed = 0
+        self._tell_at = _TELL
         self.answers = Answers(self)
         self.ordering = Ordering(self, wake)
         self.sharing = Sharing(self)
@@ -263,6 +268,7 @@ class WorkerSession:
         """A client executes nothing."""
 
     def executed(self) -> int:
+        self._tell_at = self.ops_executed + _TELL
         return self.ordering.executed(self.peer.turn - 1)
 
     # -- records --------------------------------------------------------------------------------
@@ -552,6 +558,9 @@ class WorkerSession:
         if self.peer.held:
             with self.lock:
                 self.regulate()
+        if self.ops_executed >= self._tell_at and not self.default.queue:
+            with self.lock:
+                self.peer.acknowledge()
         if self.streams:
             self.ordering.wake_threads()
 
