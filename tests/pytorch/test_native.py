@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gpuremote.torch
+from gpuremote.client.issuing import NEVER
 from gpuremote.errors import OpError
 from gpuremote.torch import _homes
 from gpuremote.torch._storages import HELD
@@ -384,3 +385,17 @@ def test_the_accelerator_is_known_without_a_warning() -> None:
         warnings.simplefilter("error")
         torch.accelerator.empty_cache()
         assert torch.accelerator.is_available()
+
+
+def test_a_tape_that_two_threads_open() -> None:
+    """Both find it closed; what the first one has written keeps its numbers."""
+    core = _homes.home(0).core
+    x = torch.ones(3, device="remote:0")
+    for _ in range(2):  # the second time in C++
+        core.flush()
+        core.flush_after = NEVER
+        y = x + x  # a record lies on the tape, which is open
+        core._open_tape()  # as another thread does that saw it closed
+        z = y + x
+        assert z.tolist() == [3, 3, 3]
+        assert y.tolist() == [2, 2, 2]

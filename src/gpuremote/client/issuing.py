@@ -67,7 +67,8 @@ class Tape(Protocol):
 
     def open(self, next_: int, due_at: int, pressing: bool, threads: set[int] | None, /) -> None:
         """Open it: records are numbered from ``next_`` on, and sent at a time (nanoseconds of
-        ``_clock.now_ns``), or each at once. Threads that write are noted."""
+        ``_clock.now_ns``), or each at once. Threads that write are noted. One that is open is left
+        as it is: there may be records on it."""
 
 
 class Issuer(Recorder):

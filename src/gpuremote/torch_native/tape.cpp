@@ -228,6 +228,8 @@ void tape_dealloc(PyObject* self) {
 
 // open(next, due_at, pressing, threads): records get numbers from next on, and are due at a time of
 // the monotonic clock in nanoseconds, or at once; who writes is noted in a set, if it is one.
+// Several threads may find it closed at a time. The first one opens it, and its records may be here
+// when the others come: they leave it as it is.
 PyObject* tape_open(PyObject* self, PyObject* arguments) {
   auto* tape = reinterpret_cast<Tape*>(self);
   unsigned long long next;
@@ -235,6 +237,8 @@ PyObject* tape_open(PyObject* self, PyObject* arguments) {
   int pressing;
   if (!PyArg_ParseTuple(arguments, "KOpO", &next, &due_at, &pressing, &threads))
     return nullptr;
+  if (tape->open)
+    Py_RETURN_NONE;
   Py_XSETREF(tape->threads, PySet_Check(threads) ? Py_NewRef(threads) : nullptr);
   int overflow;
   tape->due_at = PyLong_AsLongLongAndOverflow(due_at, &overflow);
