@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-__all__ = ["children", "cpu_seconds", "gone", "resident", "wait_until_gone"]
+__all__ = ["cpu_seconds", "descendants", "forked", "gone", "resident", "wait_until_gone"]
 
 
 def _stat(pid: int) -> list[str]:
@@ -30,17 +30,38 @@ def wait_until_gone(*pids: int, seconds: float) -> None:
         time.sleep(0.02)
 
 
-def children(pid: int) -> list[int]:
-    """Processes whose parent it is."""
-    found = []
+def _children() -> dict[int, list[int]]:
+    """Of each process that has any."""
+    found: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                if int(_stat(int(name))[1]) == pid:
-                    found.append(int(name))
+                found.setdefault(int(_stat(int(name))[1]), []).append(int(name))
             except (FileNotFoundError, ProcessLookupError):
                 continue
     return found
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that it has started, those that these have started, and so on."""
+    children = _children()
+    found = [*children.get(pid, [])]
+    for child in found:  # which grows
+        found += children.get(child, [])
+    return found
+
+
+def forked(server: int, least: int = 0) -> list[int]:
+    """The workers of a device server, those that wait for a session included; once there are
+    ``least``."""
+    deadline = time.monotonic() + 20
+    while True:
+        children = _children()
+        found = [worker for child in children.get(server, []) for worker in children.get(child, [])]
+        if len(found) >= least:
+            return found
+        assert time.monotonic() < deadline, f"there are {len(found)} workers, not {least}"
+        time.sleep(0.02)
 
 
 def cpu_seconds(pid: int) -> float:

@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import gpuremote
 from gpuremote.client import local
 from gpuremote.errors import GpuRemoteError, PeerCopyFailed, SessionLost, WorkerDied
 from gpuremote.testing.servers import RunningServer, device_server
-from tests.faults.processes import children, cpu_seconds, gone, wait_until_gone
+from tests.faults.processes import cpu_seconds, descendants, forked, gone, wait_until_gone
 from tests.faults.sides import BlockingSide, Side, in_order, pattern, slow
 
 pytestmark = pytest.mark.timeout(60)
@@ -123,8 +124,8 @@ def test_a_worker_killed_in_the_middle_of_a_payload(
 
 def test_a_warm_worker_that_was_killed_is_not_handed_out() -> None:
     with device_server("--warm", "2") as server:
-        for _ in range(2):
-            stock = children(server.process.pid)
+        for least in (2, 0):
+            stock = forked(server.process.pid, least)
             for pid in stock:
                 kill(pid)
             wait_until_gone(*stock, seconds=5)
@@ -135,7 +136,7 @@ def test_a_warm_worker_that_was_killed_is_not_handed_out() -> None:
 def test_a_worker_that_is_killed_before_it_answers(side: Side) -> None:
     """The client has heard nothing of it, and gets another one."""
     with device_server("--warm", "1") as server:
-        (waiting,) = children(server.process.pid)
+        (waiting,) = forked(server.process.pid, 1)
         os.kill(waiting, signal.SIGSTOP)
 
         def end() -> None:
@@ -212,6 +213,60 @@ def test_a_client_that_is_killed_leaves_nothing_at_the_server() -> None:
         wait_until_gone(worker, seconds=6)
 
 
+# -- what workers are forked from -----------------------------------------------------------------
+
+
+def fork_server(server: RunningServer) -> int:
+    """The process that workers are forked from."""
+    (found,) = set(descendants(server.process.pid)) - set(forked(server.process.pid, 1))
+    return found
+
+
+def test_workers_are_forked_from_one_process(server: RunningServer) -> None:
+    parent = fork_server(server)
+    with gpuremote.connect_sync(server.url) as one, gpuremote.connect_sync(server.url) as two:
+        for session in (one, two):
+            status = Path(f"/proc/{session.worker_pid}/status").read_text()
+            assert f"PPid:\t{parent}\n" in status
+            assert os.getsid(session.worker_pid) == session.worker_pid
+            entries = Path(f"/proc/{session.worker_pid}/fd").iterdir()
+            names = [os.readlink(entry) for entry in entries]
+            # None of its sisters' ends, and not the fork server's.
+            assert sum(name.startswith("socket:") for name in names) <= 3, names
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_fork_server_ends(side: Side, number: signal.Signals) -> None:
+    """Sessions live on, and there are new ones; only how a worker ends can't be told exactly."""
+    with device_server("--warm", "1") as server:
+        session = side.do(side.connect(server.url))
+        x = session.devices[0].ones(3)
+        side.do(x.get())
+        before = fork_server(server)
+        os.kill(before, number)
+        wait_until_gone(before, seconds=5)
+        assert side.do(x.get()).tolist() == [1, 1, 1]
+        for _ in range(2):
+            with gpuremote.connect_sync(server.url) as another:
+                assert another.devices[0].ones(2).tolist() == [1, 1]
+        kill(session.worker_pid)
+        with pytest.raises(WorkerDied, match="fork server had ended before"):
+            side.do(x.get())
+        side.do(session.close())
+
+
+def test_the_fork_server_ends_before_it_has_loaded() -> None:
+    """The client that waits for a worker of it gets one of the next fork server."""
+    with device_server("--warm", "0") as server:
+        (first,) = descendants(server.process.pid)
+        os.kill(first, signal.SIGSTOP)
+        killer = threading.Timer(0.3, kill, (first,))
+        killer.start()
+        with gpuremote.connect_sync(server.url) as session:
+            assert session.devices[0].ones(2).tolist() == [1, 1]
+        killer.join()
+
+
 # -- the daemon -----------------------------------------------------------------------------------
 
 
@@ -225,7 +280,7 @@ def test_a_daemon_that_is_killed_takes_its_workers_along(side: Side) -> None:
         busy.flush()
         x = session.devices[0].ones(3)
         side.do(x.get())
-        workers = children(server.process.pid)
+        workers = descendants(server.process.pid)
         assert {session.worker_pid, busy.worker_pid} <= set(workers)
         server.kill()
         wait_until_gone(*workers, seconds=5)
@@ -250,7 +305,7 @@ def test_a_daemon_that_is_told_to_stop() -> None:
             side.do(x.get())
         with pytest.raises(GpuRemoteError, match="shutting down"):
             side.do(side.connect(server.url))
-        workers = children(server.process.pid)
+        workers = descendants(server.process.pid)
         assert server.process.wait(10) == 0
         wait_until_gone(*workers, seconds=2)
         with pytest.raises(SessionLost):
@@ -284,7 +339,7 @@ def test_a_parent_that_ends_takes_the_local_server_along(end: str) -> None:
     ) as parent:
         assert parent.stdout is not None
         server, worker = map(int, parent.stdout.readline().split())
-        family = [server, worker, *children(server)]
+        family = [server, worker, *descendants(server)]
         if end != "exit":
             parent.send_signal(signal.Signals[end])
         parent.wait(10)
@@ -297,7 +352,7 @@ def test_a_local_server_that_is_killed(side: Side) -> None:
         x = session.devices[0].ones(3)
         side.do(x.get())
         (running,) = local._servers.values()
-        workers = children(running.process.pid)
+        workers = descendants(running.process.pid)
         kill(running.process.pid)
         wait_until_gone(*workers, seconds=5)
         began = time.monotonic()

@@ -21,7 +21,7 @@ from gpuremote.rpc import dial
 from gpuremote.rpc.dial import read_hello
 from gpuremote.testing.servers import RunningServer, device_server
 from gpuremote.wire.hello import Hello, Starting, Welcome
-from tests.faults.processes import children
+from tests.faults.processes import descendants
 from tests.faults.raw import RawClient, fake_server
 
 SLOW = 4.5
@@ -37,12 +37,12 @@ def server() -> Iterator[RunningServer]:
 
 @contextmanager
 def held_up(server: RunningServer) -> Iterator[None]:
-    """The next worker process is stopped as soon as it is there, and goes on after a while."""
+    """What starts worker processes is stopped as soon as it is there, and goes on after a while."""
     done = threading.Event()
 
     def hold() -> None:
         while not done.is_set():
-            for pid in children(server.process.pid):
+            for pid in descendants(server.process.pid)[:1]:
                 os.kill(pid, signal.SIGSTOP)
                 time.sleep(SLOW)
                 os.kill(pid, signal.SIGCONT)

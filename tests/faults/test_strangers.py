@@ -39,7 +39,7 @@ from gpuremote.transport._framing import DATA, OPEN
 from gpuremote.wire.batch import Op, fixed_record
 from gpuremote.wire.frames import HEADER, Kind, ResultForm, encode_ack, pack_info
 from gpuremote.wire.hello import Hello, Receipt, Refusal, Welcome
-from tests.faults.processes import children, wait_until_gone
+from tests.faults.processes import descendants, wait_until_gone
 from tests.faults.raw import FakeServer, RawClient, fake_server, frame, greet, message
 from tests.faults.sides import AsyncSide, Side, pattern
 
@@ -576,7 +576,7 @@ def test_a_server_that_vanishes_in_the_middle_of_a_payload(side: Side, way: str)
         data = pattern(96 << 20)
         array = session.devices[0].zeros(data.shape, np.uint8)
         side.do(array.wait())
-        workers = children(server.process.pid)
+        workers = descendants(server.process.pid)
         killer = threading.Timer(0.15, server.kill)
         killer.start()
         call: Callable[[], object] = (

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any, Final
 
 from gpuremote.errors import ProtocolError
 from gpuremote.wire.frames import pack_info, unpack_info
 
-__all__ = ["pair", "receive", "receive_file", "send", "send_file"]
+__all__ = [
+    "pair",
+    "receive",
+    "receive_file",
+    "receive_files",
+    "send",
+    "send_file",
+    "send_files",
+]
 
 _MAX: Final = 128 * 1024
 
@@ -28,7 +37,14 @@ def send(
 
 def send_file(channel: socket.socket, request: dict[str, Any], descriptor: int = -1) -> None:
     """Send a message, and with it any open file (the sender keeps its own descriptor)."""
-    socket.send_fds(channel, [pack_info(request)], [descriptor] if descriptor >= 0 else [])
+    send_files(channel, request, [descriptor] if descriptor >= 0 else [])
+
+
+def send_files(
+    channel: socket.socket, request: dict[str, Any], descriptors: Sequence[int]
+) -> None:
+    """Send a message, and with it open files, four at most (the sender keeps its own)."""
+    socket.send_fds(channel, [pack_info(request)], descriptors)
 
 
 def receive(channel: socket.socket) -> tuple[dict[str, Any], socket.socket | None]:
@@ -51,10 +67,21 @@ def receive_file(channel: socket.socket) -> tuple[dict[str, Any], int]:
     EOFError
         The other end is gone.
     """
-    data, descriptors, _, _ = socket.recv_fds(channel, _MAX, 4)
+    request, descriptors = receive_files(channel)
     for extra in descriptors[1:]:
         os.close(extra)
-    descriptor = descriptors[0] if descriptors else -1
+    return request, descriptors[0] if descriptors else -1
+
+
+def receive_files(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """The next message, and the descriptors that came with it, the caller's from then on.
+
+    Raises
+    ------
+    EOFError
+        The other end is gone.
+    """
+    data, descriptors, _, _ = socket.recv_fds(channel, _MAX, 4, socket.MSG_CMSG_CLOEXEC)
     try:
         if not data:
             raise EOFError("the other end of the control channel is gone")
@@ -62,7 +89,7 @@ def receive_file(channel: socket.socket) -> tuple[dict[str, Any], int]:
         if not isinstance(request, dict):
             raise ProtocolError("a control message that is not a map")
     except BaseException:
-        if descriptor >= 0:
+        for descriptor in descriptors:
             os.close(descriptor)
         raise
-    return request, descriptor
+    return request, descriptors

@@ -32,7 +32,8 @@ from gpuremote.rpc.dial import host_identity
 from gpuremote.server.contents import ContentStore, tenant_of
 from gpuremote.server.greeting import Caller
 from gpuremote.server.options import ServerOptions
-from gpuremote.server.stock import ATTEMPTS, Stock, WorkerProcess
+from gpuremote.server.processes import WorkerProcess
+from gpuremote.server.stock import ATTEMPTS, Stock
 from gpuremote.transport.certificates import TlsServer
 from gpuremote.transport.select import choose, probe
 from gpuremote.wire.hello import Attach, Hello, Opened, Route, Starting, choose_version
@@ -373,9 +374,7 @@ class DeviceServer:
                 raise WorkerDied(end)
         elif hello.ticket or hmac.compare_digest(secret, hello.secret):
             # A ticket is proved to the worker, which alone knows it.
-            if session.worker.alive:
-                return session
-            raise session.worker.died()
+            return session
         raise SessionLost(
             "the server does not know this session (any more): its grace period passed, or the "
             "server was restarted"
@@ -386,7 +385,7 @@ class DeviceServer:
         if session is None:
             return
         del self._sessions[session.ident]
-        if worker.process.returncode != 0 and not self._stopping:
+        if worker.failed and not self._stopping:
             log.warning("worker %d %s", worker.pid, worker.describe_end())
             self._tombstones[session.ident] = (session.secret, worker.died().message)
             while len(self._tombstones) > MAX_TOMBSTONES:

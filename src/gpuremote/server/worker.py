@@ -21,7 +21,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from gpuremote import _clock
 from gpuremote._speed import native
@@ -44,7 +44,7 @@ from gpuremote.wire.frames import Kind, pack_info
 from gpuremote.wire.hello import Attach, Hello, HelloReader, Welcome, choose_version
 from gpuremote.wire.state import SessionState, State, Stimulus
 
-__all__ = ["main"]
+__all__ = ["work"]
 
 WAIT: Final = 1.0
 """Seconds of one wait of the main thread."""
@@ -67,7 +67,8 @@ class Worker:
     channel : socket.socket
         To the daemon (``server.control``).
     options : argparse.Namespace
-        As given on the command line.
+        As given on the command line of ``server.forkserver``, and ``contents``: the descriptor by
+        which uploads are kept, or -1.
     alone : bool
         The process is for this alone, and may be confined to what its session may hold.
     """
@@ -477,22 +478,8 @@ def _drain(descriptor: int) -> None:
         pass  # somebody else has taken it
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point of ``python -m gpuremote.server.worker``; started by the daemon only."""
-    parser = argparse.ArgumentParser(prog="gpuremote-worker")
-    parser.add_argument("--channel", type=int, required=True)
-    parser.add_argument("--contents", type=int, default=-1)
-    parser.add_argument("--backend", required=True)
-    parser.add_argument("--devices", type=int, required=True)
-    parser.add_argument("--memory-limit", type=int, required=True)
-    parser.add_argument("--grace", type=float, required=True)
-    for name in ("--certfile", "--keyfile", "--client-ca", "--cafile", "--weights"):
-        parser.add_argument(name, default="")
-    parser.add_argument("--allow-ops", action="append", default=[])
-    parser.add_argument("--allow-kernels", action="store_true")
-    parser.add_argument("--software", default="gpuremote")
-    options = parser.parse_args(arguments)
-    channel = socket.socket(fileno=options.channel)
+def work(channel: socket.socket, options: argparse.Namespace) -> NoReturn:
+    """Be a worker process, to its end."""
     code = 0
     # What NumPy warns of (the mean of nothing) is nan at the client, as on a GPU; said here it
     # would reach the terminal of a program with a local server, and nobody else.
@@ -510,7 +497,3 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.flush()
         # Threads may be inside ops that never end; nothing of this process is worth waiting for.
         os._exit(code)
-
-
-if __name__ == "__main__":
-    main()
