@@ -34,9 +34,10 @@ def serve(channel: socket.socket, become: Callable[[socket.socket, int], NoRetur
     Parameters
     ----------
     channel : socket.socket
-        To the daemon. It hears ``loaded`` first. It sends ``start`` with the ends of a worker's channels, and hears
-        ``started`` (with a descriptor of the process; ``pid`` is 0 if there is none, and ``error``
-        says why) and ``ended`` (``status`` is below 0 for a signal, as in ``subprocess``).
+        To the daemon. It hears ``loaded`` first. It sends ``start`` with the ends of a worker's
+        channels, and hears ``started`` (with a descriptor of the process; ``pid`` is 0 if there is
+        none, and ``error`` says why) and ``ended`` (``status`` is below 0 for a signal, as in
+        ``subprocess``).
     become : callable
         What a child does, with its channel, and the one for uploads that are kept or -1.
     """
