@@ -40,9 +40,7 @@ def send_file(channel: socket.socket, request: dict[str, Any], descriptor: int =
     send_files(channel, request, [descriptor] if descriptor >= 0 else [])
 
 
-def send_files(
-    channel: socket.socket, request: dict[str, Any], descriptors: Sequence[int]
-) -> None:
+def send_files(channel: socket.socket, request: dict[str, Any], descriptors: Sequence[int]) -> None:
     """Send a message, and with it open files, four at most (the sender keeps its own)."""
     socket.send_fds(channel, [pack_info(request)], descriptors)
 
