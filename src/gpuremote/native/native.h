@@ -10,10 +10,11 @@
        Stream  gpuremote.transport._stream
        Lane    gpuremote.rpc.lane
        Wait    gpuremote.client.waits
-       Slot    gpuremote.server.storage
+       Slot, Storage, Tally  gpuremote.server.storage
        Handle, Recorder, known  gpuremote.client.recording
        take_calls  gpuremote.server.calls
        gather  gpuremote.server.runs
+       run_plan  gpuremote.server.execute
        Loops  gpuremote.backend.fused
        fits    gpuremote.memory.host
        copy    gpuremote.memory.host
@@ -62,10 +63,12 @@ typedef struct {
     X(_admits) X(_broken) X(_ended) X(_failed) X(_finish) X(_flush_by_time) X(_follow_up) X(_gone) \
     X(_input) X(_known) X(_left) X(_parse) X(_prepare) X(_receive) X(_release) X(_renewed) \
     X(_report_if_due) X(_send) X(_settle_up_to) X(_shared) X(_slots) X(_take_origin) X(_whole) \
-    X(_written) X(abort) X(acquire) X(append) X(device) X(dispatch) X(done) X(dtype) X(expected) \
-    X(f) X(form) X(i) X(id) X(inplace) X(inputs) X(isdisjoint) X(lost) X(n_out) X(numbers) \
-    X(on_message) X(pending_output) X(receive) X(release) X(result) X(run) X(send) X(set_result) \
-    X(shape) X(slot) X(special) X(step) X(wiring)
+    X(_written) X(abort) X(acquire) X(append) X(check_result) X(checks) X(device) X(dispatch) X(done) \
+    X(dtype) X(expected) X(f) X(failed) X(form) X(function) X(i) X(id) X(inplace) X(inputs) \
+    X(isdisjoint) X(lost) X(n_out) X(nbytes) X(numbers) X(on_message) X(ops_executed) \
+    X(pending_output) X(quota) X(receive) X(release) X(reserve) X(result) X(run) \
+    X(run_otherwise) X(scratch) X(send) X(set_result) X(shape) X(simple) X(slot) X(special) \
+    X(step) X(wiring)
 #define DECLARE(name) extern PyObject *name_##name;
 NAMES(DECLARE)
 #undef DECLARE
@@ -93,9 +96,9 @@ typedef struct {
 enum taken { FAILED = -1, NOTHING, MESSAGE, OTHER };
 
 extern PyTypeObject *Stream_Type, *Lane_Type, *Wait_Type, *Slot_Type, *Handle_Type, *Recorder_Type,
-    *Loops_Type;
+    *Loops_Type, *Tally_Type, *Storage_Type;
 extern PyType_Spec stream_spec, lane_spec, wait_spec, slot_spec, handle_spec, recorder_spec,
-    loops_spec;
+    loops_spec, tally_spec, storage_spec;
 
 /* Receive once. MESSAGE: one message without payload and nothing else is in the buffer, *size
    bytes with its frame. OTHER: *other is what Stream._receive or _parse gave (None: nothing
@@ -154,6 +157,15 @@ PyObject *slot_value(PyObject *slot);
 
 /* Its meta, likewise. */
 PyObject *slot_meta(PyObject *slot);
+
+/* As Slot.fill. */
+void slot_put(PyObject *slot, PyObject *value, PyObject *meta, PyObject *storage);
+
+/* A new Storage of so many bytes of a Quota, or NULL with OutOfDeviceMemory set. */
+PyObject *storage_make(PyObject *quota, PyObject *nbytes);
+
+/* run_plan, see execute.c. */
+PyObject *execute_run_plan(PyObject *module, PyObject *const *args, Py_ssize_t count);
 
 /* known, see recording.c. */
 PyObject *recording_known(PyObject *module, PyObject *const *args, Py_ssize_t count);

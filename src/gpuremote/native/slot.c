@@ -49,16 +49,21 @@ PyObject *slot_meta(PyObject *slot)
     return Py_IS_TYPE(slot, Slot_Type) ? ((Slot *)slot)->meta : NULL;
 }
 
+void slot_put(PyObject *slot, PyObject *value, PyObject *meta, PyObject *storage)
+{
+    Slot *s = (Slot *)slot;
+    Py_XSETREF(s->meta, Py_NewRef(meta));
+    Py_XSETREF(s->storage, Py_NewRef(storage));
+    Py_XSETREF(s->value, Py_NewRef(value));
+}
+
 static PyObject *slot_fill(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    Slot *s = (Slot *)self;
     if (count != 3) {
         PyErr_SetString(PyExc_TypeError, "fill() takes value, meta and storage");
         return NULL;
     }
-    Py_XSETREF(s->meta, Py_NewRef(args[1]));
-    Py_XSETREF(s->storage, Py_NewRef(args[2]));
-    Py_XSETREF(s->value, Py_NewRef(args[0]));
+    slot_put(self, args[0], args[1], args[2]);
     Py_RETURN_NONE;
 }
 

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from gpuremote._speed import native
 from gpuremote._types import Shape
 from gpuremote.backend.base import Backend
 from gpuremote.errors import InternalError, OpError, OpFailed, ProtocolError, ShapeError
@@ -152,6 +153,30 @@ class Executable:
         except KeyError:
             return self.plan.arguments(fields, missing)
 
+    def run_otherwise(
+        self, number: int, session: WorkerSession, operands: list[Any], outs: list[Slot]
+    ) -> object:
+        """What is too rare for the part in C, which runs most calls."""
+        return python_run_plan(number, session, self, operands, outs)
+
+    def check_result(self, result: Any, meta: Meta) -> None:
+        """Raise if a result is not what the op's rule said."""
+        if result.shape != meta.shape or result.dtype != meta.dtype:
+            raise InternalError(
+                f"{self.name} gave {result.dtype}{result.shape}, its rule said {meta}"
+            )
+
+    def failed(
+        self,
+        number: int,
+        session: WorkerSession,
+        operands: list[Any],
+        outs: list[Slot],
+        error: Exception,
+    ) -> None:
+        """Tell of a call that failed, and poison what it should have written."""
+        poison_op(self, operands, outs, session.failed(number, self.name, error))
+
 
 class RefusedPlan(Executable):
     """A plan that can't run here: an op of a newer client's, or one that promotes differently.
@@ -206,8 +231,8 @@ class RefusedPlan(Executable):
         )
 
 
-def run_plan(
-    number: int, session: WorkerSession, op: Executable, operands: list[Any], outs: list[Slot]
+def python_run_plan(
+    number: int, session: WorkerSession, op: Executable, operands: list[Any], outs: list[Slot], /
 ) -> object:
     """Item of a stream: one call, if its operands are there (else the one that is not).
 
@@ -244,9 +269,14 @@ def run_plan(
             _run_general(session, op, operands, values, outs)
         del room
     except Exception as error:
-        poison_op(op, operands, outs, session.failed(number, op.name, error))
+        op.failed(number, session, operands, outs, error)
     session.ops_executed += 1
     return None
+
+
+run_plan = python_run_plan
+if not TYPE_CHECKING and native is not None:
+    run_plan = native.run_plan
 
 
 def poison_op(op: Writes, operands: Sequence[Any], outs: list[Slot], failure: Failure) -> None:
@@ -275,10 +305,8 @@ def _run_simple(session: WorkerSession, op: Executable, values: list[Any], out: 
     storage = Storage(session.quota, meta.nbytes)
     (result,) = op.function(values)
     if result.shape != meta.shape or result.dtype is not meta.dtype:
-        _check_result(result, meta, op)
-    out.meta = meta
-    out.storage = storage
-    out.value = result
+        op.check_result(result, meta)
+    out.fill(result, meta, storage)
 
 
 def _run_general(
@@ -295,7 +323,7 @@ def _run_general(
         storages = reservation.split([meta.nbytes for meta in op.outputs])
         for result, meta, storage, slot in zip(results, op.outputs, storages, outs, strict=True):
             if result.shape != meta.shape or result.dtype is not meta.dtype:
-                _check_result(result, meta, op)
+                op.check_result(result, meta)
             slot.fill(result, meta, storage)
         return
     root = backend.storage_of(values[0]) if op.view else None
@@ -332,11 +360,6 @@ def _stays(array: Any, wanted: Shape) -> bool:
                     return False
                 old *= length
     return True
-
-
-def _check_result(result: Any, meta: Meta, op: Executable) -> None:
-    if result.shape != meta.shape or result.dtype != meta.dtype:
-        raise InternalError(f"{op.name} gave {result.dtype}{result.shape}, its rule said {meta}")
 
 
 def _check_meta(found: Meta | None, expected: Meta, op: Executable) -> None:

@@ -32,47 +32,19 @@ class Failure(NamedTuple):
         return cls(number, error.code, error.message, op)
 
 
-class Quota:
-    """Device memory that one session may hold, in bytes. Checked before allocation.
+class PythonTally:
+    """Bytes in use, and how many there may be."""
 
-    Attributes
-    ----------
-    spare : callable or None
-        Called before something is refused, with the bytes that are missing: gives back what can
-        be spared.
-    """
+    __slots__ = ("_lock", "limit", "peak", "used")
 
-    __slots__ = ("_lock", "limit", "peak", "spare", "used")
-
-    spare: Callable[[int], None] | None
-
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, /) -> None:
         self.limit = limit
         self.used = 0
         self.peak = 0
-        self.spare = None
         self._lock = threading.Lock()
 
-    def reserve(self, nbytes: int) -> None:
-        """Count ``nbytes`` as used.
-
-        Raises
-        ------
-        OutOfDeviceMemory
-            They do not fit; nothing was counted.
-        """
-        if self._count(nbytes):
-            return
-        if self.spare is not None:
-            self.spare(self.used + nbytes - self.limit)
-            if self._count(nbytes):
-                return
-        raise OutOfDeviceMemory(
-            f"{nbytes} bytes do not fit: {self.used} of {self.limit} bytes are in use; "
-            "drop arrays that are no longer needed, or ask for a larger memory limit"
-        )
-
-    def _count(self, nbytes: int) -> bool:
+    def count(self, nbytes: int, /) -> bool:
+        """Count ``nbytes`` as used; False if they do not fit, and then nothing was counted."""
         with self._lock:
             used = self.used + nbytes
             if used > self.limit:
@@ -82,12 +54,56 @@ class Quota:
                 self.peak = used
             return True
 
-    def release(self, nbytes: int) -> None:
+    def release(self, nbytes: int, /) -> None:
+        """They are no longer used."""
         with self._lock:
             self.used -= nbytes
 
 
-class Storage:
+Tally = PythonTally
+if not TYPE_CHECKING and native is not None:
+    Tally = native.Tally
+
+
+class Quota(Tally):
+    """Device memory that one session may hold, in bytes. Checked before allocation.
+
+    Attributes
+    ----------
+    spare : callable or None
+        Called before something is refused, with the bytes that are missing: gives back what can
+        be spared.
+    """
+
+    __slots__ = ("spare",)
+
+    spare: Callable[[int], None] | None
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.spare = None
+
+    def reserve(self, nbytes: int) -> None:
+        """Count ``nbytes`` as used.
+
+        Raises
+        ------
+        OutOfDeviceMemory
+            They do not fit; nothing was counted.
+        """
+        if self.count(nbytes):
+            return
+        if self.spare is not None:
+            self.spare(self.used + nbytes - self.limit)
+            if self.count(nbytes):
+                return
+        raise OutOfDeviceMemory(
+            f"{nbytes} bytes do not fit: {self.used} of {self.limit} bytes are in use; "
+            "drop arrays that are no longer needed, or ask for a larger memory limit"
+        )
+
+
+class PythonStorage:
     """One allocation, shared by an array and its views; its bytes go back with the last of them.
 
     Made before the memory itself, so that nothing is allocated that is not counted.
@@ -105,7 +121,7 @@ class Storage:
 
     __slots__ = ("_nbytes", "_quota", "outgoing")
 
-    def __init__(self, quota: Quota, nbytes: int) -> None:
+    def __init__(self, quota: Quota, nbytes: int, /) -> None:
         self._nbytes = 0
         self._quota = quota
         self.outgoing = 0
@@ -117,11 +133,11 @@ class Storage:
         """Bytes that are counted for it."""
         return self._nbytes
 
-    def split(self, sizes: Sequence[int]) -> list[Storage]:
+    def split(self, sizes: Sequence[int], /) -> list[PythonStorage]:
         """Hand the bytes over to one storage for each of ``sizes``."""
         parts = []
         for nbytes in sizes:
-            part = Storage(self._quota, 0)
+            part = PythonStorage(self._quota, 0)
             part._nbytes = nbytes
             self._nbytes -= nbytes
             parts.append(part)
@@ -130,6 +146,11 @@ class Storage:
     def __del__(self) -> None:
         if self._nbytes:
             self._quota.release(self._nbytes)
+
+
+Storage = PythonStorage
+if not TYPE_CHECKING and native is not None:
+    Storage = native.Storage
 
 
 class PythonSlot:

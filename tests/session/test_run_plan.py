@@ -1,0 +1,282 @@
+"""Running one call: the part in C does what Python does, and leaves the rest to it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpuremote._speed import native
+from gpuremote.backend.numpy_backend import NumpyBackend
+from gpuremote.errors import OutOfDeviceMemory
+from gpuremote.ops.catalogue import find
+from gpuremote.ops.plan import define
+from gpuremote.server.execute import Executable, python_run_plan
+from gpuremote.server.session import WorkerSession
+from gpuremote.server.storage import (
+    Failure,
+    PythonStorage,
+    PythonTally,
+    Quota,
+    Slot,
+    Storage,
+    Tally,
+)
+
+RUNS = [pytest.param(python_run_plan, id="python")]
+COUNTS = [pytest.param(PythonTally, id="python")]
+if native is not None:
+    RUNS.append(pytest.param(native.run_plan, id="native"))
+    COUNTS.append(pytest.param(native.Tally, id="native"))
+
+
+class Bench:
+    """A session whose calls are run by hand, and what it was told of failures."""
+
+    def __init__(self, run: Callable[..., object], limit: int = 1 << 20) -> None:
+        self.run = run
+        self.session = WorkerSession(NumpyBackend(), limit)
+        self.told: list[tuple[int, str, str]] = []
+        self.session.failed = self.failed  # type: ignore[method-assign]
+        self.plans = 64
+
+    def failed(self, number: int, op: str, error: Exception) -> Failure:
+        known = self.session.backend.translate_error(error)
+        self.told.append((number, op, type(known).__name__))
+        return Failure.of(number, op, known)
+
+    def slot(self, value: Any) -> Slot:
+        array = np.asarray(value)
+        slot = Slot()
+        meta = self.session.metas.get(array.shape, array.dtype, 0)
+        slot.fill(array, meta, Storage(self.session.quota, meta.nbytes))
+        return slot
+
+    def plan(self, op: str, operands: Sequence[Any], **params: Any) -> Executable:
+        self.plans += 1
+        kinds = [operand.meta if isinstance(operand, Slot) else operand for operand in operands]
+        plan = define(self.plans, find(op), kinds, params, 0, self.session.metas)
+        return Executable(plan, self.session.backend.compile(plan))
+
+    def call(self, plan: Executable, operands: list[Any]) -> tuple[object, list[Slot]]:
+        outs = [Slot() for _ in range(plan.n_out)]
+        return self.run(7, self.session, plan, operands, outs), outs
+
+
+@pytest.fixture(params=RUNS)
+def bench(request: pytest.FixtureRequest) -> Bench:
+    return Bench(request.param)
+
+
+def test_a_new_array(bench: Bench) -> None:
+    x = bench.slot([1.0, 2.0])
+    plan = bench.plan("add", [x, x])
+    used = bench.session.quota.used
+    answer, (out,) = bench.call(plan, [x, x])
+    assert answer is None
+    assert out.value.tolist() == [2, 4]
+    assert out.meta is plan.simple
+    assert out.storage is not None
+    assert out.storage.nbytes == 16
+    assert bench.session.quota.used == used + 16
+    assert bench.session.ops_executed == 1
+    del out
+    assert bench.session.quota.used == used
+    assert not bench.told
+
+
+def test_a_number(bench: Bench) -> None:
+    x = bench.slot([1.0, 2.0])
+    answer, (out,) = bench.call(bench.plan("add", [x, "f"]), [x, 0.5])
+    assert (answer, out.value.tolist()) == (None, [1.5, 2.5])
+
+
+def test_one_that_is_not_there_yet(bench: Bench) -> None:
+    x, later = bench.slot([1.0]), Slot()
+    plan = bench.plan("add", [x, x])
+    answer, (out,) = bench.call(plan, [x, later])
+    assert answer is later
+    assert out.pending
+    assert bench.session.ops_executed == 0
+
+
+def test_one_that_failed(bench: Bench) -> None:
+    x, bad = bench.slot([1.0]), Slot()
+    failure = Failure(3, 1, "it went wrong", "svd")
+    bad.poison(failure)
+    answer, (out,) = bench.call(bench.plan("add", [x, x]), [bad, x])
+    assert answer is None
+    assert out.failure is failure
+    assert not bench.told
+
+
+def test_one_that_is_something_else(bench: Bench) -> None:
+    x, y = bench.slot([1.0]), bench.slot([1, 2])
+    _, (out,) = bench.call(bench.plan("add", [x, x]), [x, y])
+    assert bench.told == [(7, "add", "ShapeError")]
+    assert out.failure is not None
+    assert bench.session.ops_executed == 1
+
+
+def test_an_equal_meta_of_another_table(bench: Bench) -> None:
+    x = bench.slot([1.0])
+    plan = bench.plan("add", [x, x])
+    bench.session.metas._table.clear()
+    y = bench.slot([2.0])
+    assert y.meta is not x.meta
+    _, (out,) = bench.call(plan, [x, y])
+    assert out.value.tolist() == [3]
+
+
+def test_no_room(bench: Bench) -> None:
+    x = bench.slot(np.zeros(1 << 13))
+    plan = bench.plan("add", [x, x])
+    bench.session.quota.limit = 1 << 16
+    spared: list[int] = []
+    bench.session.quota.spare = spared.append
+    _, (out,) = bench.call(plan, [x, x])
+    assert bench.told == [(7, "add", "OutOfDeviceMemory")]
+    assert spared == [1 << 16]
+    assert out.value is None
+    assert bench.session.quota.used == 1 << 16
+
+
+def test_it_raises(bench: Bench) -> None:
+    x = bench.slot([1.0])
+    plan = bench.plan("add", [x, x])
+    used = bench.session.quota.used
+
+    def fail(_: Sequence[Any]) -> Any:
+        raise FloatingPointError("no")
+
+    plan.function = fail
+    _, (out,) = bench.call(plan, [x, x])
+    assert bench.told == [(7, "add", "OpFailed")]
+    assert out.failure is not None
+    gc.collect()
+    assert bench.session.quota.used == used
+
+
+def test_an_interrupt_is_no_failure(bench: Bench) -> None:
+    x = bench.slot([1.0])
+    plan = bench.plan("add", [x, x])
+
+    def interrupt(_: Sequence[Any]) -> Any:
+        raise KeyboardInterrupt
+
+    plan.function = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        bench.call(plan, [x, x])
+    assert not bench.told
+
+
+@pytest.mark.parametrize("wrong", [np.zeros(3), np.zeros(1, np.float32)])
+def test_a_result_that_is_not_what_was_declared(bench: Bench, wrong: Any) -> None:
+    x = bench.slot([1.0])
+    plan = bench.plan("add", [x, x])
+    plan.function = lambda _: (wrong,)
+    bench.call(plan, [x, x])
+    assert bench.told == [(7, "add", "InternalError")]
+
+
+def test_an_equal_dtype(bench: Bench) -> None:
+    """NumPy makes another object for what it reads from elsewhere."""
+    x = bench.slot([1.0])
+    plan = bench.plan("add", [x, x])
+    other = np.zeros(1, np.dtype("f8", copy=True, metadata={"a": 1}))
+    plan.function = lambda _: (other,)
+    _, (out,) = bench.call(plan, [x, x])
+    assert out.value is other
+
+
+def test_results_that_are_not_one(bench: Bench) -> None:
+    x = bench.slot([1.0])
+    plan = bench.plan("add", [x, x])
+    plan.function = lambda _: (x.value, x.value)
+    bench.call(plan, [x, x])
+    assert len(bench.told) == 1
+
+
+def test_in_place_views_several_and_scratch(bench: Bench) -> None:
+    x = bench.slot(np.arange(4.0))
+    bench.call(bench.plan("add_", [x, "f"]), [x, 1.0])
+    assert x.value.tolist() == [1, 2, 3, 4]
+    _, (view,) = bench.call(bench.plan("reshape", [x], shape=[2, 2]), [x])
+    assert view.storage is x.storage
+    square = bench.slot(np.eye(2))
+    _, outs = bench.call(bench.plan("slogdet", [square]), [square])
+    assert [out.value.tolist() for out in outs] == [1, 0]
+    _, (out,) = bench.call(bench.plan("sort", [x]), [x])
+    assert out.value.tolist() == [1, 2, 3, 4]
+    assert bench.session.ops_executed == 4
+    assert not bench.told
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_counting(kind: type[PythonTally]) -> None:
+    tally = kind(100)
+    assert tally.count(60)
+    assert not tally.count(41)
+    assert tally.count(40)
+    assert not tally.count(1 << 70)
+    tally.release(50)
+    assert (tally.used, tally.peak, tally.limit) == (50, 100, 100)
+    tally.limit = 10
+    assert not tally.count(0)
+    tally.limit = 1 << 62
+    assert tally.count(1 << 61)
+    assert not tally.count(1 << 62)
+
+
+def test_what_is_loaded() -> None:
+    expected = (PythonTally, PythonStorage) if native is None else (native.Tally, native.Storage)
+    assert (Tally, Storage) == expected
+
+
+def test_a_storage() -> None:
+    quota = Quota(100)
+    storage = Storage(quota, 60)
+    with pytest.raises(OutOfDeviceMemory, match="60 of 100 bytes are in use"):
+        Storage(quota, 41)
+    assert (quota.used, storage.outgoing) == (60, 0)
+    storage.outgoing += 1
+    assert storage.outgoing == 1
+    parts = storage.split([10, 20])
+    assert [part.nbytes for part in parts] == [10, 20]
+    assert storage.nbytes == 30
+    del storage
+    assert quota.used == 30
+    del parts
+    assert quota.used == 0
+
+
+def test_a_storage_that_room_is_made_for() -> None:
+    quota = Quota(100)
+    held = [Storage(quota, 80)]
+    quota.spare = lambda missing: held.clear()
+    assert Storage(quota, 50).nbytes == 50
+    assert quota.used == 0
+
+
+def test_a_circle_of_a_quota_is_collected() -> None:
+    """A session that ends without a word: its arrays lead to the quota, and that to it."""
+
+    class Owner:
+        storage: Any
+
+        def spare(self, missing: int) -> None:
+            pass
+
+    def leave() -> weakref.ref[Owner]:
+        quota, owner = Quota(100), Owner()
+        owner.storage = Storage(quota, 10)
+        quota.spare = owner.spare
+        return weakref.ref(owner)
+
+    left = leave()
+    gc.collect()
+    assert left() is None
