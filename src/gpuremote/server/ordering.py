@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from gpuremote._clock import now
 from gpuremote.errors import LimitExceeded, ProtocolError
 from gpuremote.server.streams import EventPoint, Stream, StreamThread
 from gpuremote.wire import caps
@@ -14,6 +16,11 @@ if TYPE_CHECKING:
     from gpuremote.server.session import WorkerSession
 
 __all__ = ["Ordering"]
+
+PATIENCE: Final = 1.0
+"""Seconds without an op that ends, after which other streams are taken to stand still."""
+STEP: Final = 0.002
+"""Seconds between two looks at what other threads run."""
 
 
 class Ordering:
@@ -39,6 +46,9 @@ class Ordering:
         self._wake = wake
         self._events: dict[int, EventPoint] = {}
         self._waiting: dict[Stream, Any] = {}
+        self._running = threading.Lock()
+        """Of whoever runs the default stream."""
+        self._room = threading.Condition(session.lock)
         self.default = Stream(0, 0, None, self._waiting, wake)
         self.streams: dict[int, StreamThread] = {}
         self.current: Stream = self.default
@@ -64,6 +74,38 @@ class Ordering:
             except IndexError:
                 continue  # empty
         return done
+
+    def run_default(self, enough: Callable[[], bool] | None = None) -> bool:
+        """Run what the default stream can run now; False if another thread does."""
+        if not self._running.acquire(blocking=False):
+            return False
+        try:
+            self.default.run_ready(enough)
+        finally:
+            self._running.release()
+        return True
+
+    def run_until(self, enough: Callable[[], bool]) -> bool:
+        """Have what was issued so far run until it is ``enough``; whether it ever was.
+
+        With the session's lock held. Others get it while they run something.
+        """
+        session = self._session
+        seen, deadline = -1, 0.0
+        while not enough():
+            with session.backend.activate(None):
+                mine = self.run_default(enough)
+            if enough():
+                break
+            if mine:
+                if not any(stream.queue for stream in list(self.streams.values())):
+                    return False  # what stands still here waits for what is still to come
+                if seen != session.ops_executed:
+                    seen, deadline = session.ops_executed, now() + PATIENCE
+                elif now() > deadline:
+                    return False
+            self._room.wait(STEP)
+        return True
 
     @property
     def backlog(self) -> int:

@@ -376,12 +376,25 @@ class WorkerSession:
         slot = self._table[number] = Slot()
         meta = self._checked_meta(shape, dtype, device)
         try:
-            storage = Storage(self.quota, meta.nbytes)
+            storage = self._room(meta.nbytes)
         except GpuRemoteError as error:
             slot.poison(self.failed(number, op, error))
             return None
         arrival = self._arriving[number] = Arrival(slot, meta, storage)
         return arrival
+
+    def _room(self, nbytes: int) -> Storage:
+        """Memory for what comes from outside. If there is none, there may be once those ops have
+        run that were issued before: arrays that the client has dropped are their operands."""
+        try:
+            return Storage(self.quota, nbytes)
+        except OutOfDeviceMemory:
+            quota = self.quota
+            if nbytes > quota.limit or not self.ordering.run_until(
+                lambda: quota.used + nbytes <= quota.limit
+            ):
+                raise
+        return Storage(quota, nbytes)
 
     def place(
         self,
@@ -554,7 +567,7 @@ class WorkerSession:
 
     def run_default(self) -> None:
         """Run what the default stream can run now. Main thread only."""
-        self.default.run_ready()
+        self.ordering.run_default()
         if self.peer.held:
             with self.lock:
                 self.regulate()

@@ -103,8 +103,9 @@ class Stream:
         self.waiting = waiting
         self.wake = wake
 
-    def run_ready(self) -> bool:
-        """Run from the head until the queue is empty (True) or an item stalls (False)."""
+    def run_ready(self, enough: Callable[[], bool] | None = None) -> bool:
+        """Run from the head until the queue is empty (True), or an item stalls or it is ``enough``
+        (False)."""
         queue, waiting = self.queue, self.waiting
         while queue:
             number, function, arguments = queue[0]
@@ -114,6 +115,9 @@ class Stream:
                     return False
                 continue
             queue.popleft()
+            del function, arguments  # and what only they held
+            if enough is not None and enough():
+                return False
             if waiting:
                 for stream, wanted in list(waiting.items()):
                     if not wanted.pending:
