@@ -42,7 +42,8 @@ unexport PYTHONDONTWRITEBYTECODE
 NATIVE := $(wildcard src/gpuremote/native/* src/gpuremote/torch_native/*)
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# What is imported is compiled then; all of it would be a minute.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 # Asked only when the virtual environment has to be made. Each candidate is run: a version
 # manager leaves commands on the path that do not work.
 PYTHON ?= python3 python3.13 python3.12 python3.11
@@ -90,7 +91,7 @@ lint: $(VENV)/.stamp-test ## ruff, the layers of the imports, mypy --strict
 	@echo "== lint: imports go downwards only (import-linter)"
 	@$(BIN)/lint-imports --no-cache
 	@echo "== lint: types (mypy --strict)"
-	@$(BIN)/mypy
+	@$(BIN)/mypy --num-workers 2
 
 format: $(VENV)/.stamp-test ## rewrite the sources as ruff formats them
 	@echo "== format: imports and layout (ruff)"
@@ -112,24 +113,24 @@ $(VENV)/.stamp-venv:
 
 $(VENV)/.stamp-torch: | $(VENV)/.stamp-venv
 	@echo "== setup: PyTorch for the demo and the tests ($(TORCH); large, downloaded once)"
-	@$(PIP) install '$(TORCH)'
+	@$(INSTALL) '$(TORCH)'
 	@touch $@
 
 $(VENV)/.stamp-demo: pyproject.toml $(NATIVE) | $(VENV)/.stamp-torch
 	@echo "== setup: gpuremote and what the demo needs"
-	@$(PIP) install -e '.[demo]'
+	@$(INSTALL) -e '.[demo]'
 	@touch $@
 
 $(VENV)/.stamp-bench: pyproject.toml $(NATIVE) | $(VENV)/.stamp-venv
 	@echo "== setup: gpuremote and what the benchmarks need"
-	@$(PIP) install -e '.[bench]'
+	@$(INSTALL) -e '.[bench]'
 	@touch $@
 
 $(VENV)/.stamp-test: pyproject.toml $(NATIVE) | $(VENV)/.stamp-torch
 	@echo "== setup: gpuremote and what the tests need; meanwhile its part in C++ is built"
-	@$(PIP) install -e .
+	@$(INSTALL) -e .
 	@$(BIN)/gpuremote torch build >$(VENV)/torch-build.log 2>&1 & build=$$!; \
-		$(PIP) install -e '.[test]'; installed=$$?; \
+		$(INSTALL) -e '.[test]'; installed=$$?; \
 		wait $$build || { cat $(VENV)/torch-build.log >&2; exit 1; }; \
 		tail -n 1 $(VENV)/torch-build.log; exit $$installed
 	@touch $(VENV)/.stamp-demo $(VENV)/.stamp-bench $@

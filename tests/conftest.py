@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 from blockbuster import blockbuster_ctx
 
+from gpuremote.testing.servers import RunningServer, device_server
 from tests.leaks import Snapshot, mark_descendants, settled_leaks
 from tests.rdma.devices import why_not
 
@@ -76,6 +77,21 @@ def pytest_asyncio_loop_factories(
 def loop_factory(pytestconfig: pytest.Config) -> LoopFactory:
     """Makes the event loops of this run, for tests that run one themselves."""
     return pytestconfig.stash[LOOP][1]
+
+
+@pytest.fixture(scope="session")
+def numpy_server() -> Iterator[RunningServer]:
+    """For the files that need nothing else of a server. What shares it are processes of their own:
+    the sessions."""
+    with device_server("--warm", "2", "--devices", "2") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def torch_server() -> Iterator[RunningServer]:
+    """The same with PyTorch, which takes seconds to load."""
+    with device_server("--backend", "torch") as running:
+        yield running
 
 
 @pytest.fixture(scope="session", autouse=True)

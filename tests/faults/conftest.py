@@ -1,4 +1,4 @@
-"""A device server for the tests of one file, a proxy in front of it, and the two drivers."""
+"""A device server, a proxy in front of it, and the two drivers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from gpuremote.testing.cutting import CuttingProxy
-from gpuremote.testing.servers import RunningServer, device_server
+from gpuremote.testing.servers import RunningServer
 from tests.faults.sides import AsyncSide, BlockingSide, Side
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with device_server("--warm", "2") as running:
-        yield running
+def server(numpy_server: RunningServer) -> RunningServer:
+    return numpy_server
 
 
 @pytest.fixture(scope="module", autouse=True)

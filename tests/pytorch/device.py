@@ -1,4 +1,4 @@
-"""A remote device for the tests: a server of its own, and what it held at the end."""
+"""A remote device for the tests."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["remote_device"]
 
 
 @contextmanager
-def remote_device(options: str = "") -> Iterator[torch.device]:
-    """``remote:0`` on a server that is started for this."""
-    gpuremote.torch.connect(f"local://?backend=torch{options}")
+def remote_device(url: str) -> Iterator[torch.device]:
+    """``remote:0`` of a server, and what goes wrong last."""
+    gpuremote.torch.connect(url)
     try:
         _homes.home(0)
         yield torch.device("remote", 0)

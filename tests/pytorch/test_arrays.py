@@ -13,12 +13,13 @@ import torch
 import gpuremote
 import gpuremote.torch
 from gpuremote.errors import DeviceMismatch, DTypeError, GpuRemoteError
+from gpuremote.testing.servers import RunningServer
 from tests.pytorch.device import remote_device
 
 
 @pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    with remote_device() as found:
+def device(torch_server: RunningServer) -> Iterator[torch.device]:
+    with remote_device(torch_server.url) as found:
         yield found
 
 

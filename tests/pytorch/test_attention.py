@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpuremote.backend.torch_attention import choose_attention
 from gpuremote.errors import UnsupportedOp
+from gpuremote.testing.servers import RunningServer
 from gpuremote.torch import _attention, _homes
 from gpuremote.torch._tier import native
 from tests.pytorch.device import remote_device
@@ -21,8 +22,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    with remote_device() as found:
+def device(torch_server: RunningServer) -> Iterator[torch.device]:
+    with remote_device(torch_server.url) as found:
         yield found
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 import gpuremote.torch
 from gpuremote.errors import OpError
+from gpuremote.testing.servers import RunningServer
 from gpuremote.torch import _homes
 from gpuremote.torch._storages import HELD
 from tests.pytorch.device import remote_device
@@ -26,8 +27,8 @@ REMOTE: Any = torch.get_device_module("remote")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    with remote_device() as found:
+def device(torch_server: RunningServer) -> Iterator[torch.device]:
+    with remote_device(torch_server.url) as found:
         yield found
 
 

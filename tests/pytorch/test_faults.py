@@ -13,6 +13,7 @@ from torch import nn
 
 from gpuremote.errors import OpError
 from gpuremote.ops.torch_call import Call, Result, encode
+from gpuremote.testing.servers import RunningServer
 from gpuremote.torch import _homes
 from gpuremote.torch._storages import HELD
 from tests.pytorch.device import remote_device
@@ -21,8 +22,8 @@ REMOTE: Any = torch.get_device_module("remote")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    with remote_device("&memory=256MiB") as found:
+def device(torch_server: RunningServer) -> Iterator[torch.device]:
+    with remote_device(f"{torch_server.url}?memory=256MiB") as found:
         yield found
 
 

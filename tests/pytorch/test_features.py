@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gpuremote.torch
 from gpuremote.errors import GpuRemoteError
 from gpuremote.ops.torch_call import Views
+from gpuremote.testing.servers import RunningServer
 from gpuremote.torch._inference import results_of
 from tests.pytorch.device import remote_device
 
@@ -22,8 +23,8 @@ Tensor = torch.Tensor
 
 
 @pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    with remote_device() as found:
+def device(torch_server: RunningServer) -> Iterator[torch.device]:
+    with remote_device(torch_server.url) as found:
         yield found
 
 

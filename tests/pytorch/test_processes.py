@@ -12,6 +12,7 @@ import torch
 
 import gpuremote.torch
 from gpuremote.errors import GpuRemoteError, SessionLost
+from gpuremote.testing.servers import RunningServer
 from gpuremote.torch import _homes
 from gpuremote.torch._tier import native
 from tests.pytorch.device import remote_device
@@ -20,8 +21,8 @@ ONCE = pytest.mark.skipif(native is None, reason="the same for both parts, and s
 
 
 @ONCE
-def test_a_killed_worker_is_an_error() -> None:
-    with remote_device("&memory=256MiB") as device:
+def test_a_killed_worker_is_an_error(torch_server: RunningServer) -> None:
+    with remote_device(f"{torch_server.url}?memory=256MiB") as device:
         _lose(device)
 
 

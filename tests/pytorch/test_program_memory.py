@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import gpuremote.torch
+from gpuremote.testing.servers import RunningServer
 from tests.pytorch.device import remote_device
 
 
-def test_a_program_needs_no_more_memory_than_there_is() -> None:
+def test_a_program_needs_no_more_memory_than_there_is(torch_server: RunningServer) -> None:
     """It fails before it has written to anything."""
-    with remote_device("&memory=9MiB") as small:
+    with remote_device(f"{torch_server.url}?memory=9MiB") as small:
         total = torch.zeros(4, device=small)
 
         def step(x: torch.Tensor) -> torch.Tensor:

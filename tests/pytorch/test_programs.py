@@ -14,6 +14,7 @@ from torch import nn
 
 import gpuremote.torch
 from gpuremote.errors import OpError, UnsupportedOp
+from gpuremote.testing.servers import RunningServer
 from gpuremote.torch import _homes
 from gpuremote.torch._storages import HELD
 from gpuremote.wire import caps
@@ -25,8 +26,8 @@ same = torch.testing.assert_close
 
 
 @pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    with remote_device() as found:
+def device(torch_server: RunningServer) -> Iterator[torch.device]:
+    with remote_device(torch_server.url) as found:
         yield found
 
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from gpuremote.testing.servers import RunningServer
 from gpuremote.torch import _homes
 from gpuremote.torch._tier import native
 from tests.pytorch.device import remote_device
@@ -38,8 +39,8 @@ CONFIGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    with remote_device() as found:
+def device(torch_server: RunningServer) -> Iterator[torch.device]:
+    with remote_device(torch_server.url) as found:
         yield found
 
 

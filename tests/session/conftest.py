@@ -1,4 +1,4 @@
-"""One device server for the tests of a file, and a session of each kind for those that share it."""
+"""A device server, and for the tests of a file a session of each kind for those that share it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
-from gpuremote.testing.servers import RunningServer, device_server
+from gpuremote.testing.servers import RunningServer
 from tests.conftest import LOOP
 from tests.faults.sides import AsyncSide, BlockingSide, Side
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with device_server("--warm", "2", "--devices", "2") as running:
-        yield running
+def server(numpy_server: RunningServer) -> RunningServer:
+    return numpy_server
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -58,7 +58,7 @@ class Bench:
 
     def plan(self, op: str, operands: Sequence[Any], **params: Any) -> Executable:
         self.plans += 1
-        kinds = [operand.meta if isinstance(operand, Slot) else operand for operand in operands]
+        kinds: list[Any] = [o.meta if isinstance(o, Slot) else o for o in operands]
         plan = define(self.plans, find(op), kinds, params, 0, self.session.metas)
         return Executable(plan, self.session.backend.compile(plan))
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from gpuremote._clock import now
-from gpuremote.errors import LimitExceeded, ProtocolError
+from gpuremote.errors import LimitExceeded, OutOfDeviceMemory, ProtocolError
+from gpuremote.server.storage import Storage
 from gpuremote.server.streams import EventPoint, Stream, StreamThread
 from gpuremote.wire import caps
 from gpuremote.wire.batch import ALL_STREAMS, Op
@@ -85,11 +86,29 @@ class Ordering:
             self._running.release()
         return True
 
-    def run_until(self, enough: Callable[[], bool]) -> bool:
-        """Have what was issued so far run until it is ``enough``; whether it ever was.
+    def room(self, nbytes: int) -> Storage:
+        """Memory for what comes from outside; with the session's lock held.
 
-        With the session's lock held. Others get it while they run something.
+        If there is none, there may be once those ops have run that were issued before: arrays that
+        the client has dropped are their operands.
+
+        Raises
+        ------
+        OutOfDeviceMemory
+            Nor then.
         """
+        quota = self._session.quota
+        try:
+            return Storage(quota, nbytes)
+        except OutOfDeviceMemory:
+            if nbytes > quota.limit or not self._run_until(
+                lambda: quota.used + nbytes <= quota.limit
+            ):
+                raise
+        return Storage(quota, nbytes)
+
+    def _run_until(self, enough: Callable[[], bool]) -> bool:
+        """Have what was issued so far run until it is ``enough``; whether it ever was."""
         session = self._session
         seen, deadline = -1, 0.0
         while not enough():

@@ -376,25 +376,12 @@ class WorkerSession:
         slot = self._table[number] = Slot()
         meta = self._checked_meta(shape, dtype, device)
         try:
-            storage = self._room(meta.nbytes)
+            storage = self.ordering.room(meta.nbytes)
         except GpuRemoteError as error:
             slot.poison(self.failed(number, op, error))
             return None
         arrival = self._arriving[number] = Arrival(slot, meta, storage)
         return arrival
-
-    def _room(self, nbytes: int) -> Storage:
-        """Memory for what comes from outside. If there is none, there may be once those ops have
-        run that were issued before: arrays that the client has dropped are their operands."""
-        try:
-            return Storage(self.quota, nbytes)
-        except OutOfDeviceMemory:
-            quota = self.quota
-            if nbytes > quota.limit or not self.ordering.run_until(
-                lambda: quota.used + nbytes <= quota.limit
-            ):
-                raise
-        return Storage(quota, nbytes)
 
     def place(
         self,
