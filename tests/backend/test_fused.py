@@ -263,6 +263,35 @@ def test_every_ufunc_in_c(backend: NumpyBackend, name: str) -> None:
     assert bool(ran) == (name not in OF_OTHER_DTYPES)
 
 
+@pytest.mark.skipif(native is None, reason="only where the part in C is")
+@pytest.mark.parametrize("name", [*UNARY, *BINARY])
+def test_every_ufunc_in_place(backend: NumpyBackend, name: str) -> None:
+    """In the place of an operand it gives the same bits: ``native/execute.c`` relies on that."""
+    ran = 0
+    for seed, dtype in enumerate(DTYPES):
+        size = 4096 + (1, 4099, 0, 7)[seed % 4]
+        x = numbers(size, dtype, 2 * seed, seed % 4)
+        y = numbers(size, dtype, 2 * seed + 40, 3 * seed % 4)
+        for operands in forms_of(name, x, y):
+            try:
+                plan = plan_of(name, operands)
+                expected = alone(backend, plan, operands)
+            except (OpError, TypeError, ValueError, OverflowError):
+                continue  # not of these dtypes, or of these values
+            function: Any = backend.compile(plan)
+            if not getattr(function, "elementwise", False):
+                continue
+            for position, operand in enumerate(operands):
+                if getattr(operand, "shape", ()) != x.shape or operand.dtype != expected.dtype:
+                    continue
+                place = operand.copy()
+                values = [place if o is operand else o for o in operands]
+                assert function.kernel(*values, out=place) is place
+                assert place.tobytes() == expected.tobytes(), (plan, position)
+                ran += 1
+    assert ran
+
+
 def runs_in_c(backend: NumpyBackend, name: str, operands: tuple[Any, ...], keep: bool) -> bool:
     """Whether that is a chain of one dtype; then its bits are compared."""
     try:

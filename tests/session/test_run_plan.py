@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gpuremote._speed import native
+from gpuremote.backend.array_namespace import python_single, single
 from gpuremote.backend.numpy_backend import NumpyBackend
 from gpuremote.errors import OutOfDeviceMemory
 from gpuremote.ops.catalogue import find
@@ -159,6 +160,139 @@ def test_it_raises(bench: Bench) -> None:
     assert out.failure is not None
     gc.collect()
     assert bench.session.quota.used == used
+
+
+@pytest.mark.parametrize(
+    "make", [python_single] if native is None else [python_single, native.Single]
+)
+def test_a_kernel_that_gives_the_result(bench: Bench, make: Any) -> None:
+    x = bench.slot([1.0])
+    plan = bench.plan("add", [x, x])
+    assert isinstance(plan.function, type(single(np.add, True)))
+    plan.function = make(np.subtract, True)
+    assert plan.function([x.value, 3.0])[0].tolist() == [-2]
+    assert plan.function((x.value, 3.0))[0].tolist() == [-2]
+    _, (out,) = bench.call(plan, [x, x])
+    assert out.value.tolist() == [0]
+    plan.function = make(lambda *_: 1 // 0, True)
+    bench.call(plan, [x, x])
+    assert bench.told == [(7, "add", "OpFailed")]
+    with pytest.raises(TypeError):
+        make(np.add, True)(3)
+
+
+@pytest.mark.skipif(native is None, reason="the part in C does that")
+class TestInTheirPlace:
+    """Results of elementwise ops in the place of operands that nothing can name any more."""
+
+    SIZE = 1 << 13
+
+    @pytest.fixture
+    def bench(self) -> Bench:
+        return Bench(native.run_plan)
+
+    def made(self, bench: Bench) -> Slot:
+        """What an op made, so that its memory is its own."""
+        zeros = bench.slot(np.zeros(self.SIZE))
+        _, (out,) = bench.call(bench.plan("add", [zeros, "f"]), [zeros, 1.0])
+        return out
+
+    def test_the_last_use(self, bench: Bench) -> None:
+        operands: list[Any] = [self.made(bench), 0.5]
+        value = operands[0].value
+        used, peak = bench.session.quota.used, bench.session.quota.peak
+        plan = bench.plan("multiply", [operands[0], "f"])
+        place = id(value)
+        del value
+        _, (out,) = bench.call(plan, operands)
+        assert id(out.value) == place
+        assert out.value[0] == 0.5
+        operands.clear()
+        assert (bench.session.quota.used, bench.session.quota.peak) == (used, peak)
+        del out
+        assert bench.session.quota.used == used - 8 * self.SIZE
+
+    def test_twice_the_same(self, bench: Bench) -> None:
+        operands: list[Any] = 2 * [self.made(bench)]
+        plan, place = bench.plan("add", operands), id(operands[0].value)
+        _, (out,) = bench.call(plan, operands)
+        assert id(out.value) == place
+        assert out.value[0] == 2
+
+    def test_the_second_operand(self, bench: Bench) -> None:
+        held = self.made(bench)
+        operands: list[Any] = [held, self.made(bench)]
+        plan, place = bench.plan("subtract", operands), id(operands[1].value)
+        _, (out,) = bench.call(plan, operands)
+        assert id(out.value) == place
+        assert held.value[0] == 1
+        assert out.value[0] == 0
+
+    def test_a_chain_needs_one_array(self, bench: Bench) -> None:
+        operands: list[Any] = [self.made(bench)]
+        plan = bench.plan("sqrt", operands)
+        quota = bench.session.quota
+        used, quota.limit = quota.used, quota.used
+        for _ in range(20):
+            _, operands = bench.call(plan, operands)
+        assert quota.used == used
+        assert not bench.told
+
+    @pytest.mark.parametrize(
+        "why", ["slot", "value", "view", "bytes", "storage", "outgoing", "base", "readonly"]
+    )
+    def test_what_is_still_needed(self, bench: Bench, why: str) -> None:
+        operands: list[Any] = [self.made(bench), 0.5]
+        slot = operands[0]
+        plan = bench.plan("multiply", [slot, "f"])
+        if why == "outgoing":
+            slot.storage.outgoing += 1
+        elif why == "base":
+            slot.fill(slot.value[:], slot.meta, slot.storage)
+        elif why == "readonly":
+            slot.value.flags.writeable = False
+        held = {
+            "slot": slot,
+            "value": slot.value,
+            "view": slot.value[::2],
+            "bytes": memoryview(slot.value),
+            "storage": slot.storage,
+        }.get(why)
+        place = slot.value.ctypes.data
+        del slot
+        _, (out,) = bench.call(plan, operands)
+        assert out.value.ctypes.data != place
+        assert operands[0].value[0] == 1
+        assert not bench.told
+        del held
+
+    def test_another_dtype_or_shape(self, bench: Bench) -> None:
+        operands: list[Any] = [self.made(bench)]
+        place = operands[0].value.ctypes.data
+        _, (out,) = bench.call(bench.plan("isnan", operands), operands)
+        assert out.value.dtype == bool
+        wide: list[Any] = [self.made(bench), bench.slot(np.ones((2, self.SIZE)))]
+        _, (out,) = bench.call(bench.plan("add", wide), wide)
+        assert out.value.shape == (2, self.SIZE)
+        assert operands[0].value.ctypes.data == place
+
+    def test_no_ufunc_of_whole_arrays(self, bench: Bench) -> None:
+        square = bench.slot(np.ones((128, 128)))
+        _, operands = bench.call(bench.plan("add", [square, "f"]), [square, 0.0])
+        operands = 2 * operands
+        _, (out,) = bench.call(bench.plan("matmul", operands), operands)
+        assert out.value[0, 0] == 128
+
+    def test_it_raises(self, bench: Bench) -> None:
+        operands: list[Any] = [self.made(bench), 0.5]
+        plan = bench.plan("multiply", [operands[0], "f"])
+        plan.function = native.Single(lambda *_: 1 // 0, True)
+        used = bench.session.quota.used
+        _, (out,) = bench.call(plan, operands)
+        assert bench.told == [(7, "multiply", "OpFailed")]
+        assert out.failure is not None
+        operands.clear()
+        assert bench.session.quota.used == used - 8 * self.SIZE
 
 
 def test_an_interrupt_is_no_failure(bench: Bench) -> None:

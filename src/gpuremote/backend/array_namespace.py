@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
+from gpuremote._speed import native
 from gpuremote.backend.base import Backend, Compiled
 from gpuremote.backend.kernels import MAKERS, Kernel, Maker
 from gpuremote.backend.kernels_functions import by_path
@@ -16,6 +19,17 @@ from gpuremote.ops.plan import Plan
 __all__ = ["ArrayNamespaceBackend"]
 
 CLIENT_KERNELS: Final = frozenset(spec.name for spec in SPECS)
+
+
+def python_single(kernel: Kernel, _elementwise: bool, /) -> Compiled:
+    """The function of a plan with one result, which its kernel gives. One that is elementwise takes
+    ``out``, which may be an operand, for the part in C."""
+    return lambda arguments: (kernel(*arguments),)
+
+
+single = python_single
+if not TYPE_CHECKING and native is not None:
+    single = native.Single
 
 
 class ArrayNamespaceBackend(Backend):
@@ -74,7 +88,8 @@ class ArrayNamespaceBackend(Backend):
         if plan.spec.n_out != 1:
             return lambda arguments: tuple(map(asarray, kernel(*arguments)))
         if arrays:
-            return lambda arguments: (kernel(*arguments),)
+            ufunc: Any = kernel if isinstance(kernel, np.ufunc) else None
+            return single(kernel, ufunc is not None and ufunc.signature is None)
         return lambda arguments: (asarray(kernel(*arguments)),)
 
     def _checked(self, plan: Plan, kernel: Kernel) -> Compiled:

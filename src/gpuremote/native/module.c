@@ -55,6 +55,7 @@ static PyMethodDef module_methods[] = {
     {"fits", (PyCFunction)(void (*)(void))fits, METH_FASTCALL, NULL},
     {"gather", (PyCFunction)(void (*)(void))runs_gather, METH_FASTCALL, NULL},
     {"known", (PyCFunction)(void (*)(void))recording_known, METH_FASTCALL, NULL},
+    {"run_calls", (PyCFunction)(void (*)(void))execute_run_calls, METH_FASTCALL, NULL},
     {"run_plan", (PyCFunction)(void (*)(void))execute_run_plan, METH_FASTCALL, NULL},
     {"take_calls", (PyCFunction)(void (*)(void))calls_take, METH_FASTCALL, NULL},
     {NULL},
@@ -87,6 +88,7 @@ static int module_exec(PyObject *module)
                    || add_type(module, &slot_spec, &Slot_Type)
                    || add_type(module, &tally_spec, &Tally_Type)
                    || add_type(module, &storage_spec, &Storage_Type)
+                   || add_type(module, &single_spec, &Single_Type)
                    || add_type(module, &handle_spec, &Handle_Type)
                    || add_type(module, &recorder_spec, &Recorder_Type)
                    || add_type(module, &loops_spec, &Loops_Type)

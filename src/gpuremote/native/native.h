@@ -15,6 +15,8 @@
        take_calls  gpuremote.server.calls
        gather  gpuremote.server.runs
        run_plan  gpuremote.server.execute
+       run_calls  gpuremote.server.streams
+       Single  gpuremote.backend.array_namespace
        Loops  gpuremote.backend.fused
        fits    gpuremote.memory.host
        copy    gpuremote.memory.host
@@ -63,10 +65,10 @@ typedef struct {
     X(_admits) X(_broken) X(_ended) X(_failed) X(_finish) X(_flush_by_time) X(_follow_up) X(_gone) \
     X(_input) X(_known) X(_left) X(_parse) X(_prepare) X(_receive) X(_release) X(_renewed) \
     X(_report_if_due) X(_send) X(_settle_up_to) X(_shared) X(_slots) X(_take_origin) X(_whole) \
-    X(_written) X(abort) X(acquire) X(append) X(check_result) X(checks) X(device) X(dispatch) X(done) \
+    X(_written) X(abort) X(acquire) X(append) X(base) X(check_result) X(checks) X(device) X(dispatch) X(done) \
     X(dtype) X(expected) X(f) X(failed) X(form) X(function) X(i) X(id) X(inplace) X(inputs) \
-    X(isdisjoint) X(lost) X(n_out) X(nbytes) X(numbers) X(on_message) X(ops_executed) \
-    X(pending_output) X(quota) X(receive) X(release) X(reserve) X(result) X(run) \
+    X(isdisjoint) X(lost) X(n_out) X(nbytes) X(numbers) X(on_message) X(ops_executed) X(out) \
+    X(pending_output) X(popleft) X(quota) X(receive) X(release) X(reserve) X(result) X(run) \
     X(run_otherwise) X(scratch) X(send) X(set_result) X(shape) X(simple) X(slot) X(special) \
     X(step) X(wiring)
 #define DECLARE(name) extern PyObject *name_##name;
@@ -96,9 +98,9 @@ typedef struct {
 enum taken { FAILED = -1, NOTHING, MESSAGE, OTHER };
 
 extern PyTypeObject *Stream_Type, *Lane_Type, *Wait_Type, *Slot_Type, *Handle_Type, *Recorder_Type,
-    *Loops_Type, *Tally_Type, *Storage_Type;
+    *Loops_Type, *Tally_Type, *Storage_Type, *Single_Type;
 extern PyType_Spec stream_spec, lane_spec, wait_spec, slot_spec, handle_spec, recorder_spec,
-    loops_spec, tally_spec, storage_spec;
+    loops_spec, tally_spec, storage_spec, single_spec;
 
 /* Receive once. MESSAGE: one message without payload and nothing else is in the buffer, *size
    bytes with its frame. OTHER: *other is what Stream._receive or _parse gave (None: nothing
@@ -158,13 +160,21 @@ PyObject *slot_value(PyObject *slot);
 /* Its meta, likewise. */
 PyObject *slot_meta(PyObject *slot);
 
+/* Its storage, likewise. */
+PyObject *slot_storage(PyObject *slot);
+
 /* As Slot.fill. */
 void slot_put(PyObject *slot, PyObject *value, PyObject *meta, PyObject *storage);
 
 /* A new Storage of so many bytes of a Quota, or NULL with OutOfDeviceMemory set. */
 PyObject *storage_make(PyObject *quota, PyObject *nbytes);
 
-/* run_plan, see execute.c. */
+/* Whether a storage is known to nobody but its slot, is read by no transfer, and has so many bytes.
+   -1: error. */
+int storage_is_free(PyObject *storage, PyObject *nbytes);
+
+/* run_calls and run_plan, see execute.c. */
+PyObject *execute_run_calls(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *execute_run_plan(PyObject *module, PyObject *const *args, Py_ssize_t count);
 
 /* known, see recording.c. */

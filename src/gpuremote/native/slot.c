@@ -49,6 +49,11 @@ PyObject *slot_meta(PyObject *slot)
     return Py_IS_TYPE(slot, Slot_Type) ? ((Slot *)slot)->meta : NULL;
 }
 
+PyObject *slot_storage(PyObject *slot)
+{
+    return Py_IS_TYPE(slot, Slot_Type) ? ((Slot *)slot)->storage : NULL;
+}
+
 void slot_put(PyObject *slot, PyObject *value, PyObject *meta, PyObject *storage)
 {
     Slot *s = (Slot *)slot;

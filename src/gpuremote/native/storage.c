@@ -152,6 +152,17 @@ static PyObject *storage_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     return PyArg_ParseTuple(args, "OO", &quota, &number) ? storage_make(quota, number) : NULL;
 }
 
+int storage_is_free(PyObject *storage, PyObject *number)
+{
+    long long nbytes;
+    if (storage == NULL || !Py_IS_TYPE(storage, Storage_Type) || Py_REFCNT(storage) != 1
+        || ((Storage *)storage)->outgoing)
+        return 0;
+    if (bytes_of(number, &nbytes) < 0)
+        return -1;
+    return ((Storage *)storage)->nbytes == nbytes;
+}
+
 /* split(sizes): a storage for each of them, which its bytes go over to. */
 static PyObject *storage_split(PyObject *self, PyObject *sizes)
 {

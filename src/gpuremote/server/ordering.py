@@ -76,12 +76,12 @@ class Ordering:
                 continue  # empty
         return done
 
-    def run_default(self, enough: Callable[[], bool] | None = None) -> bool:
+    def run_default(self) -> bool:
         """Run what the default stream can run now; False if another thread does."""
         if not self._running.acquire(blocking=False):
             return False
         try:
-            self.default.run_ready(enough)
+            self.default.run_ready()
         finally:
             self._running.release()
         return True
@@ -101,30 +101,27 @@ class Ordering:
         try:
             return Storage(quota, nbytes)
         except OutOfDeviceMemory:
-            if nbytes > quota.limit or not self._run_until(
-                lambda: quota.used + nbytes <= quota.limit
-            ):
+            if nbytes > quota.limit:
                 raise
+        self._run_all()
         return Storage(quota, nbytes)
 
-    def _run_until(self, enough: Callable[[], bool]) -> bool:
-        """Have what was issued so far run until it is ``enough``; whether it ever was."""
+    def _run_all(self) -> None:
+        """Have everything run that was issued so far, unless it waits for what is still to come."""
         session = self._session
         seen, deadline = -1, 0.0
-        while not enough():
+        while True:
             with session.backend.activate(None):
-                mine = self.run_default(enough)
-            if enough():
-                break
+                mine = self.run_default()
             if mine:
                 if not any(stream.queue for stream in list(self.streams.values())):
-                    return False  # what stands still here waits for what is still to come
+                    return
                 if seen != session.ops_executed:
                     seen, deadline = session.ops_executed, now() + PATIENCE
                 elif now() > deadline:
-                    return False
+                    return
+            # Others run something, and may need the lock for it.
             self._room.wait(STEP)
-        return True
 
     @property
     def backlog(self) -> int:
