@@ -1,4 +1,5 @@
-"""Uploads for which there is room only once the ops before them have run."""
+"""Uploads for which there is room only once the ops before them have run, and ops for which there
+is none beside the uploads behind them."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def test_a_small_one_too(side: Side, server: RunningServer) -> None:
     """It travels inside a batch."""
     with side.session(server.url) as session:
         device = session.devices[0]
-        kept = device.zeros((LIMIT - 21 * MIB) // 8)
+        kept = device.zeros((LIMIT - 31 * MIB) // 8)
         total = busy(side, device)
         small = [side.do(device.put(np.full(1000, k))) for k in range(200)]
         assert side.do(small[-1].sum().get()) == 199_000

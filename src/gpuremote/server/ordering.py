@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from gpuremote._clock import now
-from gpuremote.errors import LimitExceeded, OutOfDeviceMemory, ProtocolError
+from gpuremote.errors import LimitExceeded, ProtocolError
 from gpuremote.server.storage import Storage
 from gpuremote.server.streams import EventPoint, Stream, StreamThread
 from gpuremote.wire import caps
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Ordering"]
 
+TIGHT: Final = 4
+"""One part of so many of a session's memory is left to ops that were issued before an upload."""
 PATIENCE: Final = 1.0
 """Seconds without an op that ends, after which other streams are taken to stand still."""
 STEP: Final = 0.002
@@ -89,21 +91,17 @@ class Ordering:
     def room(self, nbytes: int) -> Storage:
         """Memory for what comes from outside; with the session's lock held.
 
-        If there is none, there may be once those ops have run that were issued before: arrays that
-        the client has dropped are their operands.
+        Those ops that were issued before come first, where memory is tight: they hold arrays that
+        the client has dropped, and need some for their results.
 
         Raises
         ------
         OutOfDeviceMemory
-            Nor then.
+            There is none.
         """
         quota = self._session.quota
-        try:
-            return Storage(quota, nbytes)
-        except OutOfDeviceMemory:
-            if nbytes > quota.limit:
-                raise
-        self._run_all()
+        if self.backlog and quota.limit - quota.limit // TIGHT < quota.used + nbytes:
+            self._run_all()
         return Storage(quota, nbytes)
 
     def _run_all(self) -> None:
