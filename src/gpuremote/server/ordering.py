@@ -102,6 +102,9 @@ class Ordering:
         quota = self._session.quota
         if self.backlog and quota.limit - quota.limit // TIGHT < quota.used + nbytes:
             self._run_all()
+            if quota.used + nbytes > quota.limit:
+                # The thread of a stream takes an item from its queue, and then lets go of it.
+                self._room.wait(STEP)
         return Storage(quota, nbytes)
 
     def _run_all(self) -> None:

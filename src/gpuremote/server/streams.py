@@ -127,8 +127,8 @@ class Stream:
                 if missing is STALLED or self._stand_still(missing):
                     return False
                 continue
-            queue.popleft()
-            del function, arguments  # and what only they held
+            del function, arguments
+            queue.popleft()  # and what only it held
             if waiting:
                 for stream, wanted in list(waiting.items()):
                     if not wanted.pending:
