@@ -20,7 +20,7 @@ __all__ = ["Ordering"]
 
 TIGHT: Final = 4
 """One part of so many of a session's memory is left to ops that were issued before an upload."""
-PATIENCE: Final = 1.0
+PATIENCE: Final = 2.0
 """Seconds without an op that ends, after which other streams are taken to stand still."""
 STEP: Final = 0.002
 """Seconds between two looks at what other threads run."""
@@ -111,6 +111,7 @@ class Ordering:
         """Have everything run that was issued so far, unless it waits for what is still to come."""
         session = self._session
         seen, deadline = -1, 0.0
+        self.wake_threads()
         while True:
             with session.backend.activate(None):
                 mine = self.run_default()
