@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["Ordering"]
 
 TIGHT: Final = 4
-"""One part of so many of a session's memory is left to ops that were issued before an upload."""
+"""One part of so many of a session's memory is left to ops that were issued before an upload, and
+half of what is free then."""
 PATIENCE: Final = 2.0
 """Seconds without an op that ends, after which other streams are taken to stand still."""
 STEP: Final = 0.002
@@ -91,8 +92,8 @@ class Ordering:
     def room(self, nbytes: int) -> Storage:
         """Memory for what comes from outside; with the session's lock held.
 
-        Those ops that were issued before come first, where memory is tight: they hold arrays that
-        the client has dropped, and need some for their results.
+        Ops that were issued before come first where memory is tight: they hold arrays that the
+        client has dropped, and need some for their results, of which nothing is known yet.
 
         Raises
         ------
@@ -100,7 +101,8 @@ class Ordering:
             There is none.
         """
         quota = self._session.quota
-        if self.backlog and quota.limit - quota.limit // TIGHT < quota.used + nbytes:
+        free = quota.limit - quota.used
+        if self.backlog and free - nbytes < max(free // 2, quota.limit // TIGHT):
             self._run_all()
             if quota.used + nbytes > quota.limit:
                 # The thread of a stream takes an item from its queue, and then lets go of it.
