@@ -16,7 +16,7 @@ from gpuremote.backend.numpy_backend import NumpyBackend
 from gpuremote.errors import OutOfDeviceMemory
 from gpuremote.ops.catalogue import find
 from gpuremote.ops.plan import define
-from gpuremote.server.execute import Executable, python_run_plan
+from gpuremote.server.execute import Executable, python_run_plan, run_plan
 from gpuremote.server.session import WorkerSession
 from gpuremote.server.storage import (
     Failure,
@@ -27,6 +27,7 @@ from gpuremote.server.storage import (
     Storage,
     Tally,
 )
+from gpuremote.server.streams import Stream
 
 RUNS = [pytest.param(python_run_plan, id="python")]
 COUNTS = [pytest.param(PythonTally, id="python")]
@@ -348,6 +349,26 @@ def test_in_place_views_several_and_scratch(bench: Bench) -> None:
     assert out.value.tolist() == [1, 2, 3, 4]
     assert bench.session.ops_executed == 4
     assert not bench.told
+
+
+def test_who_waits_for_the_last_call_is_woken() -> None:
+    """Another stream may find the result missing while it is made."""
+    bench = Bench(python_run_plan)
+    stream, woken = bench.session.default, []
+    other = Stream(1, 0, None, stream.waiting, lambda: woken.append(1))
+    x = bench.slot([1.0])
+    plan, out = bench.plan("add", [x, x]), Slot()
+
+    def slowly(*values: Any) -> Any:
+        stream.waiting[other] = out
+        return np.add(*values)
+
+    plan.function = single(slowly, False)
+    stream.queue.append((1, run_plan, (bench.session, plan, [x, x], [out])))
+    assert stream.run_ready()
+    assert out.value.tolist() == [2]
+    assert woken
+    assert not stream.waiting
 
 
 @pytest.mark.parametrize("kind", COUNTS)

@@ -242,6 +242,8 @@ static int make(PyObject *session, PyObject *op, PyObject *meta, PyObject *opera
     if (function != NULL) {
         int tries = Py_IS_TYPE(function, Single_Type) && ((Single *)function)->elementwise
                     && PyLong_AsSsize_t(nbytes) >= WORTHWHILE;
+        if (PyErr_Occurred())
+            PyErr_Clear(); /* a number beyond all memory: it will not fit */
         done = tries ? make_in_place(function, operands, meta, nbytes, values, slot) : 0;
     }
     if (done == 0) {

@@ -11,12 +11,17 @@ end, they live on. (``multiprocessing`` calls its own, which are started for oth
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import os
 import select
+import signal
 import socket
+import traceback
 from collections.abc import Callable
 from typing import Final, NoReturn
+
+import numpy as np
 
 from gpuremote.backend import registry
 from gpuremote.server import control
@@ -41,11 +46,11 @@ def serve(channel: socket.socket, become: Callable[[socket.socket, int], NoRetur
     become : callable
         What a child does, with its channel, and the one for uploads that are kept or -1.
     """
-    control.send(channel, {"event": "loaded"})
     children: dict[int, int] = {}
     poller = select.poll()
     poller.register(channel, select.POLLIN)
     try:
+        control.send(channel, {"event": "loaded"})
         while True:
             for descriptor, _ in poller.poll():
                 if descriptor not in children:
@@ -81,14 +86,23 @@ def _start(
             for other in children:
                 os.close(other)
             become(socket.socket(fileno=ends[0]), ends[1] if len(ends) > 1 else -1)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     for end in ends:
         os.close(end)
-    if pid < 0:
+    child = -1
+    if pid > 0:
+        try:
+            child = os.pidfd_open(pid)
+        except OSError as failure:  # too many files
+            error = str(failure)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    if child < 0:
         control.send(channel, {**answer, "error": error})
         return -1
-    child = os.pidfd_open(pid)
     children[child] = pid
     control.send_files(channel, {**answer, "pid": pid}, [child])
     return child
@@ -115,8 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     def become(channel: socket.socket, contents: int) -> NoReturn:
         os.setsid()
-        with open("/proc/self/comm", "w") as file:
+        with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
             file.write(_NAME)
+        np.random.seed()  # or it would be one for all, where somebody's op draws from it
         options.contents = contents
         work(channel, options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -21,8 +22,10 @@ __all__ = ["Ordering"]
 TIGHT: Final = 4
 """One part of so many of a session's memory is left to ops that were issued before an upload, and
 half of what is free then."""
-PATIENCE: Final = 2.0
-"""Seconds without an op that ends, after which other streams are taken to stand still."""
+PATIENCE: Final = 10.0
+"""Seconds that an upload waits for ops at most."""
+LOOKS: Final = 3
+"""In so many the same, and streams are taken to stand still."""
 STEP: Final = 0.002
 """Seconds between two looks at what other threads run."""
 
@@ -53,6 +56,7 @@ class Ordering:
         self._running = threading.Lock()
         """Of whoever runs the default stream."""
         self._room = threading.Condition(session.lock)
+        self._making_room = False
         self.default = Stream(0, 0, None, self._waiting, wake)
         self.streams: dict[int, StreamThread] = {}
         self.current: Stream = self.default
@@ -71,7 +75,7 @@ class Ordering:
 
     def executed(self, issued: int) -> int:
         """The number up to which every record has run, of ``issued`` ones."""
-        done = issued
+        done = issued - self._making_room  # for that record
         for stream in (self.default, *list(self.streams.values())):
             try:
                 done = min(done, stream.queue[0][0] - 1)
@@ -79,12 +83,12 @@ class Ordering:
                 continue  # empty
         return done
 
-    def run_default(self) -> bool:
-        """Run what the default stream can run now; False if another thread does."""
+    def run_default(self, until: float = math.inf) -> bool:
+        """Run what the default stream can run now, up to a time; False if another thread does."""
         if not self._running.acquire(blocking=False):
             return False
         try:
-            self.default.run_ready()
+            self.default.run_ready(until)
         finally:
             self._running.release()
         return True
@@ -103,27 +107,37 @@ class Ordering:
         quota = self._session.quota
         free = quota.limit - quota.used
         if self.backlog and free - nbytes < max(free // 2, quota.limit // TIGHT):
-            self._run_all()
-            if quota.used + nbytes > quota.limit:
-                # The thread of a stream takes an item from its queue, and then lets go of it.
-                self._room.wait(STEP)
+            self._making_room = True
+            try:
+                self._run_all(now() + PATIENCE)
+                if quota.used + nbytes > quota.limit:
+                    # The thread of a stream takes an item from its queue, and then lets go of it.
+                    self._room.wait(STEP)
+            finally:
+                self._making_room = False
         return Storage(quota, nbytes)
 
-    def _run_all(self) -> None:
-        """Have everything run that was issued so far, unless it waits for what is still to come."""
+    def _run_all(self, deadline: float) -> None:
+        """Have everything run that was issued so far, unless it waits for what is still to come.
+
+        Nothing is received meanwhile, so that has an end, whatever there is to run.
+        """
         session = self._session
-        seen, deadline = -1, 0.0
-        self.wake_threads()
-        while True:
+        seen, idle = -1, 0
+        while now() < deadline:
             with session.backend.activate(None):
-                mine = self.run_default()
-            if mine:
-                if not any(stream.queue for stream in list(self.streams.values())):
-                    return
-                if seen != session.ops_executed:
-                    seen, deadline = session.ops_executed, now() + PATIENCE
-                elif now() > deadline:
-                    return
+                mine = self.run_default(deadline)
+            streams = [stream for stream in list(self.streams.values()) if stream.queue]
+            if mine and not streams:
+                return
+            if mine and seen == session.ops_executed and not any(s.busy for s in streams):
+                idle += 1
+                if idle > LOOKS:
+                    return  # all that is left stands still
+            else:
+                seen, idle = session.ops_executed, 0
+            for stream in streams:
+                stream.wake()
             # Others run something, and may need the lock for it.
             self._room.wait(STEP)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import select
@@ -11,14 +12,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
-from gpuremote.errors import ServerBusy, WorkerDied
+from gpuremote.errors import GpuRemoteError, ServerBusy, WorkerDied
 from gpuremote.server import control
 from gpuremote.server.contents import ContentStore, Desk
 from gpuremote.server.options import ServerOptions
 
 __all__ = ["ForkServer", "WorkerProcess"]
+
+LOADING: Final = 90.0
+"""Seconds that a backend may take to load."""
 
 
 class ForkServer:
@@ -37,6 +41,7 @@ class ForkServer:
         self._asked: dict[int, WorkerProcess] = {}
         self._running: dict[int, WorkerProcess] = {}
         self._loaded = False
+        self._begun = self._loop.time()
         self._channel, theirs = control.pair()
         try:
             self._process = subprocess.Popen(
@@ -81,6 +86,16 @@ class ForkServer:
         if self._loaded:
             self._channel.shutdown(socket.SHUT_WR)
         else:
+            self.kill()
+
+    def give_up(self) -> None:
+        """It has not started a worker in time: end it, if it hangs. The next one may not."""
+        if self._loaded or self._loop.time() - self._begun > LOADING:
+            self.kill()
+
+    def kill(self) -> None:
+        """End it by force, and those with it that it has not started yet."""
+        if not self.over:
             self._process.kill()
 
     async def wait(self, timeout: float) -> None:
@@ -88,7 +103,7 @@ class ForkServer:
         deadline = self._loop.time() + timeout
         while not self.over:
             if self._loop.time() > deadline:
-                self._process.kill()
+                self.kill()
             await asyncio.sleep(0.005)
 
     def _readable(self) -> bool:
@@ -100,20 +115,28 @@ class ForkServer:
         except (EOFError, OSError):
             self._loop.remove_reader(self._channel.fileno())
             return False
-        if message["event"] == "loaded":
-            self._loaded = True
-        elif message["event"] == "started":
-            worker = self._asked.pop(message["number"])
-            if message["pid"]:
-                self._running[message["pid"]] = worker
-                worker.started(message["pid"], descriptors[0])
-            else:
-                worker.ended(None, f"could not be forked: {message['error']}")
-        elif message["event"] == "ended":
-            self._running.pop(message["pid"]).ended(message["status"])
+        match message["event"]:
+            case "loaded":
+                self._loaded = True
+            case "started":
+                self._started(message, descriptors)
+            case "ended":
+                self._running.pop(message["pid"]).ended(message["status"])
         return True
 
+    def _started(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        worker, pid = self._asked.pop(message["number"]), message["pid"]
+        if not pid:
+            worker.ended(None, f"could not be forked: {message['error']}")
+            return
+        self._running[pid] = worker
+        if descriptors:
+            worker.started(pid, descriptors[0])
+        else:  # this process may open no more files, so the kernel has dropped it
+            os.kill(pid, signal.SIGKILL)
+
     def _exited(self) -> None:
+        self.over = True
         status = self._process.wait()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
@@ -121,7 +144,6 @@ class ForkServer:
             pass
         self._loop.remove_reader(self._channel.fileno())
         self._channel.close()
-        self.over = True
         for worker in self._asked.values():
             worker.ended(status)
         for worker in self._running.values():
@@ -242,7 +264,8 @@ class WorkerProcess:
         """End it now, or as soon as it has been started."""
         self._unwanted = True
         if self._pidfd >= 0 and not self.over:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # its end is on its way to here
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     async def wait(self, timeout: float) -> bool:
         """Wait for its end; False if it has not come in time."""
@@ -292,6 +315,9 @@ class WorkerProcess:
 
     def _gone(self) -> None:
         self._loop.remove_reader(self._pidfd)
+        with contextlib.suppress(ChildProcessError):
+            # It is this process's child only where this is the first one of a container.
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
         self.ended(None)
 
     # -- told by the worker ---------------------------------------------------------------------
@@ -302,7 +328,7 @@ class WorkerProcess:
             message, _ = control.receive(self.channel)
         except BlockingIOError:
             return False
-        except (EOFError, OSError):
+        except (EOFError, OSError, GpuRemoteError):
             self._loop.remove_reader(self.channel.fileno())
             return False
         if message.get("event") == "ready":
@@ -329,7 +355,8 @@ def _describe(status: int | None) -> str:
     if status is None:
         return "ended while nobody looked: its fork server had ended before"
     if status < 0:
-        name = signal.Signals(-status).name
+        known = -status in signal.valid_signals() and -status < signal.SIGRTMIN
+        name = signal.Signals(-status).name if known else f"signal {-status}"
         hint = "; out of memory?" if name == "SIGKILL" else ""
         return f"was ended by {name}{hint}"
     return f"ended with status {status}"

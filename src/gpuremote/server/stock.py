@@ -42,10 +42,13 @@ class Stock:
         self._restock: asyncio.TimerHandle | None = None
         self._failures = 0
         self._forkserver: ForkServer | None = None
+        self._closed = False
 
     def fill(self) -> None:
         """Start workers until as many wait as the options say, and what starts further ones."""
         self._restock = None
+        if self._closed:
+            return
         self._forking()
         while len(self._waiting) < self._options.warm:
             self._waiting.append(self._start())
@@ -68,6 +71,8 @@ class Stock:
                 await asyncio.wait_for(asyncio.shield(worker.ready), until - loop.time())
             except TimeoutError as error:
                 worker.kill()
+                if not worker.pid and self._forkserver is not None:
+                    self._forkserver.give_up()
                 raise ServerBusy(f"no worker process was ready within {timeout:.0f} s") from error
             except asyncio.CancelledError:
                 self._waiting.insert(0, worker)  # nobody has it: the next one does
@@ -82,6 +87,7 @@ class Stock:
 
     async def close(self) -> None:
         """End every worker, with or without a session."""
+        self._closed = True
         if self._restock is not None:
             self._restock.cancel()
         workers = list(self._all)
@@ -112,7 +118,7 @@ class Stock:
         self._on_exit(worker)
 
     def _schedule(self) -> None:
-        if self._restock is None:
+        if self._restock is None and not self._closed:
             # A backend that can't start must not make the daemon spin.
             delay = min(60.0, RESTOCK_AFTER * 2**self._failures)
             self._restock = asyncio.get_running_loop().call_later(delay, self.fill)

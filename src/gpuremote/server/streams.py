@@ -8,6 +8,7 @@ waits for, whichever stream brings that wakes it at once.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from gpuremote._clock import now
 from gpuremote._speed import native
 from gpuremote.server.storage import STALLED
 
@@ -114,11 +116,16 @@ class Stream:
         self.waiting = waiting
         self.wake = wake
 
-    def run_ready(self) -> bool:
-        """Run from the head until the queue is empty (True) or an item stalls (False)."""
+    def run_ready(self, until: float = math.inf) -> bool:
+        """Run from the head until the queue is empty (True), or an item stalls or it is so late
+        (False)."""
         queue, waiting = self.queue, self.waiting
         while queue:
+            if until is not math.inf and now() > until:
+                return False
             run_calls(queue, waiting)
+            if waiting:
+                self._wake_others()
             if not queue:
                 break
             number, function, arguments = queue[0]
@@ -130,11 +137,15 @@ class Stream:
             del function, arguments
             queue.popleft()  # and what only it held
             if waiting:
-                for stream, wanted in list(waiting.items()):
-                    if not wanted.pending:
-                        waiting.pop(stream, None)
-                        stream.wake()
+                self._wake_others()
         return True
+
+    def _wake_others(self) -> None:
+        """Those for which it has come what they wait for."""
+        for stream, wanted in list(self.waiting.items()):
+            if not wanted.pending:
+                self.waiting.pop(stream, None)
+                stream.wake()
 
     def _stand_still(self, missing: Any) -> bool:
         """Have this stream woken when it is there; False if by now it is."""
@@ -157,9 +168,14 @@ class StreamThread(Stream):
         Called when something was run (other streams may wait for it).
     ended : callable
         Called when it was closed and everything in it has been run; False if there is more now.
+
+    Attributes
+    ----------
+    busy : bool
+        The thread runs something, or looks whether it can.
     """
 
-    __slots__ = ("_activate", "_ended", "_idle", "_look", "_thread")
+    __slots__ = ("_activate", "_ended", "_idle", "_look", "_thread", "busy")
 
     def __init__(
         self,
@@ -172,6 +188,7 @@ class StreamThread(Stream):
         ended: Callable[[StreamThread], bool],
     ) -> None:
         self._look = threading.Event()
+        self.busy = False
         super().__init__(ident, device, native, waiting, self._look.set)
         self._activate = activate
         self._idle = idle
@@ -190,9 +207,11 @@ class StreamThread(Stream):
         with self._activate():
             while True:
                 self._look.wait()
+                self.busy = True
                 self._look.clear()
                 head = self.queue[0] if self.queue else None
                 empty = self.run_ready()
+                self.busy = False
                 # Not if it stalled at once: others would wake this thread, and so on for ever.
                 if head is not None and not (self.queue and self.queue[0] is head):
                     self._idle()

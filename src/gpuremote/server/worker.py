@@ -319,6 +319,10 @@ class Worker:
             self._lost(connection, error)
         except GpuRemoteError as error:
             self._violated(error)
+        except BaseException:
+            # As in the main thread: without this one nobody would hear of the daemon's end.
+            traceback.print_exc()
+            os._exit(1)
         finally:
             self._receiving.release()
 
