@@ -261,7 +261,10 @@ def test_issuing_while_the_loop_is_coming_back(
     with side.session(url(proxy)) as session:
         counter = Counter(session, side)
         counter.run()
-        for _ in range(3):
+        rounds = 0
+        # On a busy machine the way may be back before the credit is out.
+        while session.stats().credit_waits < 3:
+            assert (rounds := rounds + 1) < 20
             proxy.delay = 0.03
             proxy.cut()
             side.do(asyncio.sleep(0.02))
@@ -269,7 +272,6 @@ def test_issuing_while_the_loop_is_coming_back(
             proxy.delay = 0.0
             counter.check()
         assert_once(session, side, counter.expected + 1)
-        assert session.stats().credit_waits >= 3
     side.close()
 
 
