@@ -1,8 +1,8 @@
 /* run_plan: one call of a plan that makes one new array of a known shape. Twin:
    gpuremote.server.execute, which every other call is left to. Where an operand has the shape and
    dtype of an elementwise result and nothing can name it any more, the result is put in its place,
-   as NumPy does with the temporary values of an expression: that spares memory and half of the
-   time. The twin does not.
+   as NumPy does with the temporary values of an expression: that spares memory, and a quarter of
+   the time of an addition. The twin does not.
 
    Single: the function of a plan whose kernel's result is the plan's. Twin:
    gpuremote.backend.array_namespace. */
