@@ -27,6 +27,7 @@ from gpuremote.ops.plan import PlanCaps
 from gpuremote.server import daemon, options, reception, stock, worker
 from gpuremote.transport import (
     _framing,
+    _looking,
     _outgoing,
     _sockets,
     congestion,
@@ -333,8 +334,9 @@ SENTENCES = [
     ("architecture", f"So do up to {caps.MAX_INLINE // KIB} KiB"),
     ("architecture", f"below {_sockets.NEAR * 1000:.0f} ms)"),
     ("architecture", f"sends up to {uploading.GROUP} arrays"),
-    ("architecture", f"up to {tcp.LOOKS} times ({tcp.PYTHON_LOOKS} without the part"),
-    ("architecture", f"up to {worker.LOOKS} times ({worker.PYTHON_LOOKS} without"),
+    ("architecture", f"looks for the answer for up to {1e6 * _looking.WITHIN:.0f} µs"),
+    ("architecture", f"looks for the next one for up to {1e6 * _looking.WITHIN:.0f} µs"),
+    ("architecture", f"(of at most {core.LATE >> 20} MiB)"),
     ("architecture", f"more than {worker.BUSY_AFTER * 1000:.0f} ms"),
     ("architecture", f"{link.MAX_PAUSE:.0f} s at most"),
     ("architecture", f"URL's `grace` ({Target('gpu').grace:.0f} s)"),

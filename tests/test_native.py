@@ -320,12 +320,10 @@ def test_the_twins_have_the_same_names() -> None:
     ):
         names = {n for n in (*vars(twin), *getattr(twin, "__annotations__", ())) if n[0] != "_"}
         assert names <= set(dir(fast)), (twin, names - set(dir(fast)))
-    lane = {n for n in PythonLane.__annotations__ if n != "_skip"} | {
-        n for n in vars(PythonLane) if not n.startswith("_")
-    }
+    lane = set(PythonLane.__annotations__) | {n for n in vars(PythonLane) if not n.startswith("_")}
     assert lane - {"dispatch", "lost"} <= set(dir(native.Lane))
     stream = set(PythonStream.__annotations__) | {"send", "receive"}
-    assert stream - {"_line"} <= set(dir(native.Stream))
+    assert stream - {"_line", "_gaps"} <= set(dir(native.Stream))
 
 
 def test_no_message_is_lost_to_a_signal() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import threading
+import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 
 from gpuremote.errors import ConnectionLost, ProtocolError
 from gpuremote.rpc.peer import Peer
+from gpuremote.transport._looking import WITHIN, Looking
 from gpuremote.transport.base import Incoming, Region
 from gpuremote.transport.tcp import TcpConnection, pair
 from gpuremote.wire.caps import WINDOW_BYTES
@@ -30,6 +32,7 @@ class End:
         self.cancelled: list[object] = []
         self.executed_there = 0
         self.refuse = False
+        self.patient = False  # acknowledges payloads with the next message
 
     def on_message(self, kind: int, arg: int, body: memoryview) -> bool:
         self.messages.append((kind, arg, bytes(body)))
@@ -43,9 +46,10 @@ class End:
         place = [bytearray(size) for size in incoming.sizes]
         return [memoryview(part) for part in place], place
 
-    def on_payload_done(self, token: object) -> None:
+    def on_payload_done(self, token: object) -> bool:
         assert isinstance(token, list)
         self.payloads.append(b"".join(token))
+        return self.patient
 
     def on_payload_cancelled(self, token: object) -> None:
         self.cancelled.append(token)
@@ -326,28 +330,97 @@ class Deaf:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.pause = 0.0
+        """Seconds of a receive that waits."""
 
     def receive(self, wait: float = 0.0) -> Incoming | None:
         self.calls += 1
+        if wait:
+            time.sleep(self.pause)
         return None
 
 
 def test_looking_that_does_not_help_is_left_out() -> None:
-    """For more messages each time, up to some thousands; and without being asked to, never."""
+    """Until a wait was so short that it would have helped; and without being asked to, always."""
     peer, deaf = End().peer, Deaf()
     connection: Any = deaf
+
+    def calls() -> int:
+        before = deaf.calls
+        assert not peer.take(connection, 1.0, 32)
+        return deaf.calls - before
+
     for _ in range(50):
         assert not peer.take(connection)
     assert deaf.calls == 50
-    looked = []
-    for turn in range(20_000):
-        before = deaf.calls
-        assert not peer.take(connection, 0.0, 32)
-        assert deaf.calls - before in (1, 33)
-        if deaf.calls - before > 1:
-            looked.append(turn)
-    assert looked[:4] == [0, 1, 5, 15]
-    pauses = [b - a for a, b in itertools.pairwise(looked)]
-    assert pauses == sorted(pauses)
-    assert pauses[-1] <= 4097
-    assert len(looked) < 20
+    deaf.pause = 10 * WITHIN
+    assert [calls() for _ in range(20)] == [33] + 19 * [1]
+    deaf.pause = 0.0
+    assert calls() == 1
+    deaf.pause = 10 * WITHIN
+    assert [calls() for _ in range(3)] == [33, 1, 1]
+
+
+def test_what_was_left_is_looked_at_once_more() -> None:
+    """The wait right after looking in vain is short where the peer was about to come: that says
+    nothing, as looking did not help."""
+    looking = Looking()
+    looking.looked(False)
+    looking.waited(0.0)
+    assert not looking.due
+    looking.waited(0.0)
+    assert looking.due
+
+
+@pytest.mark.parametrize("patient", [False, True])
+def test_a_payload_is_acknowledged_with_the_next_message(patient: bool) -> None:
+    a, b = End(), End()
+    b.patient = patient
+    connect(a, b)
+    settle(a, b)
+    delivered: list[int] = []
+    for turn in range(10):
+        sent = b.peer.messages_sent
+        a.peer.post_payload(
+            Kind.PAYLOAD, b"", [Region(bytes(100_000))], partial(delivered.append, turn)
+        )
+        settle(a, b)
+        assert b.peer.owing == patient
+        assert b.peer.messages_sent - sent == 1 - patient
+        b.peer.post(Kind.BATCH, b"next")
+        assert not b.peer.owing
+        settle(a, b)
+        assert delivered == list(range(turn + 1))
+        assert b.peer.messages_sent - sent == 2 - patient
+    assert a.peer.bulk_in_flight == 0
+    close(a, b)
+
+
+def test_a_payload_that_nothing_follows_is_acknowledged_when_asked_to_be() -> None:
+    a, b = End(), End()
+    b.patient = True
+    connect(a, b)
+    settle(a, b)
+    a.peer.post_payload(Kind.PAYLOAD, b"", [Region(bytes(100_000))])
+    settle(a, b)
+    assert b.peer.owing
+    b.peer.acknowledge()
+    assert not b.peer.owing
+    settle(a, b)
+    assert a.peer.bulk_in_flight == 0
+    close(a, b)
+
+
+def test_what_a_new_connection_says_is_not_owed_any_more() -> None:
+    a, b = End(), End()
+    b.patient = True
+    connect(a, b)
+    settle(a, b)
+    a.peer.post_payload(Kind.PAYLOAD, b"", [Region(bytes(100_000))])
+    settle(a, b)
+    close(a, b)
+    assert b.peer.owing
+    connect(a, b)
+    assert not b.peer.owing
+    assert a.peer.bulk_in_flight == 0
+    close(a, b)

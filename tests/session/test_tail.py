@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import threading
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import gpuremote
-from gpuremote.client.tail import TAIL, Tail
+from gpuremote.client.tail import PAUSE, TAIL, Tail
 from gpuremote.testing.servers import RunningServer
 
 
@@ -158,3 +159,56 @@ def test_many_threads_issue_while_it_sends(session: Any) -> None:
         worker.join()
     for seed, x in results.items():
         assert x.tolist() == [seed + 300.0] * 4
+
+
+def test_a_result_is_acknowledged_by_what_is_asked_next(session: Any) -> None:
+    """Nothing but the questions is sent, but for a look of the thread in between."""
+    device = session.devices[0]
+    x = device.put(np.arange(1 << 16, dtype=np.float64))
+    out = np.empty(1 << 16)
+    for array in (x, x + 1):  # memory that the client gave, where it is shared, and other
+        array.get(out=out)
+        sent, begin = session.stats().messages_sent, time.monotonic()
+        for _ in range(100):
+            array.get(out=out)
+        looks = (time.monotonic() - begin) / PAUSE
+        assert session.stats().messages_sent - sent <= 100 + looks + 1
+    assert np.array_equal(out, np.arange(1, (1 << 16) + 1, dtype=np.float64))
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.2])
+def test_a_result_that_nothing_follows_is_acknowledged(session: Any, pause: float) -> None:
+    x = session.devices[0].ones(1 << 16) + 1
+    session.synchronize()
+    time.sleep(pause)
+    sent = session.stats().messages_sent
+    x.get()
+    until(lambda: not session._core.peer.owing)
+    assert session.stats().messages_sent - sent == 2
+
+
+def test_an_op_that_writes_to_a_result_does_not_wait_for_the_program(session: Any) -> None:
+    """One that was issued before the bytes came, which the server keeps it from until then."""
+    x = session.devices[0].put(np.ones(1 << 18))
+    out = np.empty(1 << 18)
+    for turn in range(20):
+        wait = x._ask_bytes(out.view(np.uint8).data)
+        x += 1
+        session._core.wait(wait)
+        assert not session._core.peer.owing, turn
+        assert out[0] == turn + 1
+    assert x.get()[0] == 21.0
+
+
+async def test_a_loop_acknowledges_in_its_next_turn(server: RunningServer) -> None:
+    async with await gpuremote.connect(server.url) as session:
+        x = session.devices[0].ones(1 << 16) + 1
+        await session.synchronize()
+        sent = session.stats().messages_sent
+        for _ in range(50):
+            await x.get()
+        deadline = time.monotonic() + 10
+        while session._core.peer.owing:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0)
+        assert 51 <= session.stats().messages_sent - sent <= 75

@@ -212,6 +212,8 @@ class AsyncDriver:
         self._flush_due = False
         if self.core.dead is None:
             self.core.flush()
+            if self.core.peer.owing:
+                self.core.peer.acknowledge()
 
     def _deferred(self) -> None:
         if not self._closed and not self._loop.is_closed():

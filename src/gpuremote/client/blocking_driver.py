@@ -122,7 +122,7 @@ class BlockingDriver:
         core = self.core
         connection = core.peer.connection
         sending = connection is not None and connection.pending_output
-        if core.dead is not None or not (core.unsent or sending):
+        if core.dead is not None or not (core.unsent or sending or core.peer.owing):
             return False
         if not core.lock.acquire(blocking=False):
             return True  # the program is at it
@@ -131,6 +131,8 @@ class BlockingDriver:
                 core.flush()
             elif connection is not None and connection is core.peer.connection:
                 connection.flush()
+            if core.peer.owing:
+                core.peer.acknowledge()
         except ConnectionLost as error:
             assert connection is not None
             self._lost(connection, error)

@@ -47,6 +47,9 @@ _unpack_number = NUMBER.unpack_from
 _GET: Final = int(Op.GET)
 _pack_get = struct.Struct("<QIQ").pack
 """A batch with one GET."""
+LATE: Final = 4 << 20
+"""Bytes of a result of which the server may hear with the next message, within milliseconds, that
+they are here. It keeps them until then."""
 MAX_FAILURES: Final = 256
 """Failures kept for a ``synchronize``; of more only the number is kept."""
 VIEW: Final = "view"
@@ -259,10 +262,19 @@ class Core(Uploader):
             raise ProtocolError(f"{sizes[0]} bytes came for an array of {wait.into.nbytes}")
         return [wait.into.cast("B")], wait
 
-    def on_payload_done(self, token: object) -> None:
+    def on_payload_done(self, token: object) -> bool:
         assert isinstance(token, Wait)
         self._waits.pop(token.number, None)
         token.finish(token.value)
+        if (
+            token.number != self._next - 1  # an op behind it may want to write there
+            or self.on_buffered is None
+            or token.into is None
+            or token.into.nbytes > LATE
+        ):
+            return False
+        self.on_buffered()
+        return True
 
     def on_payload_cancelled(self, token: object) -> None:
         raise ProtocolError("a server does not cancel results")

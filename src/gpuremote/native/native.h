@@ -36,6 +36,8 @@
 #define PLAIN ((uint64_t)1 << 32)
 /* wire.frames: kind u8, flags u8, reserved u16, arg u32, seq u64, ack u64. */
 #define HEADER 24
+#include "looking.h"
+
 /* Messages up to this size, frame and all, are put together on the stack. */
 #define SMALL 4096
 /* Messages up to this size are sent with the interpreter's lock held, some 30 us of it. */
@@ -57,14 +59,18 @@ typedef struct {
     unsigned long rx_touching; /* the thread that is writing to lent memory */
     char blocking, closed, plain, pending, calling, rx_busy, tx_busy;
     char hands_off; /* another thread waits until it no longer does */
+    long gap_looks; /* see more_soon */
+    Looking gaps;
+    char roams;
+    long long moved; /* when it last went to another processor */
     long long sends, receives, messages_sent, messages_received, bytes_sent, bytes_received;
 } Stream;
 
 /* Names of attributes and methods, as Python objects: name_append, name_done, ... */
 #define NAMES(X) \
     X(_admits) X(_broken) X(_ended) X(_failed) X(_finish) X(_flush_by_time) X(_follow_up) X(_gone) \
-    X(_input) X(_known) X(_left) X(_parse) X(_prepare) X(_receive) X(_release) X(_renewed) \
-    X(_report_if_due) X(_send) X(_settle_up_to) X(_shared) X(_slots) X(_take_origin) X(_whole) \
+    X(_input) X(_known) X(_left) X(_prepare) X(_receive) X(_release) X(_renewed) \
+    X(_report_if_due) X(_send) X(_settle_up_to) X(_shared) X(_slots) X(_take_in) X(_take_origin) X(_whole) \
     X(_written) X(abort) X(acquire) X(append) X(base) X(check_result) X(checks) X(device) X(dispatch) X(done) \
     X(dtype) X(expected) X(f) X(failed) X(form) X(function) X(i) X(id) X(inplace) X(inputs) \
     X(isdisjoint) X(lost) X(n_out) X(nbytes) X(numbers) X(on_message) X(ops_executed) X(out) \
@@ -87,7 +93,7 @@ typedef struct {
     PyObject *connection, *lock, *acquire, *release, *sink, *waits, *wait_type, *trips, *table, *queue, *bulk, *arriving;
     Kept *kept; /* a ring: ``count`` messages from ``first`` on, room for a power of two */
     size_t first, count, room;
-    long skip, pause;
+    Looking looking;
     unsigned long long sent, seen, complete, turn;
     long long small;
     char direct;
@@ -103,13 +109,25 @@ extern PyType_Spec stream_spec, lane_spec, wait_spec, slot_spec, handle_spec, re
     loops_spec, tally_spec, storage_spec, single_spec;
 
 /* Receive once. MESSAGE: one message without payload and nothing else is in the buffer, *size
-   bytes with its frame. OTHER: *other is what Stream._receive or _parse gave (None: nothing
+   bytes with its frame. OTHER: *other is what Stream._receive or _take_in gave (None: nothing
    yet). FAILED: an exception is set. */
 enum taken stream_take(Stream *stream, double wait, Py_ssize_t *size, PyObject **other);
 
 /* Look that many times whether something has come, without the interpreter's lock: 1 if so, or if
    only a receive can tell; -1: an exception is set. */
 int stream_look(Stream *stream, long looks);
+
+/* Look, with the interpreter's lock released, until something has come (1), or that many times, or
+   ``over`` (0). */
+int looking_look(Stream *stream, long looks, const char *over);
+
+/* Whether more of a payload comes while one looks ``gap_looks`` times, without the interpreter's
+   lock; -1: an exception is set. Where it does not help it is left out (``gaps``, whom the wait
+   that follows is to be told). */
+int stream_more_soon(Stream *stream);
+
+/* Stream._more_soon, see looking.c. */
+PyObject *looking_more_soon(PyObject *self, PyObject *unused);
 
 /* What _take called MESSAGE as a transport.base.Incoming, or NULL. */
 PyObject *stream_whole(Stream *stream, Py_ssize_t size);

@@ -104,17 +104,15 @@ int stream_look(Stream *s, long looks)
 {
     if (s->closed || !s->plain)
         return 1;
-    struct pollfd watched = {.fd = s->fd, .events = POLLIN};
-    int ready = 0;
+    int ready;
     s->rx_busy = 1;
     Py_BEGIN_ALLOW_THREADS;
-    for (long k = 0; k < looks && ready <= 0 && !s->closed; k++)
-        ready = poll(&watched, 1, 0);
+    ready = looking_look(s, looks, &s->closed);
     Py_END_ALLOW_THREADS;
     s->rx_busy = 0;
     if (leave(s) < 0 || PyErr_CheckSignals() < 0)
         return -1;
-    return ready > 0 || s->closed;
+    return ready || s->closed;
 }
 
 enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **other)
@@ -187,7 +185,7 @@ enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **othe
     else {
         s->end = count;
         s->plain = 0;
-        *other = PyObject_CallMethodNoArgs(self, name__parse);
+        *other = PyObject_CallMethodNoArgs(self, name__take_in);
         found = *other == NULL ? FAILED : OTHER;
     }
 over:
@@ -361,13 +359,17 @@ static PyObject *stream_pull(PyObject *self, PyObject *args)
             if ((reason == EAGAIN || reason == EWOULDBLOCK) && wait > 0) {
                 /* Not while it sleeps: a thread that discards or aborts waits for this one. */
                 struct pollfd watched = {.fd = s->fd, .events = POLLIN};
-                int ready;
                 s->rx_touching = 0;
-                Py_BEGIN_ALLOW_THREADS;
-                ready = poll(&watched, 1, (int)(wait * 1000));
-                Py_END_ALLOW_THREADS;
+                int ready = stream_more_soon(s);
+                if (ready == 0) {
+                    long long begin = looking_now();
+                    Py_BEGIN_ALLOW_THREADS;
+                    ready = poll(&watched, 1, (int)(wait * 1000));
+                    Py_END_ALLOW_THREADS;
+                    looking_waited(&s->gaps, looking_now() - begin);
+                }
                 s->rx_touching = me;
-                if (PyErr_CheckSignals() < 0)
+                if (PyErr_CheckSignals() < 0 || PyErr_Occurred())
                     return NULL;
                 if (ready > 0)
                     continue;
@@ -536,6 +538,8 @@ static PyMemberDef stream_members[] = {
     {"closed", T_BOOL, offsetof(Stream, closed), READONLY, NULL},
     {"_plain", T_BOOL, offsetof(Stream, plain), 0, NULL},
     {"pending_output", T_BOOL, offsetof(Stream, pending), READONLY, NULL},
+    {"roams", T_BOOL, offsetof(Stream, roams), 0, NULL},
+    {"_gap_looks", T_LONG, offsetof(Stream, gap_looks), 0, NULL},
     {"_pending", T_BOOL, offsetof(Stream, pending), 0, NULL},
     {"_calling", T_BOOL, offsetof(Stream, calling), 0, NULL},
     {"_rx_touching", T_ULONG, offsetof(Stream, rx_touching), 0, NULL},
@@ -556,6 +560,7 @@ static PyMethodDef stream_methods[] = {
     {"send", (PyCFunction)(void (*)(void))stream_send, METH_FASTCALL | METH_KEYWORDS, NULL},
     {"_push", stream_push, METH_VARARGS, NULL},
     {"_pull", stream_pull, METH_VARARGS, NULL},
+    {"_more_soon", looking_more_soon, METH_NOARGS, NULL},
     {"receive", (PyCFunction)(void (*)(void))stream_receive, METH_VARARGS | METH_KEYWORDS, NULL},
     {NULL},
 };

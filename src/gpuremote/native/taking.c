@@ -2,7 +2,6 @@
 
 #include "native.h"
 
-#define MAX_PAUSE 4096 /* messages without looking first */
 
 /* Call a method with up to three arguments: 1 if it gave True, -1: error. */
 static int ask_whether(PyObject *object, PyObject *name, PyObject *a, PyObject *b, PyObject *c)
@@ -213,9 +212,8 @@ PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
         PyObject *incoming = NULL;
         Py_ssize_t total = 0;
         enum taken found = NOTHING;
-        if (looks > 0 && l->skip > 0)
-            l->skip--;
-        else if (looks > 0) {
+        int waits = looks > 0;
+        if (looks > 0 && !l->looking.slow) {
             int there = 0;
             if (is_stream(connection))
                 there = stream_look((Stream *)connection, looks);
@@ -226,11 +224,15 @@ PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
             }
             if (there < 0)
                 return NULL;
-            l->skip = there ? 0 : l->pause;
-            l->pause = there ? 0 : Py_MIN(2 * l->pause + looks / 16 + 1, MAX_PAUSE);
+            looking_looked(&l->looking, there);
+            waits = !there;
         }
-        if (found == NOTHING)
+        if (found == NOTHING) {
+            long long begin = waits ? looking_now() : 0;
             found = receive(connection, wait, &total, &incoming);
+            if (waits)
+                looking_waited(&l->looking, looking_now() - begin);
+        }
         if (found == FAILED)
             return NULL;
         if (found == NOTHING)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from gpuremote import _clock
 from gpuremote._speed import native
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost
+from gpuremote.transport._looking import Looking
 from gpuremote.transport.base import Connection, Incoming, Target
 from gpuremote.wire.frames import HEADER, Kind
 
@@ -32,8 +34,12 @@ class Sink(Protocol):
         """A message with payload begins: where it goes (what ``incoming.adopt`` gave, or other
         memory) and a token, or None to drop it."""
 
-    def on_payload_done(self, token: object) -> None:
-        """Every byte of the payload is in place."""
+    def on_payload_done(self, token: object) -> bool:
+        """Every byte of the payload is in place.
+
+        True if the other end need not hear of it before the next message, which tells it along
+        with whatever else it says (``Peer.owing``).
+        """
 
     def on_payload_cancelled(self, token: object) -> None:
         """The rest of the payload will not come."""
@@ -48,8 +54,6 @@ class Sink(Protocol):
 Plain = tuple[int, int, int, int, BytesLike]
 """A message without payload that is kept: seq, kind, flags, arg, body."""
 
-MAX_PAUSE: Final = 4096
-"""Messages in a row that are taken without looking first, at most."""
 _BATCH = int(Kind.BATCH)
 _PREFIX = HEADER.size
 _pack = HEADER.pack
@@ -112,11 +116,9 @@ class PythonLane:
     _ack_after: int
     _low_credit: int
 
-    _skip = 0  # messages before looking again
-    _pause = 0  # and that many the next time
-
     def __init__(self) -> None:
         self._kept: deque[Plain] = deque()
+        self._looking = Looking()
 
     def post(self, kind: int, body: BytesLike, arg: int = 0, flags: int = 0, /) -> bool:
         """Send a reliable message, and keep it until the other end has it.
@@ -187,11 +189,8 @@ class PythonLane:
         wait : float
             As for ``Connection.receive``.
         looks : int
-            Times to look before waiting. A peer that goes to and fro answers within
-            microseconds, and a process that sleeps takes longer than that to get going again:
-            this saves a third of a round trip between two cores. Where it does not help (a
-            slower peer, or one on the same core) it is left out for twice as many messages
-            each time, first for as many as make up for it.
+            Times to look before waiting, for a peer that goes to and fro; left out where it
+            does not help (a slower peer, or one on the same core).
 
         Returns
         -------
@@ -207,27 +206,28 @@ class PythonLane:
         """
         quiet = True
         while quiet:
-            incoming = self._look(connection, looks) if looks else None
-            if incoming is None:
-                incoming = connection.receive(wait)
+            incoming = self._receive(connection, wait, looks)
             if incoming is None:
                 return False
             with self.lock:
                 quiet = self.dispatch(incoming, connection)
         return True
 
-    def _look(self, connection: Connection, looks: int) -> Incoming | None:
-        if self._skip:
-            self._skip -= 1
-            return None
-        for _ in range(looks):
-            incoming = connection.receive(0.0)
-            if incoming is not None:
-                self._pause = 0
-                return incoming
-        self._skip = self._pause
-        self._pause = min(2 * self._pause + looks // 16 + 1, MAX_PAUSE)
-        return None
+    def _receive(self, connection: Connection, wait: float, looks: int) -> Incoming | None:
+        if not looks:
+            return connection.receive(wait)
+        looking = self._looking
+        if looking.due:
+            for _ in range(looks):
+                incoming = connection.receive(0.0)
+                if incoming is not None:
+                    looking.looked(True)
+                    return incoming
+            looking.looked(False)
+        begin = _clock.now()
+        incoming = connection.receive(wait)
+        looking.waited(_clock.now() - begin)
+        return incoming
 
     # -- what the peer adds ---------------------------------------------------------------------
 

@@ -131,6 +131,8 @@ class Peer(Lane):
         Number of the latest reliable message.
     messages_sent, messages_received : int
         Over the life of the session, control messages included.
+    last_pong : int
+        ``arg`` of the latest PONG.
     arriving : dict of int to object
         Messages whose payload is on its way to this side.
     """
@@ -172,7 +174,8 @@ class Peer(Lane):
         self._ack_after = ACK_MESSAGES
         self._low_credit = _LOW_CREDIT
         self._delivered: list[int] = []
-        self._last_pong = 0
+        self.last_pong = 0
+        self._owing = -1  # the number of the latest message when ``owing`` began
 
     # -- sending --------------------------------------------------------------------------------
 
@@ -264,7 +267,7 @@ class Peer(Lane):
         if not self.held:
             self._granted = self._got + WINDOW_BYTES
         delivered, self._delivered = self._delivered, []
-        self._unreported = 0
+        self._unreported, self._owing = 0, -1
         self.control(Kind.ACK, encode_ack(self._granted, self._sink.executed(), delivered))
 
     def cancel(self, entry: Entry) -> None:
@@ -413,10 +416,17 @@ class Peer(Lane):
                 return  # the connection was given up meanwhile; the next one goes on from a receipt
             del self.arriving[arriving.seq]
             self._finish(arriving.seq)
-            if arriving.buffers is not None:
-                self._sink.on_payload_done(arriving.token)
+            wanted = arriving.buffers is not None
+            if wanted and self._sink.on_payload_done(arriving.token) and not self.arriving:
+                self._owing = self.sent
+                return
             self._delivered.append(arriving.seq)
             self.acknowledge()
+
+    @property
+    def owing(self) -> bool:
+        """Whether a payload arrived, and no message has told the other end since."""
+        return self._owing == self.sent
 
     def _finish(self, seq: int) -> None:
         """``seq`` is here completely; move the cumulative number."""
@@ -471,14 +481,9 @@ class Peer(Lane):
             if self.connection is not None and not self.connection.pending_output:
                 self.control(Kind.PONG, arg=arg)
         elif kind == Kind.PONG:
-            self._last_pong = arg
+            self.last_pong = arg
         elif not flags & IGNORABLE:
             raise ProtocolError(f"unreliable message of unknown kind {kind}")
-
-    @property
-    def last_pong(self) -> int:
-        """``arg`` of the latest PONG."""
-        return self._last_pong
 
     def _settle_up_to(self, ack: int) -> None:
         for seq in [seq for seq in self._bulk if seq <= ack]:

@@ -227,7 +227,7 @@ class WorkerSession:
             targets[k] = rest[: sizes[k]] if places is None else places[k]
         return scratch
 
-    def on_payload_done(self, token: object) -> None:
+    def on_payload_done(self, token: object) -> bool:
         assert isinstance(token, _Upload)
         for number in token.numbers:
             arrival = self._arriving.pop(number, None)
@@ -235,6 +235,7 @@ class WorkerSession:
                 arrival.fill(self.backend)
                 self.sharing.keep(arrival)
         self.ordering.stir()
+        return False  # the client waits for that
 
     def arriving(self, number: int) -> Arrival | None:
         """What is to be the array ``number``, if it is still waited for."""

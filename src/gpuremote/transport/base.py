@@ -237,10 +237,13 @@ class Connection(abc.ABC):
     time is granted again at once: then the frames of a payload cost more than some ten thousand
     bytes inside a message."""
 
+    roams = False
+    """Whether a thread that looks may go to another processor where it shares one with its peer."""
     looks = 0
     """Times to look for an answer, in a thread that waits for it, before it sleeps. A peer that is
     near answers within microseconds, and a thread that sleeps takes longer than that to get going
-    again: 150 µs of looking save a third of a round trip, and keep both ends on their own cores."""
+    again: some 300 µs of looking save most of a round trip, and keep both ends on their own
+    cores."""
 
     def register(self, buffer: Any) -> Region:
         """Make host memory known to the transport.

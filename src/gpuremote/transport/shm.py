@@ -371,19 +371,20 @@ class ShmConnection(TcpConnection):
         return self._pending or self.buffered
 
     def _receive(self, wait: float) -> Incoming | None:
+        if not self._copying or (self._question is not None and self._question.undecided):
+            return super()._receive(wait)
+        self._copy_out()
         try:
-            if not self._copying or (self._question is not None and self._question.undecided):
-                return super()._receive(wait)
-            self._copy_out()
-            try:
-                return super()._receive(0.0)
-            except (ConnectionLost, OSError):
-                if self._closed:
-                    raise
-                return None  # what has come is here all the same; the end will be seen again
-        finally:
-            if self._copying:
-                self._plain = False  # come here again, rather than wait
+            return super()._receive(0.0)
+        except (ConnectionLost, OSError):
+            if self._closed:
+                raise
+            return None  # what has come is here all the same; the end will be seen again
+
+    def _rest(self) -> None:
+        super()._rest()
+        if self._copying:
+            self._plain = False  # come here again, rather than wait
 
     def _copy_out(self) -> None:
         """Copy a burst of what is there to where it belongs."""

@@ -32,6 +32,7 @@ from gpuremote.transport._framing import (
 )
 from gpuremote.transport._incoming import Message, Payload
 from gpuremote.transport._loan import SharedPayload
+from gpuremote.transport._looking import Looking
 from gpuremote.transport._outgoing import CHUNK, Outbox
 from gpuremote.transport._sending import BURST, Sender
 from gpuremote.transport._sockets import (
@@ -56,9 +57,10 @@ __all__ = ["MAX_HEADER", "MAX_REGIONS", "TcpConnection", "join_address", "open_t
 
 LONG_BURST: Final = 64 << 20
 """The same where a thread has nothing else to do."""
-LOOKS: Final = 400
-PYTHON_LOOKS: Final = 40
-"""Looks, with and without the part in C, that take some 150 µs."""
+LOOKS: Final = 1000
+PYTHON_LOOKS: Final = 100
+"""Looks, with and without the part in C, that take some 300 µs: as long as a peer needs for a MiB
+that has to be woken for it. With half of that one end after the other gave up, and both slept."""
 BUFFER: Final = 256 << 10
 """Bytes of the receive buffer for headers."""
 IDLE: Final = 64 << 10
@@ -93,6 +95,7 @@ class StreamConnection(Sender):
     name = "tcp"
     # Where it is ``_in_c``.
     _pull: Callable[..., tuple[int, int, int, int]]
+    _more_soon: Callable[[], bool]
 
     def __init__(
         self, sock: socket.socket, *, blocking: bool, reason: str = "", line: Line | None = None
@@ -114,6 +117,8 @@ class StreamConnection(Sender):
         self.near = near(sock)
         if self.near and blocking and processors() > 1:
             self.looks = LOOKS if self._in_c else PYTHON_LOOKS
+        self._gap_looks = self.looks
+        self._gaps = Looking()
         # Within a host what a control message waits for is a fraction of a millisecond.
         self._chunk_size = MAX_CHUNK if same_host(sock) else CHUNK
         self._outbox = Outbox(self._chunk_size)
@@ -226,10 +231,19 @@ class StreamConnection(Sender):
                 waits = wait if len(self._channels) == under_way else 0.0
                 more = self._target is not None and self._read(waits)
             found = self._parse() if more else None
+        self._rest()
+        return found
+
+    def _take_in(self) -> Incoming | None:
+        found = self._parse()
+        self._rest()
+        return found
+
+    def _rest(self) -> None:
+        """Set ``_plain`` where nothing is under way any more."""
         self._plain = self._start == self._end and not self._channels and self._large is None
         if self._plain:
             self._start = self._end = 0
-        return found
 
     def _failed(self, error: BaseException) -> BaseException:
         """What to raise for an error of ``receive``."""
@@ -264,6 +278,15 @@ class StreamConnection(Sender):
             self._poll.register(self._fd, select.POLLIN)
         return bool(self._poll.poll(wait * 1000))
 
+    def _wait_on(self, wait: float) -> bool:
+        """The same for more of a payload."""
+        if self._more_soon():
+            return True
+        begin = _clock.now()
+        ready = self._ready(wait)
+        self._gaps.waited(_clock.now() - begin)
+        return ready
+
     def _read(self, wait: float) -> bool:
         """One receive call; True if it brought bytes."""
         target = self._target
@@ -272,10 +295,10 @@ class StreamConnection(Sender):
                 return self._pull_payload(target, wait)
             # Never waits inside the receive call, which has the lent memory: see discard().
             return self._read_payload(target) or (
-                wait > 0 and self._ready(wait) and self._read_payload(target)
+                wait > 0 and self._wait_on(wait) and self._read_payload(target)
             )
         flags = NOW
-        if wait > 0:
+        if wait > 0 and not (self._channels and self._more_soon()):
             if wait >= 0.5 and self._blocking:
                 flags = 0
             elif not self._ready(wait):

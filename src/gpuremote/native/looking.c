@@ -1,0 +1,89 @@
+/* Looking for bytes instead of sleeping, see looking.h. */
+
+#define _GNU_SOURCE
+#include "native.h"
+
+#include <poll.h>
+#include <sched.h>
+#include <sys/resource.h>
+
+/* A yield that takes so long has most likely let another thread run on this processor, and when
+   others had it for so long in one look, this is not the place to look. */
+#define TAKEN_NS 10000
+#define MUCH_NS (WITHIN_NS / 4)
+/* Between two moves to another processor; one takes some 50 µs. */
+#define STAY_NS 5000000
+
+/* Go to another processor than this one, of those that this thread may use. A virtual machine's
+   kernel takes an idle processor whose host has put it to sleep for one that is busy, and wakes
+   this thread where its peer runs; there they stay, as neither is ever seen to wait. */
+static void step_aside(Stream *s)
+{
+#ifdef __linux__
+    long long now = looking_now();
+    cpu_set_t allowed, others;
+    int here = sched_getcpu();
+    if (now - s->moved < STAY_NS || here < 0 || sched_getaffinity(0, sizeof allowed, &allowed))
+        return;
+    s->moved = now;
+    others = allowed;
+    CPU_CLR(here, &others);
+    if (CPU_COUNT(&others) && !sched_setaffinity(0, sizeof others, &others))
+        sched_setaffinity(0, sizeof allowed, &allowed);
+#endif
+}
+
+/* How often another thread was given the processor of this one. */
+static long switches(void)
+{
+#ifdef __linux__
+    struct rusage usage;
+    if (!getrusage(RUSAGE_THREAD, &usage))
+        return usage.ru_nivcsw + usage.ru_nvcsw;
+#endif
+    return 0;
+}
+
+int looking_look(Stream *s, long looks, const char *over)
+{
+    struct pollfd watched = {.fd = s->fd, .events = POLLIN};
+    long long begin = looking_now(), now = begin, taken = 0;
+    long switched = s->roams ? switches() : 0;
+    int ready = 0;
+    for (long k = 0; k < looks && ready <= 0 && now - begin < WITHIN_NS; k++) {
+        ready = poll(&watched, 1, 0);
+        if (ready > 0 || *(const volatile char *)over)
+            break;
+        long long before = now;
+        /* Whoever else wants this processor, the peer first of all, is not kept from it. */
+        sched_yield();
+        now = looking_now();
+        if (s->roams && now - before > TAKEN_NS && switches() != switched) {
+            switched = switches();
+            taken += now - before;
+            if (taken > MUCH_NS)
+                step_aside(s);
+        }
+    }
+    return ready > 0;
+}
+
+int stream_more_soon(Stream *s)
+{
+    if (s->gap_looks <= 0 || s->gaps.slow)
+        return 0;
+    int ready;
+    s->hands_off = 0;
+    Py_BEGIN_ALLOW_THREADS;
+    ready = looking_look(s, s->gap_looks, &s->hands_off);
+    Py_END_ALLOW_THREADS;
+    looking_looked(&s->gaps, ready);
+    return PyErr_CheckSignals() < 0 ? -1 : ready;
+}
+
+/* _more_soon() */
+PyObject *looking_more_soon(PyObject *self, PyObject *unused)
+{
+    int ready = stream_more_soon((Stream *)self);
+    return ready < 0 ? NULL : PyBool_FromLong(ready);
+}

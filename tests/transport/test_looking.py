@@ -1,0 +1,87 @@
+"""A thread that looks for bytes before it sleeps."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from gpuremote._speed import native
+from gpuremote.transport._sockets import processors
+from gpuremote.transport.tcp import TcpConnection, pair
+
+
+@contextlib.contextmanager
+def ends() -> Iterator[tuple[TcpConnection, TcpConnection]]:
+    here, there = pair(blocking=True)
+    try:
+        yield here, there
+    finally:
+        here.abort()
+        there.abort()
+
+
+def test_with_one_processor_nobody_looks() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        with ends() as (here, _):
+            assert here.looks == 0
+            assert not here._more_soon()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    with ends() as (here, _):
+        assert (here.looks > 0) == (processors() > 1)
+
+
+@pytest.mark.skipif(processors() < 2, reason="with one processor nobody looks")
+def test_more_of_a_payload_is_found_while_looking() -> None:
+    with ends() as (here, there):
+        there.send(b"x" * 100)
+        assert here._more_soon()
+        assert here._more_soon()  # it is still there
+        assert here.receive() is not None
+        assert not here._more_soon()
+
+
+@pytest.mark.skipif(native is None, reason="only the part in C goes to another processor")
+@pytest.mark.skipif(processors() < 2, reason="there is no other one")
+def test_a_thread_that_shares_its_processor_goes_to_another_one() -> None:
+    """And may use all those afterwards that it could use before."""
+    where = ctypes.CDLL(None).sched_getcpu
+    allowed = os.sched_getaffinity(0)
+    found: list[object] = []
+
+    def look() -> None:
+        try:
+            os.sched_setaffinity(0, {first})
+            os.sched_setaffinity(0, allowed)
+            deadline = time.monotonic() + 10
+            while where() == first and time.monotonic() < deadline:
+                with ends() as (here, _):  # which has yet to learn that looking is in vain
+                    here.roams = True
+                    here._more_soon()
+            found.append(where() != first)
+            found.append(os.sched_getaffinity(0) == allowed)
+        except BaseException as error:
+            found.append(error)
+
+    first = min(allowed)
+    code = f"import os\nos.sched_setaffinity(0, {{{first}}})\nprint(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as busy:
+        try:
+            assert busy.stdout is not None
+            busy.stdout.readline()
+            thread = threading.Thread(target=look)
+            thread.start()
+            thread.join()
+        finally:
+            busy.kill()
+    assert found == [True, True]
