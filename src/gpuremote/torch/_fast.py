@@ -23,22 +23,24 @@ MOST: Final = 8
 """Arguments of a pattern."""
 MOST_PLANS: Final = 4096
 """Plans that a kernel finds the short way."""
-_makers: dict[tuple[int, ...], Callable[..., Any]] = {}
+MOST_WAYS: Final = 16
+"""Ways to call a kernel, by which arguments are given, that have a function each."""
+_makers: dict[tuple[int, tuple[int, ...], tuple[str, ...]], Callable[..., Any]] = {}
 
 _TEXT: Final = """
-def make(run, plans, HELD, ODD, make_tensor, getframe, default):
+def make(run, more, plans, HELD, ODD, make_tensor, getframe, default):
     def kernel({names}, *rest, **keywords):
         if rest or keywords or ODD:
-            return run(({names}, *rest), keywords)[1]
+            return more(({names}, *rest), keywords)
         try:
 {look}
         except (AttributeError, KeyError):
-            return run(({names},), keywords)[1]
+            return run({call})[1]
         key = (default(), {key},)
         plan = plans.get(key)
         if plan is None or plan.place is not h0.home:
-            plan, made = run(({names},), keywords)
-            if plan.only is not None or plan.back >= 0:
+            plan, made = run({call})
+            if not plan.unknown:
                 if len(plans) >= {most}:
                     plans.clear()
                 plans[key] = plan
@@ -47,32 +49,65 @@ def make(run, plans, HELD, ODD, make_tensor, getframe, default):
         number = plan.issue(plan, plan.pack(plan.id, {values}), getframe().f_back or getframe())
         if plan.only is not None:
             return make_tensor(plan.place, number, plan.only)
-        return ({names},)[plan.back]
+        return {back}
     return kernel
 """
 
 
 def fast(kernel: Kernel) -> Callable[..., Any]:
-    """The kernel with a short way for its common call, if it has one."""
-    kinds = tuple(kernel.required)
+    """The kernel with a short way for its common calls, if it has one: that with the arguments that
+    every call has, and others once they are seen."""
+    ways: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    run = kernel.run
+
+    def more(args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """With other arguments than those."""
+        if ODD:
+            return run(args, keywords)[1]
+        way = ways.get((len(args), *keywords))
+        if way is None:
+            way = _way(kernel, len(args), tuple(keywords))
+            if way is None or len(ways) >= MOST_WAYS:
+                return run(args, keywords)[1]
+            ways[len(args), *keywords] = way
+        return way(*args, *keywords.values())
+
+    return _way(kernel, kernel.required, (), more) or kernel
+
+
+def _way(
+    kernel: Kernel,
+    count: int,
+    names: tuple[str, ...],
+    more: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None,
+) -> Callable[..., Any] | None:
+    """A function for calls with so many arguments by position and others by these names, which it
+    takes by position behind those; None if it would need the general way."""
+    kinds = tuple(kernel.kinds_of(count, names))
     if (
         not 0 < len(kinds) <= MOST
         or kinds[0] != TENSOR
         or not set(kinds) <= {TENSOR, NUMBER, FIXED}
     ):
-        return kernel
-    maker = _makers.get(kinds)
+        return None
+    run = kernel.run
+    if more is None:
+
+        def more(args: tuple[Any, ...], _: dict[str, Any]) -> Any:
+            return run(args[:count], dict(zip(names, args[count:], strict=True)))[1]
+
+    maker = _makers.get((count, kinds, names))
     if maker is None:
-        maker = _makers[kinds] = _maker(kinds)
+        maker = _makers[count, kinds, names] = _maker(count, kinds, names)
     plans: dict[Any, Any] = {}
     on_new_plans.append(plans.clear)
     made: Callable[..., Any] = maker(
-        kernel.run, plans, HELD, ODD, make_tensor, sys._getframe, torch.get_default_dtype
+        run, more, plans, HELD, ODD, make_tensor, sys._getframe, torch.get_default_dtype
     )
     return made
 
 
-def _maker(kinds: tuple[int, ...]) -> Callable[..., Any]:
+def _maker(count: int, kinds: tuple[int, ...], names: tuple[str, ...]) -> Callable[..., Any]:
     look: list[str] = []
     key: list[str] = []
     values: list[str] = []
@@ -88,8 +123,16 @@ def _maker(kinds: tuple[int, ...]) -> Callable[..., Any]:
             values.append(f"a{k}")
         else:
             key.append(f"tuple(a{k}) if a{k}.__class__ is list else a{k}")
+    given = "".join(f"a{k}, " for k in range(count))
+    by_name = ", ".join(f"{name!r}: a{count + k}" for k, name in enumerate(names))
+    call = f"({given}), {{{by_name}}}"
+    back = f"plan.finish(number, {call})"
+    if not names:
+        back = f"({given})[plan.back] if plan.back >= 0 else {back}"
     text = _TEXT.format(
         names=", ".join(f"a{k}" for k in range(len(kinds))),
+        call=call,
+        back=back,
         look="\n".join(" " * 12 + line for line in look),
         key=", ".join(key),
         values=", ".join(values),

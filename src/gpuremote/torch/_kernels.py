@@ -117,6 +117,14 @@ class CallPlan:
         self.back = back
         self.unknown = any(result.view is None and result.storage >= 0 for result in call.results)
 
+    def finish(self, number: int, args: Any, keywords: dict[str, Any]) -> Any:
+        """What the op gives, issued as record ``number``."""
+        fresh = [
+            None if one is None else make_tensor(self.place, number + one[0], one[1])
+            for one in self.fresh
+        ]
+        return None if self.give is None else self.give(fresh, args, keywords)
+
 
 class Kernel:
     """The kernel of one op.
@@ -127,8 +135,8 @@ class Kernel:
 
     Attributes
     ----------
-    required : list of int
-        Kinds of the arguments that every call has.
+    required : int
+        Arguments that every call has, by position.
     """
 
     def __init__(self, op: Any) -> None:
@@ -147,11 +155,9 @@ class Kernel:
         returned = self._given[0] if len(self._given) == 1 else None
         self._back = -1 if returned is None else self._positions[returned]
         self._lists = [str(r.type).startswith("List") for r in schema.returns]
-        self.required = [
-            kind
-            for kind, a in zip(self._kinds, schema.arguments, strict=True)
-            if not a.kwarg_only and not a.has_default_value()
-        ]
+        self.required = sum(
+            not a.kwarg_only and not a.has_default_value() for a in schema.arguments
+        )
 
     def _given_back(self, returned: Any) -> str | None:
         """The argument that an op gives back, as it wrote to it."""
@@ -163,6 +169,10 @@ class Kernel:
             if known is not None and known.before_set == alias.before_set:
                 return str(argument.name)
         return None
+
+    def kinds_of(self, count: int, names: tuple[str, ...]) -> list[int]:
+        """Kinds of the first ``count`` arguments and of those with these names."""
+        return [*self._kinds[:count], *(self._names[name] for name in names)]
 
     @property
     def kinds(self) -> list[int]:
@@ -235,11 +245,7 @@ class Kernel:
             return plan, make_tensor(place, number, plan.only)
         if plan.unknown:
             return plan, self._learn(place, plan, number)
-        fresh = [
-            None if one is None else make_tensor(place, number + one[0], one[1])
-            for one in plan.fresh
-        ]
-        return plan, None if plan.give is None else plan.give(fresh, args, keywords)
+        return plan, plan.finish(number, args, keywords)
 
     def _rest(self, kind: int, value: Any, key: list[Any], values: list[Any]) -> Any:
         """What is not among the most common kinds: the device it names, or False if the general way

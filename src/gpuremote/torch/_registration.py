@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any, Final
 
@@ -167,12 +168,8 @@ def _host_memory(nbytes: int) -> Any:
 
 
 def _redispatch(op: Any, keys: Any) -> Any:
-    redispatch = op.redispatch
-
-    def view(*args: Any, **keywords: Any) -> Any:
-        return redispatch(keys, *args, **keywords)
-
-    return view
+    # What ``op.redispatch`` calls, without a frame of Python's for either.
+    return functools.partial(op._handle.redispatch_boxed, keys)
 
 
 def _op(name: str) -> Any:
