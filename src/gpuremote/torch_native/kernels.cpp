@@ -6,9 +6,13 @@
 #include "keys.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/view_native.h>
 #include <torch/library.h>
 
 #include <cstring>
+#include <map>
 #include <set>
 #include <unordered_map>
 
@@ -252,7 +256,15 @@ bool Kernel::learn(const Pending& call, std::shared_ptr<Plan> plan, const char* 
   return true;
 }
 
-// Views look at a tensor's layout only; the host's kernels do that for any device.
+// Views look at a tensor's layout only; the host's kernels do that for any device. Those that nearly
+// every other view is made of are called as they are: to put a tensor on a stack takes the
+// interpreter lock twice.
+const std::map<std::string, torch::CppFunction (*)()> direct_views = {
+    {"as_strided", [] { return torch::CppFunction(TORCH_FN(at::native::as_strided_tensorimpl)); }},
+    {"view", [] { return torch::CppFunction(TORCH_FN(at::native::view)); }},
+    {"_reshape_alias", [] { return torch::CppFunction(TORCH_FN(at::native::_reshape_alias)); }},
+};
+
 class View final : public c10::OperatorKernel {
  public:
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, c10::Stack* stack) {
@@ -340,9 +352,13 @@ PyObject* register_kernels(PyObject*, PyObject* arguments) {
     PyObject* names = PySequence_Fast(views, "names of views");
     if (names == nullptr)
       return nullptr;
-    for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(names); k++)
-      library->impl(PyUnicode_AsUTF8(PySequence_Fast_GET_ITEM(names, k)),
-                    torch::CppFunction::makeFromBoxedFunctor(std::make_unique<View>()));
+    for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(names); k++) {
+      const char* name = PyUnicode_AsUTF8(PySequence_Fast_GET_ITEM(names, k));
+      const auto direct = direct_views.find(name);
+      library->impl(name, direct != direct_views.end()
+                              ? direct->second()
+                              : torch::CppFunction::makeFromBoxedFunctor(std::make_unique<View>()));
+    }
     Py_DECREF(names);
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
