@@ -3,9 +3,8 @@
 // what the op gives. Without one the kernel in Python runs: it is registered for KEY_OF_PYTHON,
 // which no tensor has.
 
-#include "keys.h"
+#include "kernels.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/view_native.h>
@@ -14,7 +13,6 @@
 #include <cstring>
 #include <map>
 #include <set>
-#include <unordered_map>
 
 namespace gpuremote {
 
@@ -22,132 +20,89 @@ namespace {
 
 constexpr auto KEY_OF_PYTHON = c10::DispatchKey::QuantizedPrivateUse1;
 
-struct Item {
-  enum { NEW, LIST, GIVEN } kind;
-  int at, count;
-};
-
-struct Plan {
-  Device* device;
-  uint32_t id, step;
-  std::vector<char> taken;       // for each value: whether the record has it
-  std::vector<size_t> sizes;     // bytes of each storage that it makes
-  std::vector<bool> there;       // for each result: whether it is a tensor
-  std::vector<Form> forms;
-  std::vector<Item> returns;
-};
-
-struct WordsHash {
-  size_t operator()(const Words& words) const {
-    uint64_t h = words.size();
-    for (uint64_t word : words) {
-      h = (h ^ word) * 0x9E3779B97F4A7C15ull;
-      h ^= h >> 29;
-    }
-    return h;
-  }
-};
-
-// Of one op. With the interpreter lock.
-using Plans = std::unordered_map<Words, std::shared_ptr<Plan>, WordsHash>;
-std::vector<Plans*> all_plans;
+// Of kernels that live; never destroyed, as some of those live as long as the dispatcher.
+auto& all_plans = *new std::set<Plans*>();
 unsigned long long learnt;
 std::set<std::string> mismatched;
 
-class Kernel;
-
-// The call that has gone to Python: what it learns is for this one. Innermost of this thread.
-struct Pending {
-  Kernel* kernel;
-  const Walk* walk;
-  std::vector<bool> left_out;
-  Pending* outer;
-};
 thread_local Pending* pending = nullptr;
 
-class Kernel final : public c10::OperatorKernel {
- public:
-  Kernel(const c10::OperatorHandle& op, std::vector<int> kinds)
-      : schema_(op.schema()), kinds_(std::move(kinds)) {
-    all_plans.push_back(&plans);
+}  // namespace
+
+Kernel::Kernel(const c10::OperatorHandle& op, std::vector<int> kinds)
+    : op_(op), kinds_(std::move(kinds)) {
+  all_plans.insert(&plans);
+}
+
+Kernel::~Kernel() {
+  all_plans.erase(&plans);
+}
+
+void Kernel::operator()(const c10::OperatorHandle&, c10::DispatchKeySet, c10::Stack* stack) {
+  Walk walk;
+  if (!look(schema(), kinds_, *stack, walk)) {
+    go_to_python(stack, nullptr);
+    return;
   }
-
-  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, c10::Stack* stack) {
-    Walk walk;
-    if (!look(schema_, kinds_, *stack, walk)) {
-      go_to_python(op, stack, nullptr);
-      return;
-    }
-    std::shared_ptr<Plan> plan;
-    uint64_t number = 0;
-    bool due = false;
-    {
-      Interpreter lock;
-      Device* device = walk.device != nullptr ? walk.device : device_at(current_device());
-      walk.device = device;
-      walk.words.push_back(reinterpret_cast<uint64_t>(device));
-      Frames frames;
-      note_frames(frames);
-      try {
-        open_tape(device->tape);
-      } catch (...) {
-        forget_frames(frames);
-        throw;
-      }
-      auto found = plans.find(walk.words);
-      if (found != plans.end()) {
-        plan = found->second;
-        number = write(*plan, walk, frames);
-        due = is_due(device->tape);
-      } else {
-        forget_frames(frames);
-      }
-    }
-    if (plan == nullptr) {
-      go_to_python(op, stack, &walk);
-      return;
-    }
-    give(*plan, number, stack);
-    if (due) {
-      Interpreter lock;
-      send_due(walk.device->tape);
-    }
+  const Issued issued = issue(walk);
+  if (issued.plan == nullptr) {
+    go_to_python(stack, &walk);
+    return;
   }
+  give(*issued.plan, issued.number, stack);
+  settle(issued);
+}
 
-  // What Python found out of the call that is pending.
-  bool learn(const Pending& call, std::shared_ptr<Plan> plan, const char* layout,
-             const char* record, Py_ssize_t size);
+Kernel::Issued Kernel::issue(Walk& walk) {
+  Issued issued;
+  Interpreter lock;
+  issued.device = walk.device != nullptr ? walk.device : device_at(current_device());
+  walk.device = issued.device;
+  walk.words.push_back(reinterpret_cast<uint64_t>(walk.device));
+  Frames frames;
+  note_frames(frames);
+  try {
+    open_tape(walk.device->tape);
+  } catch (...) {
+    forget_frames(frames);
+    throw;
+  }
+  const auto found = plans.find(walk.words);
+  if (found != plans.end()) {
+    issued.plan = found->second;
+    issued.number = write(*issued.plan, walk, frames);
+    issued.due = is_due(walk.device->tape);
+  } else {
+    forget_frames(frames);
+  }
+  return issued;
+}
 
-  Plans plans;
-  const c10::FunctionSchema& schema() const { return schema_; }
+void Kernel::settle(const Issued& issued) {
+  if (issued.due) {
+    Interpreter lock;
+    send_due(issued.device->tape);
+  }
+}
 
- private:
-  void go_to_python(const c10::OperatorHandle& op, c10::Stack* stack, Walk* walk) {
-    // Looked at now, as the arguments are no longer on the stack while Python runs.
-    Pending here{this, walk, {}, pending};
-    if (walk != nullptr)
-      here.left_out = stripped(*stack);
-    pending = &here;
-    try {
-      op.callBoxedForDispatchKey(KEY_OF_PYTHON, *stack);
-    } catch (...) {
-      pending = here.outer;
-      throw;
-    }
+void Kernel::go_to_python(c10::Stack* stack, const Walk* walk) {
+  // Looked at now, as the arguments are no longer on the stack while Python runs.
+  Pending here{this, walk, {}, pending};
+  if (walk != nullptr)
+    here.left_out = stripped(*stack);
+  pending = &here;
+  try {
+    op_.callBoxedForDispatchKey(KEY_OF_PYTHON, *stack);
+  } catch (...) {
     pending = here.outer;
+    throw;
   }
-
-  static uint64_t write(const Plan& plan, const Walk& walk, Frames& frames);
-  void give(const Plan& plan, uint64_t number, c10::Stack* stack) const;
-  std::vector<bool> stripped(const c10::Stack& stack) const;
-
-  const c10::FunctionSchema& schema_;
-  const std::vector<int> kinds_;
-};
+  pending = here.outer;
+}
 
 // -- plan -> record and results -----------------------------------------------------------------
 
-size_t pack(const Plan& plan, const Walk& walk, char* to) {
+static size_t pack(const Plan& plan, const Walk& walk, char* to) {
   char* at = to;
   std::memcpy(at, &plan.id, 4);
   at += 4;
@@ -172,12 +127,15 @@ uint64_t Kernel::write(const Plan& plan, const Walk& walk, Frames& frames) {
   return append(plan.device->tape, plan.step, record.data(), size, frames);
 }
 
+at::Tensor Kernel::only(const Plan& plan, uint64_t number) {
+  return make_tensor(make_storage(plan.device, number, plan.sizes[0], nullptr),
+                     plan.forms[plan.returns[0].at]);
+}
+
 void Kernel::give(const Plan& plan, uint64_t number, c10::Stack* stack) const {
-  // The usual case: one storage, one tensor.
   const size_t count = kinds_.size();
-  if (plan.sizes.size() == 1 && plan.returns.size() == 1 && plan.returns[0].kind == Item::NEW) {
-    auto made = make_tensor(make_storage(plan.device, number, plan.sizes[0], nullptr),
-                            plan.forms[plan.returns[0].at]);
+  if (plan.single()) {
+    auto made = only(plan, number);
     stack->erase(stack->end() - static_cast<std::ptrdiff_t>(count), stack->end());
     stack->emplace_back(std::move(made));
     return;
@@ -219,7 +177,7 @@ std::vector<bool> Kernel::stripped(const c10::Stack& stack) const {
   std::vector<bool> found(count, false);
   bool last = true;
   for (size_t k = count; k-- > 0;) {
-    const auto& argument = schema_.arguments()[k];
+    const auto& argument = schema().arguments()[k];
     const bool usual =
         argument.default_value().has_value() && *argument.default_value() == arguments[k];
     if (argument.kwarg_only()) {
@@ -248,13 +206,15 @@ bool Kernel::learn(const Pending& call, std::shared_ptr<Plan> plan, const char* 
   // The two sides have to say the same, byte for byte; else these calls stay with Python.
   if (codes != layout || length != static_cast<size_t>(size)
       || std::memcmp(packed.data(), record, length) != 0) {
-    mismatched.insert(schema_.name() + " " + codes + " " + layout);
+    mismatched.insert(schema().name() + " " + codes + " " + layout);
     return false;
   }
   learnt++;
   plans[walk.words] = std::move(plan);
   return true;
 }
+
+namespace {
 
 // Views look at a tensor's layout only; the host's kernels do that for any device. Those that nearly
 // every other view is made of are called as they are: to put a tensor on a stack takes the
@@ -346,8 +306,9 @@ PyObject* register_kernels(PyObject*, PyObject* arguments) {
       std::vector<int> found;
       if (!parse_numbers(value, found))
         return nullptr;
-      library->impl(name.c_str(), torch::CppFunction::makeFromBoxedFunctor(
-                                      std::make_unique<Kernel>(op, std::move(found))));
+      if (!register_direct(name, op, found))
+        library->impl(name.c_str(), torch::CppFunction::makeFromBoxedFunctor(
+                                        std::make_unique<Kernel>(op, std::move(found))));
     }
     PyObject* names = PySequence_Fast(views, "names of views");
     if (names == nullptr)

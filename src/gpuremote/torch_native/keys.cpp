@@ -15,6 +15,31 @@ enum Tag : uint64_t {
   NONE = 1, REMOTE, HOST, LIST, BOOL, INT, DOUBLE, COMPLEX, STRING, DEFAULT, PLACE, DRAWS
 };
 
+}  // namespace
+
+void look_at_text(std::string_view text, Walk& walk) {
+  walk.words.push_back(STRING);
+  walk.words.push_back(text.size());
+  for (size_t at = 0; at < text.size(); at += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, text.data() + at, std::min<size_t>(8, text.size() - at));
+    walk.words.push_back(word);
+  }
+}
+
+void look_at_list(at::IntArrayRef list, Walk& walk) {
+  walk.words.push_back(LIST);
+  walk.words.push_back(list.size());
+  for (int64_t item : list)
+    walk.words.push_back(static_cast<uint64_t>(item));
+}
+
+void look_at_nothing(Walk& walk) {
+  walk.words.push_back(NONE);
+}
+
+namespace {
+
 uint64_t bits_of(double value) {
   uint64_t bits;
   std::memcpy(&bits, &value, sizeof bits);
@@ -41,6 +66,49 @@ bool look_at_number(const c10::IValue& value, int argument, Walk& walk) {
     return false;
   }
   return true;
+}
+
+bool look_at_fixed(const c10::IValue& value, Walk& walk) {
+  Words& words = walk.words;
+  if (value.isNone()) {
+    words.push_back(NONE);
+  } else if (value.isBool()) {
+    words.push_back(BOOL);
+    words.push_back(value.toBool());
+  } else if (value.isInt()) {
+    words.push_back(INT);
+    words.push_back(static_cast<uint64_t>(value.toInt()));
+  } else if (value.isDouble()) {
+    words.push_back(DOUBLE);
+    words.push_back(bits_of(value.toDouble()));
+  } else if (value.isComplexDouble()) {
+    const auto number = value.toComplexDouble();
+    words.push_back(COMPLEX);
+    words.push_back(bits_of(number.real()));
+    words.push_back(bits_of(number.imag()));
+  } else if (value.isString()) {
+    look_at_text(value.toStringRef(), walk);
+  } else if (value.isIntList()) {
+    look_at_list(value.toIntVector(), walk);
+  } else if (value.isList()) {
+    const auto list = value.toListRef();
+    words.push_back(LIST | 1 << 8);
+    words.push_back(list.size());
+    for (const c10::IValue& item : list) {
+      if (!look_at_fixed(item, walk))
+        return false;
+    }
+  } else {
+    return false;  // a symbolic number, a storage, a stream
+  }
+  return true;
+}
+
+}  // namespace
+
+void begin(Walk& walk) {
+  // What numbers become in an op with integers.
+  walk.words.push_back(static_cast<uint64_t>(c10::get_default_dtype_as_scalartype()));
 }
 
 bool look_at_tensor(const at::Tensor& tensor, int argument, Walk& walk) {
@@ -79,143 +147,98 @@ bool look_at_tensor(const at::Tensor& tensor, int argument, Walk& walk) {
   return true;
 }
 
-bool look_at_fixed(const c10::IValue& value, Walk& walk) {
-  Words& words = walk.words;
-  if (value.isNone()) {
-    words.push_back(NONE);
-  } else if (value.isBool()) {
-    words.push_back(BOOL);
-    words.push_back(value.toBool());
-  } else if (value.isInt()) {
-    words.push_back(INT);
-    words.push_back(static_cast<uint64_t>(value.toInt()));
-  } else if (value.isDouble()) {
-    words.push_back(DOUBLE);
-    words.push_back(bits_of(value.toDouble()));
-  } else if (value.isComplexDouble()) {
-    const auto number = value.toComplexDouble();
-    words.push_back(COMPLEX);
-    words.push_back(bits_of(number.real()));
-    words.push_back(bits_of(number.imag()));
-  } else if (value.isString()) {
-    const std::string& text = value.toStringRef();
-    words.push_back(STRING);
-    words.push_back(text.size());
-    for (size_t at = 0; at < text.size(); at += 8) {
-      uint64_t word = 0;
-      std::memcpy(&word, text.data() + at, std::min<size_t>(8, text.size() - at));
-      words.push_back(word);
-    }
-  } else if (value.isIntList()) {
-    const auto list = value.toIntList();
-    words.push_back(LIST);
-    words.push_back(list.size());
-    for (int64_t item : list)
-      words.push_back(static_cast<uint64_t>(item));
-  } else if (value.isList()) {
-    const auto list = value.toListRef();
-    words.push_back(LIST | 1 << 8);
-    words.push_back(list.size());
-    for (const c10::IValue& item : list) {
-      if (!look_at_fixed(item, walk))
+bool look_at(const c10::IValue& value, int kind, int argument, const c10::FunctionSchema& schema,
+             Walk& walk) {
+  switch (kind) {
+    case TENSOR:
+      if (value.isNone())
+        walk.words.push_back(NONE);
+      else if (!value.isTensor() || !look_at_tensor(value.toTensor(), argument, walk))
         return false;
+      break;
+    case TENSORS: {
+      if (value.isNone()) {
+        walk.words.push_back(NONE);
+        break;
+      }
+      if (!value.isList())
+        return false;
+      auto items = value.toListRef();
+      walk.words.push_back(LIST);
+      walk.words.push_back(items.size());
+      for (const c10::IValue& item : items) {
+        if (item.isNone())
+          walk.words.push_back(NONE);
+        else if (!item.isTensor() || !look_at_tensor(item.toTensor(), argument, walk))
+          return false;
+      }
+      break;
     }
-  } else {
-    return false;  // a symbolic number, a storage, a stream
+    case NUMBER: {
+      const auto& usual = schema.arguments()[argument].default_value();
+      if (usual.has_value() && *usual == value)
+        walk.words.push_back(DEFAULT);
+      if (!look_at_number(value, argument, walk))
+        return false;
+      break;
+    }
+    case NUMBERS:
+      if (value.isNone()) {
+        walk.words.push_back(NONE);
+        break;
+      }
+      if (!value.isList())
+        return false;
+      walk.words.push_back(LIST);
+      walk.words.push_back(value.toListRef().size());
+      for (const c10::IValue& item : value.toListRef()) {
+        if (!look_at_number(item, argument, walk))
+          return false;
+      }
+      break;
+    case GENERATOR:
+      if (value.isNone()) {
+        walk.words.push_back(NONE);
+      } else {
+        const at::Generator generator = value.toGenerator();
+        if (generator.device().type() != c10::kPrivateUse1)
+          return false;
+        walk.words.push_back(DRAWS | static_cast<uint64_t>(generator.device().index()) << 8);
+        walk.values.push_back({'q', argument, generator_number(generator), 0});
+      }
+      break;
+    case DEVICE:
+      if (value.isNone()) {
+        walk.words.push_back(NONE);
+      } else {
+        const c10::Device device = value.toDevice();
+        if (device.type() != c10::kPrivateUse1)
+          return false;
+        walk.words.push_back(PLACE);
+        const int index = device.has_index() ? device.index() : current_device();
+        if (walk.device == nullptr) {
+          Interpreter lock;
+          walk.device = device_at(index);
+        } else if (walk.device->index != index) {
+          return false;
+        }
+      }
+      break;
+    default:
+      if (!look_at_fixed(value, walk))
+        return false;
   }
   return true;
 }
 
-}  // namespace
-
-bool look(const c10::FunctionSchema& schema, const std::vector<int>& kinds, const torch::jit::Stack& stack,
-          Walk& walk) {
+bool look(const c10::FunctionSchema& schema, const std::vector<int>& kinds,
+          const torch::jit::Stack& stack, Walk& walk) {
   const size_t count = kinds.size();
   const c10::IValue* arguments = stack.data() + (stack.size() - count);
-  // What numbers become in an op with integers.
-  walk.words.push_back(static_cast<uint64_t>(c10::get_default_dtype_as_scalartype()));
+  begin(walk);
   for (size_t k = 0; k < count; k++) {
-    const c10::IValue& value = arguments[k];
-    const int argument = static_cast<int>(k);
-    switch (kinds[k]) {
-      case TENSOR:
-        if (value.isNone())
-          walk.words.push_back(NONE);
-        else if (!value.isTensor() || !look_at_tensor(value.toTensor(), argument, walk))
-          return false;
-        break;
-      case TENSORS: {
-        if (value.isNone()) {
-          walk.words.push_back(NONE);
-          break;
-        }
-        if (!value.isList())
-          return false;
-        auto items = value.toListRef();
-        walk.words.push_back(LIST);
-        walk.words.push_back(items.size());
-        for (const c10::IValue& item : items) {
-          if (item.isNone())
-            walk.words.push_back(NONE);
-          else if (!item.isTensor() || !look_at_tensor(item.toTensor(), argument, walk))
-            return false;
-        }
-        break;
-      }
-      case NUMBER: {
-        const auto& usual = schema.arguments()[k].default_value();
-        if (usual.has_value() && *usual == value)
-          walk.words.push_back(DEFAULT);
-        if (!look_at_number(value, argument, walk))
-          return false;
-        break;
-      }
-      case NUMBERS:
-        if (value.isNone()) {
-          walk.words.push_back(NONE);
-          break;
-        }
-        if (!value.isList())
-          return false;
-        walk.words.push_back(LIST);
-        walk.words.push_back(value.toListRef().size());
-        for (const c10::IValue& item : value.toListRef()) {
-          if (!look_at_number(item, argument, walk))
-            return false;
-        }
-        break;
-      case GENERATOR:
-        if (value.isNone()) {
-          walk.words.push_back(NONE);
-        } else {
-          const at::Generator generator = value.toGenerator();
-          if (generator.device().type() != c10::kPrivateUse1)
-            return false;
-          walk.words.push_back(DRAWS | static_cast<uint64_t>(generator.device().index()) << 8);
-          walk.values.push_back({'q', argument, generator_number(generator), 0});
-        }
-        break;
-      case DEVICE:
-        if (value.isNone()) {
-          walk.words.push_back(NONE);
-        } else {
-          const c10::Device device = value.toDevice();
-          if (device.type() != c10::kPrivateUse1)
-            return false;
-          walk.words.push_back(PLACE);
-          const int index = device.has_index() ? device.index() : current_device();
-          if (walk.device == nullptr) {
-            Interpreter lock;
-            walk.device = device_at(index);
-          } else if (walk.device->index != index) {
-            return false;
-          }
-        }
-        break;
-      default:
-        if (!look_at_fixed(value, walk))
-          return false;
-    }
+    if (!look_at(arguments[k], kinds[k], static_cast<int>(k), schema, walk))
+      return false;
   }
   return true;
 }

@@ -7,6 +7,8 @@
 #include <ATen/core/function_schema.h>
 #include <ATen/core/stack.h>
 
+#include <string_view>
+
 namespace gpuremote {
 
 // As in gpuremote.torch._kernels.
@@ -27,6 +29,16 @@ struct Walk {
   c10::SmallVector<Value, 12> values;
   Device* device = nullptr;
 };
+
+// The parts of a key, argument by argument, after what stands before all of them. False: only Python
+// knows what to do with such a call.
+void begin(Walk& walk);
+bool look_at(const c10::IValue& value, int kind, int argument, const c10::FunctionSchema& schema,
+             Walk& walk);
+bool look_at_tensor(const at::Tensor& tensor, int argument, Walk& walk);
+void look_at_text(std::string_view text, Walk& walk);
+void look_at_list(at::IntArrayRef list, Walk& walk);
+void look_at_nothing(Walk& walk);
 
 // Look at the arguments of a call; whether it can be looked up at all. The others are for Python.
 bool look(const c10::FunctionSchema& schema, const std::vector<int>& kinds, const torch::jit::Stack& stack,
