@@ -41,6 +41,21 @@ def test_there_and_back() -> None:
     assert (found.step, found.n_out) == (2, 2)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_whether_it_is_to_be_compiled(compiled: bool) -> None:
+    plain = _graph()
+    blob = encode(Graph(plain.id, plain.inputs, plain.nodes, plain.outputs, compiled))
+    # As older servers know it, where it is not asked for.
+    assert len(blob) == 5 + compiled
+    assert decode(blob, PLANS.__getitem__).compiled is compiled
+
+
+@pytest.mark.parametrize("rest", [[1], ["yes"], [None], [True, True]])
+def test_what_is_no_answer_to_that(rest: list[Any]) -> None:
+    with pytest.raises(ProtocolError):
+        decode([*encode(_graph()), *rest], PLANS.__getitem__)
+
+
 def test_what_nobody_needs_any_more() -> None:
     made = [PLANS[node.plan][1] for node in _graph().nodes]
     assert last_uses(_graph(), made) == [[], [2], [], [4]]

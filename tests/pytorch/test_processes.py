@@ -55,6 +55,22 @@ def test_torch_finds_the_device_by_itself_where_it_is_told(url: str) -> None:
     assert done.stdout.split() == ["True" if url else "False"] * 2
 
 
+@ONCE
+def test_compiling_right_after_connecting(torch_server: RunningServer) -> None:
+    """Both load torch's compiler, in a thread each; its modules import each other in a circle."""
+    program = f"""
+import torch, gpuremote.torch
+gpuremote.torch.connect({torch_server.url!r})
+x = torch.ones(3).to("remote")
+print(torch.compile(lambda x: x + 1, backend="gpuremote")(x).tolist())
+gpuremote.torch.close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.stdout.strip() == "[2.0, 2.0, 2.0]", done.stderr
+
+
 def test_a_backward_of_the_host_opens_nothing() -> None:
     """torch's engine asks for devices when it starts; no session opens for that."""
     program = """

@@ -22,6 +22,7 @@ from gpuremote.memory.device import DeviceMemory, DeviceTarget
 from gpuremote.ops.operands import DType
 from gpuremote.ops.plan import Plan
 from gpuremote.ops.torch_call import Call
+from gpuremote.ops.torch_graph import Graph
 
 __all__ = ["Backend", "Compiled", "DeviceInfo"]
 
@@ -142,9 +143,28 @@ class Backend(abc.ABC):
             op=call.name,
         )
 
+    def compile_graph(
+        self, graph: Graph, calls: Sequence[Call]
+    ) -> Callable[[list[Any]], list[Any]]:
+        """One function for a graph of calls of torch ops, of which ``calls`` are the definitions.
+
+        It takes the storages of the graph's inputs, writes to those that the graph writes to, and
+        gives the storages of its outputs.
+
+        Raises
+        ------
+        UnsupportedOp
+            The graph has to run op by op here; the message says why.
+        """
+        raise UnsupportedOp(f"the backend {self.name} compiles no graphs")
+
     def facts(self) -> dict[str, Any]:
         """What else a client has to know of every device to predict results."""
         return {}
+
+    def end(self) -> None:
+        """The process ends: delete what it has put on disk."""
+        return
 
     def confine(self, nbytes: int) -> None:
         """This process serves a session that may hold ``nbytes``; see to it, as far as the backend

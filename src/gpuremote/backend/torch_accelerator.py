@@ -19,11 +19,13 @@ import torch
 from gpuremote._types import Shape
 from gpuremote.backend.base import Backend, Compiled, DeviceInfo
 from gpuremote.backend.torch_calls import Block, Permits, compile_call, translate
+from gpuremote.backend.torch_inductor import compile_graph, compiler, remove_cache
 from gpuremote.errors import GpuRemoteError, UnsupportedOp
 from gpuremote.memory.device import DeviceTarget
 from gpuremote.ops.operands import DType
 from gpuremote.ops.plan import Plan
 from gpuremote.ops.torch_call import Call
+from gpuremote.ops.torch_graph import Graph
 
 __all__ = ["AcceleratorTorchBackend", "accelerator"]
 
@@ -73,7 +75,11 @@ class AcceleratorTorchBackend(Backend):
         return self._devices
 
     def facts(self) -> dict[str, Any]:
-        return {"torch": torch.__version__, "device_type": self._kind}
+        return {
+            "torch": torch.__version__,
+            "device_type": self._kind,
+            "inductor": compiler(torch.device(self._kind)),
+        }
 
     def _device(self, index: int) -> torch.device:
         return torch.device(self._kind, index)
@@ -95,6 +101,17 @@ class AcceleratorTorchBackend(Backend):
         self, call: Call
     ) -> tuple[Callable[[Sequence[Any]], list[Block]], tuple[int, ...]]:
         return compile_call(call, self._device(call.device), self._permits)
+
+    def end(self) -> None:
+        remove_cache()
+
+    def compile_graph(
+        self, graph: Graph, calls: Sequence[Call]
+    ) -> Callable[[list[Any]], list[Any]]:
+        devices = {call.device for call in calls}
+        if len(devices) > 1:
+            raise UnsupportedOp("its ops are on several devices")
+        return compile_graph(graph, calls, self._device(*devices), self._permits)
 
     def translate_error(self, error: BaseException) -> GpuRemoteError:
         return translate(error) or super().translate_error(error)

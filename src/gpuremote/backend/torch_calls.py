@@ -24,7 +24,16 @@ from gpuremote.errors import (
 )
 from gpuremote.ops.torch_call import CONJ, NEG, Call, Result, View
 
-__all__ = ["Block", "Permits", "compile_call", "find_op", "translate"]
+__all__ = [
+    "Arguments",
+    "Block",
+    "Permits",
+    "compile_call",
+    "dtype_of",
+    "find_op",
+    "tensors_in",
+    "translate",
+]
 
 NAMESPACES: Final = frozenset(("aten", "prims"))
 """Whose ops may run wherever torch does."""
@@ -76,6 +85,11 @@ _DTYPES: Final[dict[str, torch.dtype]] = {
     for dtype in vars(torch).values()
     if isinstance(dtype, torch.dtype)
 }
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch's dtype of the name that travels."""
+    return _DTYPES[name]
 
 
 class Block:
@@ -239,7 +253,7 @@ def compile_call(
     """
     own = permits.own.get(call.name)
     op = find_op(call.name, permits.namespaces) if own is None else partial(own, device)
-    arguments = _Arguments(call, device)
+    arguments = Arguments(call, device)
     writes = _written(op, call)
     if None in call.sizes and own is None and all(o.__class__ is str for o in call.operands):
         raise UnsupportedOp("it makes memory out of nothing, and does not say how much")
@@ -362,7 +376,7 @@ def _as_said(
 def _blocks(call: Call, made: Any, tensors: Sequence[Any]) -> list[Block]:
     """The storages of any results."""
     # Numbers among the results are known to the client by torch's rules.
-    flat = [one for one in _flatten(made) if one is None or isinstance(one, torch.Tensor)]
+    flat = tensors_in(made)
     if len(flat) != len(call.results):
         raise InternalError(
             f"{call.name} gave {len(flat)} results and {len(call.results)} were expected"
@@ -415,6 +429,11 @@ def _shared(tensor: torch.Tensor, others: Sequence[Any]) -> bool:
     )
 
 
+def tensors_in(made: Any) -> list[torch.Tensor | None]:
+    """The tensors among what an op gave, in order; None where one is missing."""
+    return [one for one in _flatten(made) if one is None or isinstance(one, torch.Tensor)]
+
+
 def _flatten(made: Any) -> list[Any]:
     if made is None or isinstance(made, torch.Tensor):
         return [made]
@@ -427,7 +446,7 @@ def _flatten(made: Any) -> list[Any]:
     return found
 
 
-class _Arguments:
+class Arguments:
     """The argument list of a call, with places for its operands."""
 
     def __init__(self, call: Call, device: torch.device) -> None:

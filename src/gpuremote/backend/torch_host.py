@@ -14,11 +14,13 @@ from gpuremote._types import Shape
 from gpuremote.backend.base import Compiled
 from gpuremote.backend.numpy_backend import ROOM, NumpyBackend, limit_data
 from gpuremote.backend.torch_calls import Block, Permits, compile_call, translate
+from gpuremote.backend.torch_inductor import compile_graph, compiler, remove_cache
 from gpuremote.errors import GpuRemoteError, ShapeError
 from gpuremote.memory.device import DeviceTarget
 from gpuremote.ops.operands import DType
 from gpuremote.ops.plan import Plan
 from gpuremote.ops.torch_call import Call
+from gpuremote.ops.torch_graph import Graph
 
 __all__ = ["HostTorchBackend"]
 
@@ -45,7 +47,12 @@ class HostTorchBackend(NumpyBackend):
 
     def facts(self) -> dict[str, Any]:
         """What a client has to know to predict results."""
-        return {"torch": torch.__version__, "device_type": self._device.type}
+        device = self._device
+        return {
+            "torch": torch.__version__,
+            "device_type": device.type,
+            "inductor": compiler(device),
+        }
 
     def confine(self, nbytes: int) -> None:
         """What a definition says of an op's memory is compared with what it made, and that is after
@@ -61,6 +68,14 @@ class HostTorchBackend(NumpyBackend):
         self, call: Call
     ) -> tuple[Callable[[Sequence[Any]], list[Block]], tuple[int, ...]]:
         return compile_call(call, self._device, self._permits)
+
+    def end(self) -> None:
+        remove_cache()
+
+    def compile_graph(
+        self, graph: Graph, calls: Sequence[Call]
+    ) -> Callable[[list[Any]], list[Any]]:
+        return compile_graph(graph, calls, self._device, self._permits)
 
     def block(self, array: Any) -> Block:
         if array.__class__ is Block:

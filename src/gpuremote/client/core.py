@@ -7,6 +7,7 @@ Two drivers use it unchanged: ``client.aio`` and ``client.blocking``.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import struct
 import threading
@@ -39,6 +40,8 @@ from gpuremote.wire.frames import NUMBER, Kind, ResultForm, pack_info, unpack_in
 from gpuremote.wire.state import SessionState, State, Stimulus
 
 __all__ = ["Core"]
+
+log = logging.getLogger("gpuremote.client")
 
 _BATCH: Final = int(Kind.BATCH)
 _RESULT: Final = int(Kind.RESULT)
@@ -230,12 +233,17 @@ class Core(Uploader):
         elif kind == Kind.GOODBYE:
             self._said_goodbye(unpack_info(body))
         elif kind == Kind.NOTICE:
-            notice = unpack_info(body)
-            if isinstance(notice, dict) and notice.get("event") == "draining":
-                self.draining = True
+            self._noticed(unpack_info(body))
         else:
             raise ProtocolError(f"a server does not send messages of kind {kind}")
         return False
+
+    def _noticed(self, notice: Any) -> None:
+        match notice:
+            case {"event": "draining"}:
+                self.draining = True
+            case {"event": "op by op", "graph": str(graph), "reason": str(reason)}:
+                log.warning("%s: a %s runs op by op: %s", self.peer_name, graph, reason)
 
     def _check_asked(self, number: int) -> None:
         """An answer that nobody waits for is to a question that Ctrl-C or a timeout ended."""

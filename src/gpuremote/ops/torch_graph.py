@@ -3,11 +3,13 @@
 A definition names calls that were defined before, and how they follow from each other::
 
     ["graph", id, inputs, nodes, outputs]
+    ["graph", id, inputs, nodes, outputs, compiled]
 
 Values are numbered: the ``inputs`` first, then the storages that each node makes, in order. A node
 is ``[plan, operands]``: an integer is a value's number, a list with one or two floats, or one
 integer or bool, is a scalar. ``outputs`` are the values that the record gives. A call is the
 graph's id and the handles of its inputs; it uses as many record numbers as there are outputs.
+``compiled``: the server is to make one piece of code of it where it can.
 """
 
 from __future__ import annotations
@@ -47,6 +49,8 @@ class Graph:
     nodes : list of Node
     outputs : tuple of int
         Numbers of values that nodes make.
+    compiled : bool
+        The server is to make one piece of code of it where it can.
     layout : struct.Struct
     step : int
         Record numbers that a call uses.
@@ -54,7 +58,15 @@ class Graph:
 
     inplace = False
 
-    def __init__(self, ident: int, inputs: int, nodes: list[Node], outputs: tuple[int, ...]):
+    def __init__(
+        self,
+        ident: int,
+        inputs: int,
+        nodes: list[Node],
+        outputs: tuple[int, ...],
+        compiled: bool = False,
+    ) -> None:
+        self.compiled = compiled
         self.id = ident
         self.inputs = inputs
         self.nodes = nodes
@@ -70,7 +82,8 @@ class Graph:
 def encode(graph: Graph) -> list[Any]:
     """The definition as plain lists for msgpack."""
     nodes = [[node.plan, node.operands] for node in graph.nodes]
-    return [MARK, graph.id, graph.inputs, nodes, list(graph.outputs)]
+    compiled = [True] if graph.compiled else []
+    return [MARK, graph.id, graph.inputs, nodes, list(graph.outputs), *compiled]
 
 
 def is_graph(obj: Any) -> bool:
@@ -94,8 +107,10 @@ def decode(obj: Any, shape_of: Callable[[int], tuple[Sequence[View | str], int]]
         a cap).
     """
     match obj:
-        case [str(), int(ident), int(inputs), list(nodes), list(outputs)]:
-            pass
+        case [str(), int(ident), int(inputs), list(nodes), list(outputs), *rest] if len(
+            rest
+        ) <= 1 and all(type(one) is bool for one in rest):
+            compiled = rest == [True]
         case _:
             raise ProtocolError("a malformed definition of a graph")
     if not 0 <= ident < 1 << 32 or inputs < 0:
@@ -125,7 +140,7 @@ def decode(obj: Any, shape_of: Callable[[int], tuple[Sequence[View | str], int]]
         raise ProtocolError("a graph that gives a value which none of its nodes makes")
     if len(set(outputs)) != len(outputs):
         raise ProtocolError("a graph that gives a value twice")
-    return Graph(ident, inputs, found, tuple(outputs))
+    return Graph(ident, inputs, found, tuple(outputs), compiled)
 
 
 _SCALARS: Final[dict[str, tuple[type, int]]] = {

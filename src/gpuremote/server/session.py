@@ -118,6 +118,7 @@ class WorkerSession:
         self.fusion = Fusion(backend)
         self._views = Views()
         self.ops_executed = 0
+        self.graphs_compiled = 0
         self._tell_at = _TELL
         self.answers = Answers(self)
         self.ordering = Ordering(self, wake)
@@ -579,6 +580,7 @@ class WorkerSession:
         return {
             "ops": self.ops_executed,
             "ops_fused": self.fusion.ops,
+            "graphs_compiled": self.graphs_compiled,
             "records": self.peer.turn - 1,
             "handles": len(self._table),
             "plans": len(self._plans),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from gpuremote.errors import OutOfDeviceMemory, ProtocolError
+from gpuremote.errors import OutOfDeviceMemory, ProtocolError, UnsupportedOp
 from gpuremote.ops.meta import Meta
 from gpuremote.ops.torch_graph import Graph, decode, last_uses
 from gpuremote.server.execute import Executable
@@ -42,10 +42,11 @@ class GraphExecutable(Executable):
         Bytes that it holds at most at a time, beside its inputs.
     """
 
-    __slots__ = ("_steps", "_written", "graph", "metas", "writes")
+    __slots__ = ("_calls", "_steps", "_whole", "_written", "graph", "metas", "writes")
 
     def __init__(self, graph: Graph, plans: Mapping[int, Executable]) -> None:
         self.graph = graph
+        self._whole: Callable[[list[Any]], list[Any]] | None = None
         self.ident = graph.id
         self.layout = graph.layout
         self.form = b"Q" * graph.inputs
@@ -54,6 +55,7 @@ class GraphExecutable(Executable):
         self.run = run_graph
         # What else there is was refused when the definition was read.
         calls = [cast(TorchExecutable, plans[node.plan]) for node in graph.nodes]
+        self._calls = [call.call for call in calls] if graph.compiled else None
         ends = last_uses(graph, [call.n_out for call in calls])
         self._steps = [
             (call.function, _operands(node.operands), call.n_out, tuple(end), call.name)
@@ -96,6 +98,19 @@ class GraphExecutable(Executable):
     ) -> list[Any]:
         return [table.get(handle) or missing(handle) for handle in fields[1:]]
 
+    def compile(self, session: WorkerSession) -> None:
+        """Make one piece of code of it, once; where that can't be it runs op by op."""
+        calls, self._calls = self._calls, None
+        if calls is None:
+            return
+        try:
+            self._whole = session.backend.compile_graph(self.graph, calls)
+        except UnsupportedOp as error:
+            with session.lock:
+                session.answers.notice("op by op", graph=self.name, reason=error.message[:1024])
+        else:
+            session.graphs_compiled += 1
+
     def execute(self, values: list[Any]) -> None:
         """Run the calls; ``values`` are the inputs, and all that there is at the end.
 
@@ -104,6 +119,16 @@ class GraphExecutable(Executable):
         Failed
             A call failed.
         """
+        if self._whole is not None:
+            try:
+                found = self._whole(values)
+            except Exception as error:
+                # How far it came nobody knows.
+                raise Failed(len(self._steps) - 1, self.name, error) from error
+            values += [None] * (max(self.graph.outputs, default=-1) + 1 - len(values))
+            for value, block in zip(self.graph.outputs, found, strict=True):
+                values[value] = block
+            return
         for position, (function, operands, made, ends, name) in enumerate(self._steps):
             try:
                 found = function([values[o] if o.__class__ is int else o[0] for o in operands])
@@ -152,6 +177,7 @@ def run_graph(
         storage = operands[position].storage
         if storage is not None and storage.outgoing:
             return STALLED
+    op.compile(session)
     try:
         # Counted before anything is allocated; what only nodes need is given back at the end.
         reserved = Storage(session.quota, op.reserve)

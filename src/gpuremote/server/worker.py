@@ -332,7 +332,7 @@ class Worker:
             request, sock = control.receive(self.channel)
         except (OSError, EOFError):
             # Without its daemon nobody could reach this session again.
-            os._exit(1)
+            self._quit(1)
         match request.get("event"):
             case "connection" if sock is not None:
                 hello = HelloReader("daemon").feed(request["hello"])
@@ -348,7 +348,12 @@ class Worker:
                     self.session.answers.notice("draining", seconds=request.get("seconds", 0))
             case "end":
                 self._over = True
-                os._exit(0)
+                self._quit(0)
+
+    def _quit(self, code: int) -> NoReturn:
+        """In the midst of whatever the main thread does."""
+        self.backend.end()
+        os._exit(code)
 
     def _let_in(self) -> None:
         """One after the other, those whom the daemon has sent."""
@@ -487,6 +492,7 @@ def _drain(descriptor: int) -> None:
 def work(channel: socket.socket, options: argparse.Namespace) -> NoReturn:
     """Be a worker process, to its end."""
     code = 0
+    worker: Worker | None = None
     # What NumPy warns of (the mean of nothing) is nan at the client, as on a GPU; said here it
     # would reach the terminal of a program with a local server, and nobody else.
     warnings.simplefilter("ignore", RuntimeWarning)
@@ -500,6 +506,8 @@ def work(channel: socket.socket, options: argparse.Namespace) -> NoReturn:
         traceback.print_exc()
         code = 1
     finally:
+        if worker is not None:
+            worker.backend.end()
         sys.stderr.flush()
         # Threads may be inside ops that never end; nothing of this process is worth waiting for.
         os._exit(code)

@@ -5,8 +5,9 @@ Backends that give back plain ops work too; the default one makes code for devic
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -38,30 +39,52 @@ def refuse_inductor() -> None:
         if any(isinstance(v, torch.Tensor) and v.device.type == "remote" for v in inputs):
             raise RuntimeError(
                 "torch.compile's default backend (inductor) makes code for devices of this host; "
-                "for remote ones give torch.compile(..., backend='gpuremote')"
+                "for remote ones give torch.compile(..., backend='gpuremote'), and "
+                "options={'inductor': True} to have their server use it"
             )
         return plain(self, model, inputs)
 
     wrapper.__call__ = call
 
 
-def compile_graph(model: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
+def compile_graph(
+    model: Any, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
     """Backend of ``torch.compile``, by the name ``gpuremote``.
 
     Forward and backward are a graph each. A graph runs op by op with the first arguments of their
     shapes; what went out then is one record for all later ones.
+
+    Parameters
+    ----------
+    options : mapping, optional
+        As given to ``torch.compile``. ``inductor`` (bool): the server makes one piece of code of
+        each graph, with torch's default compiler, when it is called for the second time. That call
+        takes seconds to minutes; results differ from those op by op in the last bits, as they do
+        with the same compiler here. What can't be compiled there runs op by op, and the log
+        ``gpuremote.client`` says why.
+
+    Raises
+    ------
+    ValueError
+        There is no such option.
     """
     from torch._dynamo.backends.common import aot_autograd
 
+    given = dict(options or {})
+    inductor = bool(given.pop("inductor", False))
+    if given:
+        raise ValueError(f"the backend gpuremote has no option {next(iter(given))!r}: inductor")
+    boxed = functools.partial(_boxed, inductor)
     backend: Any = aot_autograd(
-        fw_compiler=_boxed, bw_compiler=_boxed, keep_inference_input_mutations=True
+        fw_compiler=boxed, bw_compiler=boxed, keep_inference_input_mutations=True
     )
     compiled: Callable[..., Any] = backend(model, inputs)
     return compiled
 
 
-def _boxed(graph: Any, _: Sequence[Any]) -> Callable[..., Any]:
-    compiled = _Compiled(graph)
+def _boxed(inductor: bool, graph: Any, _: Sequence[Any]) -> Callable[..., Any]:
+    compiled = _Compiled(graph, inductor)
 
     def boxed(arguments: list[Any]) -> Any:
         given = tuple(arguments)
@@ -81,8 +104,9 @@ class _Known(NamedTuple):
 class _Compiled:
     """A graph of plain ops, as a function of its arguments."""
 
-    def __init__(self, graph: Any) -> None:
+    def __init__(self, graph: Any, inductor: bool = False) -> None:
         self._graph = graph
+        self._inductor = inductor
         self._known: dict[Any, _Known | None] = {}
 
     def __call__(self, *arguments: Any) -> Any:
@@ -102,7 +126,7 @@ class _Compiled:
             found = self._graph(*arguments)
         if recording.threads <= {threading.get_ident()}:  # else what others did is in it too
             try:
-                self._known[key] = _program(recording, handles, found)
+                self._known[key] = _program(recording, handles, found, self._inductor)
             except NotRecordable:
                 self._known[key] = None
         return found
@@ -132,7 +156,7 @@ def _look(arguments: Sequence[Any]) -> tuple[list[int], Any]:
     return handles, tuple(key)
 
 
-def _program(recording: Recording, handles: list[int], found: Any) -> _Known:
+def _program(recording: Recording, handles: list[int], found: Any, inductor: bool) -> _Known:
     recording.read()
     home = recording.home
     if home is None:
@@ -148,4 +172,7 @@ def _program(recording: Recording, handles: list[int], found: Any) -> _Known:
         raise NotRecordable("it uses a tensor that is gone")
 
     results = Results(list(found), given, made_by(recording.calls))
-    return _Known(Program(home, recording.calls, source, results.outputs), results)
+    # A server that says nothing of it is of an older version, and would not know what is asked.
+    can = inductor and home.inductor is not None
+    program = Program(home, recording.calls, source, results.outputs, compiled=can)
+    return _Known(program, results)

@@ -51,6 +51,8 @@ class Home:
         Of the device in its session.
     kind : str
         What torch calls the device there: results are predicted for it.
+    inductor : str or None
+        What the server makes code of graphs with; "" for nothing, None if it does not say.
     views : Views
     choices : dict
         Which kernel computes attention there, by kind of call.
@@ -62,6 +64,7 @@ class Home:
         self.core = session._core
         self.number = number
         self.kind = str(facts.get("device_type", "cpu"))
+        self.inductor: str | None = facts.get("inductor")
         self.device = torch.device("remote", index)
         self.views = Views()
         self.choices: dict[Any, int] = {}

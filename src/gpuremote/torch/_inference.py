@@ -7,6 +7,7 @@ gives depends on it in places (the statistics of a layer norm in bfloat16, say).
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -47,6 +48,9 @@ def mode() -> FakeTensorMode:
     """In which tensors without memory are made; the first time torch loads its compiler for it."""
     with _making:
         if not _modes:
+            # The modules of torch's compiler import each other in a circle. ``torch.compile``
+            # enters it here, maybe at the same time in another thread; which then waits.
+            importlib.import_module("torch._inductor.compiler_bisector")
             _modes.append(FakeTensorMode(allow_non_fake_inputs=False))
             # What runs below an op is none of its business, also where it looks at every frame.
             torch._dynamo.trace_rules.add("gpuremote")

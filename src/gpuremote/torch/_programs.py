@@ -236,6 +236,8 @@ class Program:
         Where a handle comes from that none of the calls makes; raises NotRecordable.
     outputs : list of int
         Handles, made by the calls, that a run gives.
+    compiled : bool
+        The server makes one piece of code of it where it can.
 
     Attributes
     ----------
@@ -249,6 +251,8 @@ class Program:
         calls: Sequence[Recorded],
         source: Callable[[int], Source],
         outputs: Sequence[int],
+        *,
+        compiled: bool = False,
     ) -> None:
         made = made_by(calls)
         given: dict[int, int] = {}
@@ -275,7 +279,8 @@ class Program:
             if len(core.plans) < known:
                 raise NotRecordable("there were too many plans")
             # The calls' plans are still there: nothing was issued since they were looked up.
-            self._graph = Graph(ident, len(given), nodes, tuple(numbers[h] for h in outputs))
+            given_back = tuple(numbers[handle] for handle in outputs)
+            self._graph = Graph(ident, len(given), nodes, given_back, compiled)
             try:
                 core.add_plan(self, self._graph, encode(self._graph))
             except LimitExceeded as error:
