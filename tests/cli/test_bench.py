@@ -72,9 +72,7 @@ def test_bench_is_interrupted(server: RunningServer) -> None:
     with (
         terminal() as screen,
         subprocess.Popen(
-            command("bench", "--rounds", "1000", server.url),
-            stdout=subprocess.PIPE,
-            stderr=screen.end,
+            command("bench", server.url), stdout=subprocess.PIPE, stderr=screen.end
         ) as process,
     ):
         try:

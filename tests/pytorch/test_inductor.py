@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from gpuremote.backend.torch_inductor import compiler
-from gpuremote.errors import OpError
+from gpuremote.errors import OpError, ShapeError
+from gpuremote.ops.torch_graph import Graph
 from gpuremote.testing.servers import RunningServer
 from gpuremote.torch import _homes
+from gpuremote.torch._storages import form_of, handle_of, make_tensor
 from gpuremote.torch._tier import native
 from tests.pytorch.device import remote_device
 
@@ -134,3 +136,55 @@ def test_a_failure_in_the_midst(device: torch.device) -> None:
         found.cpu()
     assert table.sum().item() == 66.0
     assert pick(table, torch.tensor([0]).to(device)).tolist() == [[0.0, 2.0, 4.0]]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x[1:] * 2, x.add_(1)),
+        lambda x: (x @ x.t(), x.sub_(3)),
+        lambda x: (x[:, :2].mul_(3), x[0] + 1),
+        lambda x: (x.add_(1), x.mul_(2)),
+    ],
+    ids=["a part", "transposed", "columns", "twice"],
+)
+def test_what_is_written_to(device: torch.device, function: Any) -> None:
+    """Also where it is seen as another view, which runs op by op."""
+    compiled = compile_there(lambda x: [one.clone() for one in function(x)])
+    for _ in range(3):
+        here = torch.arange(9.0).reshape(3, 3)
+        there = here.to(device)
+        found, expected = compiled(there), function(here)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.cpu(), other)
+        torch.testing.assert_close(there.cpu(), here)
+
+
+def test_results_share_no_memory(device: torch.device) -> None:
+    same = compile_there(lambda x: (x * 2, x.clone(), x + 0))
+    x = torch.ones(5, 5).to(device)
+    for _ in range(3):
+        found = [x, *same(x)]
+        for k, one in enumerate(found[1:]):
+            one.fill_(k + 10)
+        assert [one[0, 0].item() for one in found] == [1.0, 10.0, 11.0, 12.0]
+
+
+def test_a_graph_does_not_reach_beyond_a_storage(device: torch.device) -> None:
+    """A client of its own making might name a smaller one than the graph was made for."""
+    double = compile_there(lambda x: torch.relu(x) * 2)
+    x = torch.ones(64, 64).to(device)
+    for _ in range(2):
+        double(x)
+    home = _homes.home()
+    graph = [p for p in home.core.plans.values() if isinstance(p, Graph) and p.compiled][-1]
+    small = torch.ones(2).to(device)
+    for tensor, fits in ((small, False), (x, True)):
+        number = home.core.record_call(graph, [handle_of(tensor).number])
+        form = form_of(torch.float32, (64, 64), (64, 1), 0, 64 * 64 * 4)
+        made = make_tensor(home, number, form)
+        if fits:
+            assert made.sum().item() == 2 * 64 * 64
+        else:
+            with pytest.raises(ShapeError, match="of the 16384 that the graph uses"):
+                made.cpu()

@@ -102,6 +102,7 @@ def test_where_there_is_no_room_the_next_wait_says_so() -> None:
     ):
         device = session.devices[0]
         full = device.zeros(4 * MiB - 100, "u1")
+        session.synchronize()  # an upload that comes with it would be there first
         for wait in (session.synchronize, full[0].item):
             array = device.put_copied(numbers(1))
             with pytest.raises(OutOfDeviceMemory):

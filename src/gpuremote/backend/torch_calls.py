@@ -33,6 +33,7 @@ __all__ = [
     "find_op",
     "tensors_in",
     "translate",
+    "written_by",
 ]
 
 NAMESPACES: Final = frozenset(("aten", "prims"))
@@ -254,7 +255,7 @@ def compile_call(
     own = permits.own.get(call.name)
     op = find_op(call.name, permits.namespaces) if own is None else partial(own, device)
     arguments = Arguments(call, device)
-    writes = _written(op, call)
+    writes = written_by(op, call)
     if None in call.sizes and own is None and all(o.__class__ is str for o in call.operands):
         raise UnsupportedOp("it makes memory out of nothing, and does not say how much")
     operands = tuple(enumerate(call.operands))
@@ -333,7 +334,7 @@ def _check_written(writes: Sequence[int], tensors: Sequence[Any], values: Sequen
             raise ShapeError("what the op writes does not fit in the storage it was given")
 
 
-def _written(op: Any, call: Call) -> tuple[int, ...]:
+def written_by(op: Any, call: Call) -> tuple[int, ...]:
     """Operands that an op writes to."""
     schema = getattr(op, "_schema", None)
     if schema is None:

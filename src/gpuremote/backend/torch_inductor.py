@@ -13,6 +13,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,12 +26,16 @@ from gpuremote.backend.torch_calls import (
     dtype_of,
     find_op,
     tensors_in,
+    written_by,
 )
-from gpuremote.errors import UnsupportedOp
+from gpuremote.errors import ShapeError, UnsupportedOp
 from gpuremote.ops.torch_call import Call, View
 from gpuremote.ops.torch_graph import Graph
 
 __all__ = ["compile_graph", "compiler", "remove_cache"]
+
+
+_compiling = threading.Lock()
 
 
 class _Traced:
@@ -76,6 +81,7 @@ def compile_graph(
         raise UnsupportedOp(f"there is nothing here to make code with for {device.type}")
     inputs, lengths = _inputs(graph, calls)
     ops = [_op(call, permits) for call in calls]
+    _check_written(graph, calls, ops)
     arguments = [Arguments(call, device).build for call in calls]
     made_by = _results(graph, calls)
 
@@ -99,9 +105,18 @@ def compile_graph(
     function = _compile(whole, [(view, lengths[position]) for position, view in inputs], device)
 
     def run(values: Sequence[Any]) -> list[Block]:
+        for position, _ in inputs:
+            # The code looks at no length.
+            if values[position].nbytes < lengths[position]:
+                raise ShapeError(
+                    f"input {position} has {values[position].nbytes} bytes of the "
+                    f"{lengths[position]} that the graph uses"
+                )
         found = function(*[values[position].view(view) for position, view in inputs])
+        taken = {values[position].tensor.untyped_storage().data_ptr() for position, _ in inputs}
         return [
-            _block(tensor, view, size) for tensor, (view, size) in zip(found, made_by, strict=True)
+            _block(tensor, view, size, taken)
+            for tensor, (view, size) in zip(found, made_by, strict=True)
         ]
 
     return run
@@ -117,7 +132,8 @@ def _compile(whole: Any, like: list[tuple[View, int]], device: torch.device) -> 
     # In this process alone; and what torch draws by itself it draws as op by op.
     settings = {"compile_threads": 1, "fallback_random": True, "force_disable_caches": True}
     try:
-        with torch.no_grad(), config.patch(settings):
+        # The settings are the process's.
+        with _compiling, torch.no_grad(), config.patch(settings):
             with FakeTensorMode():
                 examples = [_example(view, end, device) for view, end in like]
             return compile_fx.compile_fx(make_fx(whole)(*examples), examples)
@@ -152,6 +168,28 @@ def _inputs(graph: Graph, calls: Sequence[Call]) -> tuple[list[tuple[int, View]]
                 found.setdefault(ref, kind)
                 ends[ref] = max(ends.get(ref, 0), kind.end)
     return list(found.items()), ends
+
+
+def _check_written(graph: Graph, calls: Sequence[Call], ops: Sequence[Any]) -> None:
+    """What is written to is seen in one way only: to write through a view of it inductor makes a
+    copy, laid out anew, and takes the strides of the original."""
+    views: list[set[View]] = [set() for _ in range(graph.inputs)]
+    written: set[int] = set()
+    for node, call, op in zip(graph.nodes, calls, ops, strict=True):
+        for ref, kind in zip(node.operands, call.operands, strict=True):
+            if isinstance(ref, int) and isinstance(kind, View):
+                views[ref].add(kind)
+        for position in written_by(op, call):
+            ref = node.operands[position]
+            if isinstance(ref, int):
+                written.add(ref)
+        first = len(views)
+        views += [set() for _ in call.sizes]
+        for result in call.results:
+            if result.storage >= 0 and result.view is not None:
+                views[first + result.storage].add(result.view)
+    if any(len(views[ref]) > 1 for ref in written):
+        raise UnsupportedOp("it writes to a tensor that it also sees as another view")
 
 
 def _results(graph: Graph, calls: Sequence[Call]) -> list[tuple[View, int]]:
@@ -207,12 +245,16 @@ def _example(view: View, end: int, device: torch.device) -> torch.Tensor:
     return base.as_strided(view.shape, view.stride, view.offset)
 
 
-def _block(tensor: torch.Tensor, view: View, size: int) -> Block:
+def _block(tensor: torch.Tensor, view: View, size: int, taken: set[int]) -> Block:
+    """A storage of an output's own; ``taken`` are the addresses of others."""
+    where = tensor.untyped_storage().data_ptr()
     if (
-        tensor.untyped_storage().nbytes() == size
+        (not size or where not in taken)
+        and tensor.untyped_storage().nbytes() == size
         and tensor.stride() == view.stride
         and tensor.storage_offset() == view.offset
     ):
+        taken.add(where)
         return Block(tensor, size, view)
     # Another layout, or part of something larger: the client counts on its own.
     block = Block(torch.empty(size, dtype=torch.uint8, device=tensor.device), size)

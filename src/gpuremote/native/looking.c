@@ -73,7 +73,6 @@ int stream_more_soon(Stream *s)
     if (s->gap_looks <= 0 || s->gaps.slow)
         return 0;
     int ready;
-    s->hands_off = 0;
     Py_BEGIN_ALLOW_THREADS;
     ready = looking_look(s, s->gap_looks, &s->hands_off);
     Py_END_ALLOW_THREADS;
@@ -84,6 +83,8 @@ int stream_more_soon(Stream *s)
 /* _more_soon() */
 PyObject *looking_more_soon(PyObject *self, PyObject *unused)
 {
+    /* No memory is lent to whoever comes here, so nobody waits for that. */
+    ((Stream *)self)->hands_off = 0;
     int ready = stream_more_soon((Stream *)self);
     return ready < 0 ? NULL : PyBool_FromLong(ready);
 }

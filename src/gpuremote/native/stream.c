@@ -361,7 +361,7 @@ static PyObject *stream_pull(PyObject *self, PyObject *args)
                 struct pollfd watched = {.fd = s->fd, .events = POLLIN};
                 s->rx_touching = 0;
                 int ready = stream_more_soon(s);
-                if (ready == 0) {
+                if (ready == 0 && !s->hands_off) {
                     long long begin = looking_now();
                     Py_BEGIN_ALLOW_THREADS;
                     ready = poll(&watched, 1, (int)(wait * 1000));

@@ -2,6 +2,8 @@
 
 #include "native.h"
 
+#include <sched.h>
+
 
 /* Call a method with up to three arguments: 1 if it gave True, -1: error. */
 static int ask_whether(PyObject *object, PyObject *name, PyObject *a, PyObject *b, PyObject *c)
@@ -218,8 +220,15 @@ PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
             if (is_stream(connection))
                 there = stream_look((Stream *)connection, looks);
             else {
-                for (long k = 0; k < looks && found == NOTHING; k++)
+                const long long begin = looking_now();
+                for (long k = 0; k < looks && looking_now() - begin < WITHIN_NS; k++) {
                     found = receive(connection, 0.0, &total, &incoming);
+                    if (found != NOTHING)
+                        break;
+                    Py_BEGIN_ALLOW_THREADS;
+                    sched_yield();
+                    Py_END_ALLOW_THREADS;
+                }
                 there = found != NOTHING;
             }
             if (there < 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from gpuremote import _clock
 from gpuremote._speed import native
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost
-from gpuremote.transport._looking import Looking
+from gpuremote.transport._looking import WITHIN, Looking
 from gpuremote.transport.base import Connection, Incoming, Target
 from gpuremote.wire.frames import HEADER, Kind
 
@@ -217,14 +218,18 @@ class PythonLane:
         if not looks:
             return connection.receive(wait)
         looking = self._looking
+        begin = _clock.now()
         if looking.due:
             for _ in range(looks):
                 incoming = connection.receive(0.0)
                 if incoming is not None:
                     looking.looked(True)
                     return incoming
+                if _clock.now() - begin > WITHIN:
+                    break
+                os.sched_yield()
             looking.looked(False)
-        begin = _clock.now()
+            begin = _clock.now()
         incoming = connection.receive(wait)
         looking.waited(_clock.now() - begin)
         return incoming

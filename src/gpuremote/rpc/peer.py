@@ -416,9 +416,10 @@ class Peer(Lane):
                 return  # the connection was given up meanwhile; the next one goes on from a receipt
             del self.arriving[arriving.seq]
             self._finish(arriving.seq)
+            # Before the sink tells whoever is to look after that.
+            self._owing = self.sent
             wanted = arriving.buffers is not None
             if wanted and self._sink.on_payload_done(arriving.token) and not self.arriving:
-                self._owing = self.sent
                 return
             self._delivered.append(arriving.seq)
             self.acknowledge()

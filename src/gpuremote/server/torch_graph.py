@@ -105,9 +105,11 @@ class GraphExecutable(Executable):
             return
         try:
             self._whole = session.backend.compile_graph(self.graph, calls)
-        except UnsupportedOp as error:
+        except Exception as error:
+            # Whatever it is, there is another way.
+            reason = str(error.message if isinstance(error, UnsupportedOp) else repr(error))
             with session.lock:
-                session.answers.notice("op by op", graph=self.name, reason=error.message[:1024])
+                session.answers.notice("op by op", graph=self.name, reason=reason[:1024])
         else:
             session.graphs_compiled += 1
 

@@ -422,7 +422,7 @@ class Worker:
             else:
                 sock.close()
             if self.state.value is State.NEW:
-                os._exit(1)
+                self._quit(1)
             if self.state.value is State.OPEN:
                 self.state.advance(Stimulus.CONNECTION_LOST)
             self._welcomed.set()

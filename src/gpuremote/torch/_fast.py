@@ -57,19 +57,19 @@ def make(run, more, plans, HELD, ODD, make_tensor, getframe, default):
 def fast(kernel: Kernel) -> Callable[..., Any]:
     """The kernel with a short way for its common calls, if it has one: that with the arguments that
     every call has, and others once they are seen."""
-    ways: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    ways: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
     run = kernel.run
 
     def more(args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """With other arguments than those."""
         if ODD:
             return run(args, keywords)[1]
-        way = ways.get((len(args), *keywords))
+        key = (len(args), *keywords)
+        if key not in ways and len(ways) < MOST_WAYS:
+            ways[key] = _way(kernel, len(args), tuple(keywords))
+        way = ways.get(key)
         if way is None:
-            way = _way(kernel, len(args), tuple(keywords))
-            if way is None or len(ways) >= MOST_WAYS:
-                return run(args, keywords)[1]
-            ways[len(args), *keywords] = way
+            return run(args, keywords)[1]
         return way(*args, *keywords.values())
 
     return _way(kernel, kernel.required, (), more) or kernel

@@ -7,12 +7,13 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from gpuremote import _clock
 from gpuremote._speed import native
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost
 from gpuremote.transport._framing import FRAME, MESSAGE
 from gpuremote.transport._incoming import Message
-from gpuremote.transport._looking import Looking
+from gpuremote.transport._looking import WITHIN, Looking
 from gpuremote.transport.base import Incoming, Region, TransportStats
 
 __all__ = ["NOW", "SMALL", "Line", "PythonStream", "Stream"]
@@ -79,7 +80,11 @@ class PythonStream:
         """
         if not self._gap_looks or not self._gaps.due:
             return False
-        found = any(self._ready(0.0) for _ in range(self._gap_looks))
+        found, until = False, _clock.now() + WITHIN
+        for _ in range(self._gap_looks):
+            found = self._ready(0.0)
+            if found or _clock.now() > until:
+                break
         self._gaps.looked(found)
         return found
 
