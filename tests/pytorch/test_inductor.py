@@ -177,7 +177,8 @@ def test_a_graph_does_not_reach_beyond_a_storage(device: torch.device) -> None:
     for _ in range(2):
         double(x)
     home = _homes.home()
-    graph = [p for p in home.core.plans.values() if isinstance(p, Graph) and p.compiled][-1]
+    plans: list[Any] = list(home.core.plans.values())
+    graph = [plan for plan in plans if isinstance(plan, Graph) and plan.compiled][-1]
     small = torch.ones(2).to(device)
     for tensor, fits in ((small, False), (x, True)):
         number = home.core.record_call(graph, [handle_of(tensor).number])

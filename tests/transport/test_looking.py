@@ -15,7 +15,7 @@ import pytest
 
 from gpuremote._speed import native
 from gpuremote.transport._sockets import processors
-from gpuremote.transport.base import Region
+from gpuremote.transport.base import Incoming, Region
 from gpuremote.transport.tcp import TcpConnection, pair
 
 
@@ -93,33 +93,38 @@ def test_no_byte_comes_after_a_discard() -> None:
     data = bytes(range(256)) * (8 << 12)
     for turn in range(40):
         with ends() as (here, there):
-            there.send(b"header", [Region(data)])
-            incoming = None
-            while incoming is None:
-                incoming = here.receive(1.0)
-            buffer = bytearray(len(data))
-            arrived = threading.Event()
-            incoming.into([memoryview(buffer)], lambda _, arrived=arrived: arrived.set())
-            over = threading.Event()
+            _discard_after(turn, data, here, there)
 
-            def receive(here: TcpConnection = here, over: threading.Event = over) -> None:
-                while not over.is_set():
-                    here.receive(1.0)
 
-            receiver = threading.Thread(target=receive)
-            receiver.start()
-            try:
-                for k in range(1000):
-                    there.flush()
-                    if k == turn:
-                        incoming.discard(lambda _, arrived=arrived: arrived.set())
-                        found = bytes(buffer)
-                    if arrived.is_set() and k >= turn:
-                        break
-                    time.sleep(0.0001)
-                assert arrived.wait(10)
-                assert bytes(buffer) == found
-            finally:
-                over.set()
-                there.send(b"the last one")
-                receiver.join()
+def _discard_after(steps: int, data: bytes, here: TcpConnection, there: TcpConnection) -> None:
+    there.send(b"header", [Region(data)])
+    incoming = None
+    while incoming is None:
+        incoming = here.receive(1.0)
+    buffer = bytearray(len(data))
+    arrived, over = threading.Event(), threading.Event()
+
+    def done(_: Incoming) -> None:
+        arrived.set()
+
+    def receive() -> None:
+        while not over.is_set():
+            here.receive(1.0)
+
+    incoming.into([memoryview(buffer)], done)
+    receiver = threading.Thread(target=receive)
+    receiver.start()
+    try:
+        for _ in range(steps):
+            there.flush()
+            time.sleep(0.0001)
+        incoming.discard(done)
+        found = bytes(buffer)
+        while not there.flush():
+            time.sleep(0.0001)
+        assert arrived.wait(10)
+        assert bytes(buffer) == found
+    finally:
+        over.set()
+        there.send(b"the last one")
+        receiver.join()
