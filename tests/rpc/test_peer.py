@@ -345,20 +345,22 @@ def test_looking_that_does_not_help_is_left_out() -> None:
     peer, deaf = End().peer, Deaf()
     connection: Any = deaf
 
-    def calls() -> int:
+    def looks() -> bool:
         before = deaf.calls
         assert not peer.take(connection, 1.0, 32)
-        return deaf.calls - before
+        calls = deaf.calls - before  # fewer on a busy machine, as time counts as well
+        assert 1 <= calls <= 33
+        return calls > 1
 
     for _ in range(50):
         assert not peer.take(connection)
     assert deaf.calls == 50
     deaf.pause = 10 * WITHIN
-    assert [calls() for _ in range(20)] == [33] + 19 * [1]
+    assert [looks() for _ in range(20)] == [True] + 19 * [False]
     deaf.pause = 0.0
-    assert calls() == 1
+    assert not looks()
     deaf.pause = 10 * WITHIN
-    assert [calls() for _ in range(3)] == [33, 1, 1]
+    assert [looks() for _ in range(3)] == [True, False, False]
 
 
 def test_what_was_left_is_looked_at_once_more() -> None:
