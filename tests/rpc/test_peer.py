@@ -357,10 +357,15 @@ def test_looking_that_does_not_help_is_left_out() -> None:
     assert deaf.calls == 50
     deaf.pause = 10 * WITHIN
     assert [looks() for _ in range(20)] == [True] + 19 * [False]
-    deaf.pause = 0.0
+    for _ in range(100):  # on a busy machine no wait is short
+        deaf.pause = 0.0
+        assert not looks()
+        deaf.pause = 10 * WITHIN
+        if looks():
+            break
+    else:
+        raise AssertionError("it never looks again")
     assert not looks()
-    deaf.pause = 10 * WITHIN
-    assert [looks() for _ in range(3)] == [True, False, False]
 
 
 def test_what_was_left_is_looked_at_once_more() -> None:
