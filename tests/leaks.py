@@ -134,12 +134,23 @@ def _descendants() -> Iterator[tuple[int, Process]]:
             if stat.began < began:
                 _strangers.add(name)
                 continue
-            if stat.parent == me or mark in _read(name, "environ").split(b"\0"):
+            if stat.parent == me or mark in _environ(name, stat).split(b"\0"):
                 command = (
                     _read(name, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
                 )
                 text = f"{command or stat.comm} (state {stat.state}, parent {stat.parent})"
                 yield int(name), Process(stat.parent, text)
+
+
+def _environ(name: str, stat: _Stat) -> bytes:
+    """The environment of a process; one that is about to run another program has none for a moment,
+    and its parent goes on by then."""
+    found = _read(name, "environ")
+    deadline = time.monotonic() + 0.1
+    while not found and stat.parent != 2 and stat.state != "Z" and time.monotonic() < deadline:
+        time.sleep(0.001)
+        found = _read(name, "environ")
+    return found
 
 
 @dataclass(frozen=True)
