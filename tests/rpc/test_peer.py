@@ -403,7 +403,8 @@ def test_a_payload_is_acknowledged_with_the_next_message(patient: bool) -> None:
     close(a, b)
 
 
-def test_a_payload_that_nothing_follows_is_acknowledged_when_asked_to_be() -> None:
+def one_that_owes() -> tuple[End, End]:
+    """Two ends, the second of which has yet to say that a payload arrived."""
     a, b = End(), End()
     b.patient = True
     connect(a, b)
@@ -411,6 +412,12 @@ def test_a_payload_that_nothing_follows_is_acknowledged_when_asked_to_be() -> No
     a.peer.post_payload(Kind.PAYLOAD, b"", [Region(bytes(100_000))])
     settle(a, b)
     assert b.peer.owing
+    assert a.peer.bulk_in_flight == 1
+    return a, b
+
+
+def test_a_payload_that_nothing_follows_is_acknowledged_when_asked_to_be() -> None:
+    a, b = one_that_owes()
     b.peer.acknowledge()
     assert not b.peer.owing
     settle(a, b)
@@ -419,12 +426,7 @@ def test_a_payload_that_nothing_follows_is_acknowledged_when_asked_to_be() -> No
 
 
 def test_what_a_new_connection_says_is_not_owed_any_more() -> None:
-    a, b = End(), End()
-    b.patient = True
-    connect(a, b)
-    settle(a, b)
-    a.peer.post_payload(Kind.PAYLOAD, b"", [Region(bytes(100_000))])
-    settle(a, b)
+    a, b = one_that_owes()
     close(a, b)
     assert b.peer.owing
     connect(a, b)

@@ -17,6 +17,7 @@
        run_plan  gpuremote.server.execute
        run_calls  gpuremote.server.streams
        Single  gpuremote.backend.array_namespace
+       Looking  gpuremote.transport._looking
        Loops  gpuremote.backend.fused
        fits    gpuremote.memory.host
        copy    gpuremote.memory.host

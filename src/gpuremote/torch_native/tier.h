@@ -7,7 +7,8 @@
 //     tape.cpp      records of ops, until the session in Python takes them
 //     storages.cpp  remote storages: names in place of memory, and who lets go of them
 //     keys.cpp      arguments of an op -> key
-//     kernels.cpp   key -> plan -> record and results
+//     kernels.cpp   key -> plan -> record and results; and views
+//     direct.cpp    the most common ops, without a stack for their arguments
 //     device.cpp    what torch wants to know of a device: guard, streams, generators, pinned memory
 //     attention.cpp has torch ask which kernel attention takes
 //     module.cpp    the module gpuremote_torch
