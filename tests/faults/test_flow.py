@@ -64,7 +64,11 @@ def stuffed(client: RawClient, messages: Iterable[bytes], seconds: float) -> int
 
 @pytest.mark.parametrize("kind", ["arrays", "facts", "failures", "events", "pings"])
 def test_a_client_that_never_reads(server: RunningServer, kind: str) -> None:
-    """It heeds no credit either. Its worker stays small or ends; nobody else notices."""
+    """It heeds no credit either. Its worker stays small or ends; nobody else notices.
+
+    To the end, as what there is after some time depends on the machine: 9 MiB of messages, of 12
+    bytes each where it costs most (a failure's text for each), or 32 MiB of answers.
+    """
     with (
         gpuremote.connect_sync(server.url) as other,
         RawClient(server.host, server.port) as client,
@@ -94,11 +98,11 @@ def test_a_client_that_never_reads(server: RunningServer, kind: str) -> None:
         stuffed(
             client,
             (pings if kind == "pings" else client.batch(*[record] * 2000) for _ in range(100_000)),
-            1.2,
+            1.2 if kind == "pings" else 10.0,  # they are answered, or dropped, for ever
         )
         done.set()
         watcher.join()
-        assert peak < 160 * MiB
+        assert peak < 512 * MiB
         x = other.devices[0].ones(2)
         assert x.get().tolist() == [1, 1]
 

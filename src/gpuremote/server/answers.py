@@ -50,6 +50,8 @@ class Answers:
         """Item: answer with shape and dtype."""
         if slot.pending:
             return slot
+        if self._session.peer.credit <= 0:
+            return STALLED  # as arrays do
         with self._session.lock:
             if slot.failure is not None:
                 self.report(slot.failure, number)

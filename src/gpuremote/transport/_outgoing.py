@@ -32,6 +32,11 @@ kernel takes no more stays ahead of later messages."""
 _IOV: Final = 512
 _PIECE_IOV: Final = 384
 """Buffers at which a call, and a chunk, ends; together below the system's limit of 1024."""
+_JOINED: Final = 512
+"""Bytes of a message up to which it is copied behind the one before it: what the queue needs for
+a message by itself would be more."""
+_JOIN: Final = 64 << 10
+"""Bytes of messages in one piece."""
 _PREFIX: Final = FRAME.size
 _CHANNELS: Final = 65536
 
@@ -156,8 +161,8 @@ class _Stream:
 class Outbox:
     """Queued messages, and what of them is to go to the kernel next.
 
-    Keeps what the caller lent, never a copy of it. MESSAGE and OPEN frames go out in the order
-    of the sends and before further payload; several payloads take turns, a chunk each.
+    Keeps what the caller lent, a copy only of small messages. MESSAGE and OPEN frames go out in
+    the order of the sends and before further payload; several payloads take turns, a chunk each.
 
     Usage: ``fill`` a run, try to send it, tell ``sent`` how much of it went out, always. Or, where
     there is an ``only`` stream, let it ``push``, and tell ``pushed``.
@@ -179,6 +184,7 @@ class Outbox:
         self._begun: _Piece | None = None  # went out in part: nothing may come before its rest
         self._resumed: _Piece | None = None  # the same, while it is part of the run
         self._frames: deque[_Piece] = deque()
+        self._joined = bytearray()  # small messages, behind the frames
         self._chunks: deque[_Piece] = deque()  # were cut, and then not taken by the kernel
         self._streams: deque[_Stream] = deque()
         self._run: list[_Piece] = []
@@ -199,15 +205,29 @@ class Outbox:
 
     def add_message(self, header: BytesLike, size: int, done: Done | None) -> None:
         """Queue a message without regions."""
+        self.pending = True
+        if size <= _JOINED and done is None:
+            self._joined += _pack(size, MESSAGE, 0, 0)
+            self._joined += header
+            if len(self._joined) >= _JOIN:
+                self._end_joined()
+            return
+        self._end_joined()
         parts: list[Buffer] = [_pack(size, MESSAGE, 0, 0), header]
         self._frames.append(_Piece(parts, _PREFIX + size, done=done))
-        self.pending = True
+
+    def _end_joined(self) -> None:
+        """What comes next goes behind the small messages."""
+        if self._joined:
+            self._frames.append(_Piece([self._joined], len(self._joined)))
+            self._joined = bytearray()
 
     def add_frame(
         self, kind: int, channel: int, parts: Sequence[Buffer], done: Done | None = None
     ) -> None:
         """Queue a frame of another kind, in turn with the messages."""
         size = sum(map(len, parts))
+        self._end_joined()
         self._frames.append(
             _Piece([_pack(size, kind, 0, channel), *parts], _PREFIX + size, done=done)
         )
@@ -231,6 +251,7 @@ class Outbox:
         channel = self._new_channel() if views else 0
         length = len(sizes) + size
         parts: list[Buffer] = [_pack(length, OPEN, 0, channel) + sizes, header]
+        self._end_joined()
         self._frames.append(_Piece(parts, _PREFIX + length, done=None if views else done))
         if views:
             total = sum(view.nbytes for view in views)
@@ -259,7 +280,8 @@ class Outbox:
 
     def only(self) -> _Stream | None:
         """The stream that is all there is to send, if one view of it is left."""
-        if self._frames or self._chunks or self._begun is not None or len(self._streams) != 1:
+        queued = self._frames or self._joined or self._chunks or self._begun is not None
+        if queued or len(self._streams) != 1:
             return None
         stream = self._streams[0]
         return stream if len(stream.views) == 1 else None
@@ -278,6 +300,7 @@ class Outbox:
         run = self._run
         buffers: list[Buffer] = []
         size = 0
+        self._end_joined()
         if self._streams and self._streams[0].chunk:
             self._begun = self._streams[0].finish_chunk()
             if not self._streams[0].left:

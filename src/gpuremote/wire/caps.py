@@ -39,7 +39,7 @@ OVERRUN_BYTES: Final = 8 * WINDOW_BYTES
 """Message bytes beyond what was granted after which a sender breaks the protocol. Several threads
 of a program that heeds its credit may each be a batch over it."""
 
-MAX_UNREAD: Final = 64 * MiB
+MAX_UNREAD: Final = 32 * MiB
 """Bytes of answers that a client may have asked for and not read; array bytes wait apart."""
 
 ACK_BYTES: Final = WINDOW_BYTES // 4
