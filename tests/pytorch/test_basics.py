@@ -141,6 +141,21 @@ def test_threads(device: torch.device) -> None:
     assert not failures
 
 
+def test_gradients_come_in_the_thread_that_asks(device: torch.device) -> None:
+    """With what the program has there: its stack, for errors and profiles."""
+    seen: list[int] = []
+    x = torch.ones(3, device=device, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda _: seen.append(threading.get_ident()))
+    y.sum().backward()
+    assert seen == [threading.get_ident()]
+    z = torch.eye(3, device=device, requires_grad=True)
+    z.register_hook(lambda gradient: torch.linalg.cholesky(-gradient))
+    z.trace().backward()
+    with pytest.raises(OpError, match=r"(?s)issued at:.*autograd/graph.py"):
+        z.grad.cpu()  # type: ignore[union-attr]
+
+
 def test_inference_mode(device: torch.device) -> None:
     with torch.inference_mode():
         x = torch.ones(3, 7).to(device)

@@ -102,8 +102,8 @@ if native is None:
     assert "import gpuremote.torch first" in told[0], told
 else:
     assert not told
-    y.sum().backward()
-    assert x.grad.sum().item() == 6
+y.sum().backward()
+assert x.grad.sum().item() == 6
 gpuremote.torch.close()
 """
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=50)

@@ -1,7 +1,9 @@
-"""Attention on servers with CUDA: by the kernel that torch would choose there.
+"""Attention: by the kernel that torch would choose at the server.
 
-Which one that is depends on the card, the shapes and what the program allows
-(``torch.nn.attention.sdpa_kernel``), so the server is asked, once for each kind of call.
+For processors that depends on shapes, dtypes and what the program allows
+(``torch.nn.attention.sdpa_kernel``), so this host's torch chooses. For CUDA it depends on the card
+as well, so the server is asked, once for each kind of call. Elsewhere attention is made of plain
+ops, of which each has a rule.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ from typing import Any, Final
 import torch
 
 from gpuremote.ops.torch_call import Operand
-from gpuremote.torch._homes import Home
+from gpuremote.torch._homes import Home, home
 from gpuremote.torch._inference import view_of
 from gpuremote.torch._kernels import Kernel
 from gpuremote.torch._own import issue_own
 from gpuremote.torch._storages import form_of, handle_of, make_tensor
 from gpuremote.torch._transfers import download
 
-__all__ = ["ATTENTION"]
+__all__ = ["ATTENTION", "attend"]
 
 aten: Final = torch.ops.aten
 Tensor = torch.Tensor
@@ -58,12 +60,18 @@ def _choose(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> int:
-    """Kernel of ``aten::_fused_sdp_choice``."""
-    held = handle_of(query)
-    place = held.home
-    if place.kind != "cuda":
-        return MATH  # plain ops, of which each has a rule
+    """Kernel of ``aten::_fused_sdp_choice``. For processors ``torch_native/attention.cpp`` is the
+    same."""
+    place = home(query.device.index)
     tensors = [query, key, value, *([] if attn_mask is None else [attn_mask])]
+    if place.kind == "cpu":
+        q, k, v, *masks = map(_same_here, tensors)
+        mask = masks[0] if masks else None
+        return torch._fused_sdp_choice(
+            q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if place.kind != "cuda":
+        return MATH
     views = tuple(view_of(tensor, place.views) for tensor in tensors)
     grad = torch.is_grad_enabled()
     wanted = tuple(grad and tensor.requires_grad for tensor in tensors)
@@ -79,6 +87,64 @@ def _choose(
             found = OVERRIDEABLE if query.shape[-1] % 8 == 0 else MATH
         place.choices[views, options] = found
     return -1 if found == NONE else found
+
+
+def _same_here(tensor: Tensor) -> Tensor:
+    """A tensor of this host in which torch sees the same when it chooses a kernel for processors:
+    shape, dtype, whether the last dimension lies together, and what wants gradients. Of one row."""
+    stride = [0] * tensor.dim()
+    if stride:
+        stride[-1] = min(2, tensor.stride(-1))
+    made = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device="cpu")
+    return made.requires_grad_() if tensor.requires_grad else made
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """``aten::scaled_dot_product_attention`` where torch does not ask, as the part in C++ is not
+    there to make it."""
+    tensors = [query, key, value, *([] if attn_mask is None else [attn_mask])]
+    options: dict[str, Any] = {"scale": scale}
+    if all(_plain(tensor, query) for tensor in tensors):
+        if attn_mask is not None and attn_mask.dtype is torch.bool:
+            zeros = torch.zeros_like(attn_mask, dtype=query.dtype)
+            attn_mask = zeros.masked_fill_(attn_mask.logical_not(), -torch.inf)
+        given = (query, key, value)
+        choice = _choose(
+            *given, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        if choice == FLASH:
+            options["attn_mask"] = attn_mask
+            return aten._scaled_dot_product_flash_attention_for_cpu(
+                *given, dropout_p, is_causal, **options
+            )[0]
+        if choice == OVERRIDEABLE:
+            return aten._scaled_dot_product_fused_attention_overrideable(
+                *given, None, dropout_p, is_causal, **options
+            )[0]
+    options["enable_gqa"] = enable_gqa
+    plain = aten.scaled_dot_product_attention.default.decompose
+    return plain(query, key, value, attn_mask, dropout_p, is_causal, **options)
+
+
+def _plain(tensor: Tensor, query: Tensor) -> bool:
+    """Whether it is on the same device, and what it seems: not part of a graph that is traced, nor
+    of a transform of ``torch.func``."""
+    return (
+        tensor.device == query.device
+        and tensor.dtype in (query.dtype, torch.bool)
+        and not torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def _ask(

@@ -176,8 +176,8 @@ def _start_thread() -> None:
             continue
         warnings.warn(
             "a backward ran in this process before gpuremote.torch was imported, and torch has no "
-            "thread for the gradients of remote tensors: import gpuremote.torch first, or use its "
-            "part in C++ (gpuremote torch build)",
+            "thread for the gradients of remote tensors, which all but the thread of that import "
+            "need: import gpuremote.torch first, or use its part in C++ (gpuremote torch build)",
             RuntimeWarning,
             stacklevel=2,
         )

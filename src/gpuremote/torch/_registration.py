@@ -10,6 +10,7 @@ import torch
 from torch.utils import backend_registration
 
 from gpuremote.torch import _homes
+from gpuremote.torch._attention import attend
 from gpuremote.torch._autocast import register_autocast
 from gpuremote.torch._cells import CELLS
 from gpuremote.torch._compile import refuse_inductor
@@ -63,6 +64,10 @@ def register() -> None:
     with _lock:
         if _libraries:
             return
+        if not torch.accelerator.is_available():
+            # As for a processor: a thread for each device would only issue the same ops, two
+            # switches later, and knows nothing of the line that asked for them.
+            torch.autograd.set_multithreading_enabled(False)
         _name_device()
         # Modules keep the identity of their parameters, and with it what is tied.
         torch.__future__.set_swap_module_params_on_conversion(True)
@@ -134,6 +139,8 @@ def _register_in_python(library: Any, ours: dict[str, Any]) -> None:
         library.impl(name.partition("::")[2], _redispatch(_op(name), host), "PrivateUse1")
     for name, op in ours.items():
         library.impl(name.partition("::")[2], fast(Kernel(op)), "PrivateUse1")
+    for key in ("AutogradPrivateUse1", "PrivateUse1"):
+        library.impl("scaled_dot_product_attention", attend, key)
 
 
 def _register_in_front(library: Any, ours: dict[str, Any]) -> None:

@@ -1,13 +1,28 @@
-// Has torch ask for the kernel that attention takes, as it does for its own devices; the answer is
-// Python's (gpuremote/torch/_attention.py). Without this it takes plain ops.
+// Has torch ask for the kernel that attention takes, as it does for its own devices. For a server's
+// processors this host's torch chooses, as it would for its own; of others Python asks the server
+// (gpuremote/torch/_attention.py). Without this torch takes plain ops.
 
 #include "tier.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/native/transformers/attention.h>
 #include <ATen/ops/_fused_sdp_choice.h>
 
 namespace gpuremote {
 namespace {
+
+// A tensor of this host in which torch sees the same when it chooses a kernel for processors: shape,
+// dtype, whether the last dimension lies together, and what wants gradients. Of one row.
+at::Tensor same_here(const at::Tensor& tensor) {
+  c10::SmallVector<int64_t, 5> strides(tensor.dim(), 0);
+  if (!strides.empty())
+    strides.back() = std::min<int64_t>(2, tensor.stride(-1));
+  at::Tensor made =
+      at::Tensor(at::detail::empty_strided_cpu(tensor.sizes(), strides, tensor.scalar_type()));
+  if (tensor.requires_grad())
+    made.set_requires_grad(true);
+  return made;
+}
 
 int64_t choose(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                const std::optional<at::Tensor>& mask, double dropout, bool causal,
@@ -15,7 +30,14 @@ int64_t choose(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
   // While a graph is traced there is nobody to ask: tensors without memory.
   if (query.key_set().has(c10::DispatchKey::Python))
     return 0;  // plain ops
-  return at::_fused_sdp_choice(query, key, value, mask, dropout, causal, scale, grouped);
+  const Device* device = opened_device(query.device().index());
+  if (device == nullptr || !device->processor)
+    return at::_fused_sdp_choice(query, key, value, mask, dropout, causal, scale, grouped);
+  std::optional<at::Tensor> mask_here;
+  if (mask.has_value() && mask->defined())
+    mask_here = same_here(*mask);
+  return at::_fused_sdp_choice(same_here(query), same_here(key), same_here(value), mask_here,
+                               dropout, causal, scale, grouped);
 }
 
 }  // namespace

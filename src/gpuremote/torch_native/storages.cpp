@@ -187,6 +187,10 @@ Device* device_at(int index) {
   return devices[index];
 }
 
+const Device* opened_device(int index) noexcept {
+  return index >= 0 && static_cast<size_t>(index) < devices.size() ? devices[index] : nullptr;
+}
+
 // set_devices([(home, tape), ...]): the devices there are from now on, by index.
 PyObject* set_devices(PyObject*, PyObject* list) {
   std::vector<Device*> found;
@@ -199,8 +203,17 @@ PyObject* set_devices(PyObject*, PyObject* list) {
       Py_DECREF(items);
       return nullptr;
     }
+    PyObject* kind = PyObject_GetAttrString(home, "kind");
+    if (kind == nullptr) {
+      Py_DECREF(items);
+      return nullptr;
+    }
+    const bool processor =
+        PyUnicode_Check(kind) && PyUnicode_CompareWithASCIIString(kind, "cpu") == 0;
+    Py_DECREF(kind);
     auto* of = reinterpret_cast<Tape*>(Py_NewRef(tape));
-    found.push_back(new Device{of, Py_NewRef(home), static_cast<int>(k), freed_of(of)});
+    found.push_back(
+        new Device{of, Py_NewRef(home), static_cast<int>(k), processor, freed_of(of)});
   }
   Py_DECREF(items);
   devices = std::move(found);

@@ -91,6 +91,7 @@ struct Device {
   Tape* tape;
   PyObject* home;
   int index;
+  bool processor;  // the server's device is its processors
   std::shared_ptr<Freed> freed;
 };
 
@@ -123,6 +124,8 @@ bool parse_form(PyObject* form, Form& found);
 Device* device_at(int index);
 // How many there are; opens the sessions. 0 where that fails. With the interpreter lock.
 int count_devices() noexcept;
+// The same without opening anything; nullptr if there is none.
+const Device* opened_device(int index) noexcept;
 // How many there are of sessions that are open.
 int opened_devices() noexcept;
 void register_allocator();
