@@ -15,6 +15,7 @@ from gpuremote.backend.torch_attention import choose_attention
 from gpuremote.errors import UnsupportedOp
 from gpuremote.testing.servers import RunningServer
 from gpuremote.torch import _attention, _homes
+from gpuremote.torch._tier import native
 from tests.pytorch.device import remote_device
 
 F: Any = torch.nn.functional
@@ -124,6 +125,28 @@ def test_within_transforms(device: torch.device) -> None:
             here = function(q, k, v)
             there = function(*(x.to("remote") for x in (q, k, v)))
         torch.testing.assert_close(there.cpu(), here)
+
+
+def test_in_a_graph(device: torch.device) -> None:
+    """With the part in C++ and for a shape that is known the same kernel, else plain ops."""
+    torch._dynamo.reset()
+
+    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def found(function: Any, where: str) -> list[Any]:
+        operands = [x.detach().to(where).requires_grad_() for x in CALLS["plain"][1]]
+        made = function(*operands)
+        made.sum().backward()
+        return [made.detach().cpu(), *(x.grad.cpu() for x in operands)]  # type: ignore[union-attr]
+
+    compiled: Any = torch.compile(plain, backend="gpuremote")
+    for _ in range(3):
+        for made, wanted in zip(found(compiled, "remote"), found(plain, "cpu"), strict=True):
+            torch.testing.assert_close(made, wanted)
+            assert native is None or torch.equal(made, wanted)
+    longer = [torch.randn(2, 3, 9, 16) for _ in range(3)]
+    torch.testing.assert_close(compiled(*(x.to("remote") for x in longer)).cpu(), plain(*longer))
 
 
 def test_mixed_devices_are_refused(device: torch.device) -> None:

@@ -109,7 +109,13 @@ def test_what_is_drawn_is_the_same(device: torch.device) -> None:
     """As op by op, from the same seed."""
     before = compiled_graphs()
     x = torch.ones(64, 64).to(device)
-    drop = compile_there(lambda x: nn.functional.dropout(x, 0.5) + torch.rand_like(x))
+    ramp: Any = {
+        "device": x.device,
+        "dtype": x.dtype,
+    }  # beside what is drawn: made by the graph itself
+    drop = compile_there(
+        lambda x: nn.functional.dropout(x, 0.5) + torch.rand_like(x) + torch.arange(64, **ramp)
+    )
     found = []
     for _ in range(3):  # op by op, then compiled
         torch.manual_seed(5)

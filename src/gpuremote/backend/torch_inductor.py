@@ -136,7 +136,8 @@ def _compile(whole: Any, like: list[tuple[View, int]], device: torch.device) -> 
         with _compiling, torch.no_grad(), config.patch(settings):
             with FakeTensorMode():
                 examples = [_example(view, end, device) for view, end in like]
-            return compile_fx.compile_fx(make_fx(whole)(*examples), examples)
+                traced = make_fx(whole)(*examples)  # within, as it may make tensors by itself
+            return compile_fx.compile_fx(traced, examples)
     except UnsupportedOp:
         raise
     except Exception as error:

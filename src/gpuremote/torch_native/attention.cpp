@@ -7,9 +7,12 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/native/transformers/attention.h>
 #include <ATen/ops/_fused_sdp_choice.h>
+#include <ATen/ops/_fused_sdp_choice_native.h>
 
 namespace gpuremote {
 namespace {
+
+constexpr int64_t PLAIN = 0;
 
 // A tensor of this host in which torch sees the same when it chooses a kernel for processors: shape,
 // dtype, whether the last dimension lies together, and what wants gradients. Of one row.
@@ -24,20 +27,30 @@ at::Tensor same_here(const at::Tensor& tensor) {
   return made;
 }
 
+// Whether its shape is left open, in a graph for any.
+bool is_open(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+}
+
 int64_t choose(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                const std::optional<at::Tensor>& mask, double dropout, bool causal,
                std::optional<double> scale, bool grouped) {
-  // While a graph is traced there is nobody to ask: tensors without memory.
-  if (query.key_set().has(c10::DispatchKey::Python))
-    return 0;  // plain ops
+  const bool traced = query.key_set().has(c10::DispatchKey::Python);  // without memory
+  const bool masked = mask.has_value() && mask->defined();
   const Device* device = opened_device(query.device().index());
-  if (device == nullptr || !device->processor)
+  if (device == nullptr || !device->processor) {
+    if (traced)
+      return PLAIN;  // there is nobody to ask
     return at::_fused_sdp_choice(query, key, value, mask, dropout, causal, scale, grouped);
+  }
+  if (traced && (is_open(query) || is_open(key) || is_open(value) || (masked && is_open(*mask))))
+    return PLAIN;
   std::optional<at::Tensor> mask_here;
-  if (mask.has_value() && mask->defined())
+  if (masked)
     mask_here = same_here(*mask);
-  return at::_fused_sdp_choice(same_here(query), same_here(key), same_here(value), mask_here,
-                               dropout, causal, scale, grouped);
+  // Not by the dispatcher: while a graph is traced it would see to that call as well.
+  return at::native::_fused_sdp_choice_cpp(same_here(query), same_here(key), same_here(value),
+                                           mask_here, dropout, causal, scale, grouped);
 }
 
 }  // namespace
