@@ -51,12 +51,18 @@ BLOBS: dict[Op, tuple[tuple[int, ...], Any]] = {
 }
 
 
+FREES: dict[Op, tuple[int, ...]] = {
+    Op.FREE: ((1 << 63) + 7, 1 << 63, (1 << 63) + batch.FREE_SPAN - 1),
+    Op.FREE_NEAR: ((1 << 63) + 7, 1 << 63, (1 << 63) + 0xFFFF),
+}
+
+
 def records(body: bytes, plans: dict[int, Plan] | None = None) -> list[tuple[Any, ...]]:
     return list(decode(body, plans or {}))
 
 
 def test_every_kind_is_covered() -> None:
-    assert FIXED.keys() | BLOBS.keys() | {Op.FREE} == set(Op)
+    assert FIXED.keys() | BLOBS.keys() | FREES.keys() == set(Op)
 
 
 @pytest.mark.parametrize("op", FIXED)
@@ -72,10 +78,17 @@ def test_records_with_a_variable_part(op: Op) -> None:
     assert records(body) == [(1, op, (*values, blob))]
 
 
-def test_frees() -> None:
-    handles = ((1 << 63) + 7, 1 << 63, (1 << 63) + batch.FREE_SPAN - 1)
-    body = PREFIX.pack(5) + batch.free_record(list(handles))
-    assert records(body) == [(5, Op.FREE, handles)]
+@pytest.mark.parametrize("op", FREES)
+def test_frees(op: Op) -> None:
+    handles = FREES[op]
+    body = PREFIX.pack(5) + batch.free_record(list(handles)) + fixed_record(Op.STATS)
+    assert records(body) == [(5, op, handles), (6, Op.STATS, ())]
+
+
+def test_handles_that_lie_close_together_take_2_bytes() -> None:
+    near = range(1 << 40, (1 << 40) + 0x10000, 0x100)
+    assert len(batch.free_record([*near])) == 16 + 2 * len(near)
+    assert len(batch.free_record([*near, (1 << 40) + 0x10000])) == 16 + 4 * (len(near) + 1)
 
 
 def test_plan_calls_use_as_many_numbers_as_they_have_results() -> None:
@@ -126,12 +139,12 @@ def test_an_unknown_kind() -> None:
         records(PREFIX.pack(1) + struct.pack("<I", 63))
 
 
-@pytest.mark.parametrize("op", [*FIXED, *BLOBS, Op.FREE])
+@pytest.mark.parametrize("op", [*FIXED, *BLOBS, *FREES])
 def test_cut_anywhere(op: Op) -> None:
     if op in FIXED:
         record = fixed_record(op, *FIXED[op])
-    elif op is Op.FREE:
-        record = batch.free_record([1, 2, 3])
+    elif op in FREES:
+        record = batch.free_record(list(FREES[op]))
     else:
         values, blob = BLOBS[op]
         record = blob_record(op, *values, blob=pack_info(blob))

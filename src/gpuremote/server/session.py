@@ -137,6 +137,7 @@ class WorkerSession:
         self._records: dict[int, Callable[..., object]] = {
             Op.DEFINE: self._define,
             Op.FREE: self._free,
+            Op.FREE_NEAR: self._free,
             Op.GET: self._get,
             Op.PUT: self._put,
             Op.PUT_INLINE: self._put_inline,

@@ -153,7 +153,7 @@ def _told(home: Home, body: bytes) -> None:
             recording.bodies[home].append(body)
 
 
-_QUIET: Final = frozenset((Op.DEFINE, Op.FREE))
+_QUIET: Final = frozenset((Op.DEFINE, Op.FREE, Op.FREE_NEAR))
 _WHY: Final[Mapping[Any, str]] = {
     Op.GET: "it waits for a value",
     Op.META: "the shapes in it depend on values",

@@ -91,6 +91,8 @@ class Op(enum.IntEnum):
     If not, the PAYLOAD has to come."""
     CONTENTS = 23
     """Answer with the sketches of what is here."""
+    FREE_NEAR = 24
+    """u32 n, u64 base, n x u16: as FREE, for handles that lie close together."""
 
 
 ALL_STREAMS: Final = 0xFFFFFFFF
@@ -98,6 +100,8 @@ ALL_STREAMS: Final = 0xFFFFFFFF
 _KIND: Final = struct.Struct("<I")
 _BLOB: Final = struct.Struct("<I")
 _FREE: Final = struct.Struct("<IQ")
+_OFFSETS: Final = {int(Op.FREE): ("I", 4), int(Op.FREE_NEAR): ("H", 2)}
+"""Of the handles that a record frees."""
 _FIXED: Final[dict[int, struct.Struct]] = {
     Op.DEFINE: struct.Struct("<"),
     Op.GET: struct.Struct("<Q"),
@@ -162,10 +166,12 @@ def _most(op: int) -> int:
 
 
 def free_record(handles: list[int]) -> bytes:
-    """Encode a FREE record; at most ``MAX_FREES`` handles, less than ``FREE_SPAN`` apart."""
+    """Encode a FREE or FREE_NEAR record; at most ``MAX_FREES`` handles, less than ``FREE_SPAN``
+    apart."""
     base = min(handles)
     offsets = [handle - base for handle in handles]
-    return struct.pack(f"<IIQ{len(handles)}I", Op.FREE, len(handles), base, *offsets)
+    op = Op.FREE_NEAR if max(offsets) <= 0xFFFF else Op.FREE
+    return struct.pack(f"<IIQ{len(handles)}{_OFFSETS[op][0]}", op, len(handles), base, *offsets)
 
 
 def decode(
@@ -242,15 +248,16 @@ def _read_fixed(
 ) -> tuple[tuple[Any, ...], int]:
     """Fields of a record that is not a plan call, and where the next record begins."""
     size = len(body)
-    if kind == Op.FREE:
+    if kind in _OFFSETS:
         if size - offset < _FREE.size:
             raise ProtocolError("a batch that ends within a record")
         count, base = _FREE.unpack_from(body, offset)
         offset += _FREE.size
-        if count > MAX_FREES or size - offset < 4 * count:
+        code, width = _OFFSETS[kind]
+        if count > MAX_FREES or size - offset < width * count:
             raise ProtocolError(f"a FREE record of {count} handles that are not there")
-        offsets = struct.unpack_from(f"<{count}I", body, offset)
-        return tuple([base + one for one in offsets]), offset + 4 * count
+        offsets = struct.unpack_from(f"<{count}{code}", body, offset)
+        return tuple([base + one for one in offsets]), offset + width * count
     fixed = _FIXED.get(kind)
     if fixed is None:
         raise ProtocolError(f"record {number} is of unknown kind {kind}")
