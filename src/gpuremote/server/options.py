@@ -10,6 +10,7 @@ from typing import Final
 
 from gpuremote.errors import ConfigError
 from gpuremote.memory.host import host_memory
+from gpuremote.server import heap
 
 __all__ = ["CONTENT_CACHE", "ServerOptions"]
 
@@ -115,11 +116,7 @@ class ServerOptions:
             found["GPUREMOTE_TOKEN"] = self.token.decode()
         # A worker runs ops itself: torch need not look for devices elsewhere when it is loaded.
         found["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-        # Results of a few MiB come and go with every op. The C library would give their pages back
-        # to the system, and have them cleared again, each time: several times the cost of the op.
-        found.setdefault("MALLOC_MMAP_THRESHOLD_", str(16 << 20))
-        found.setdefault("MALLOC_TRIM_THRESHOLD_", str(32 << 20))
-        return found
+        return heap.ENVIRONMENT | found
 
     def worker_arguments(self) -> list[str]:
         """The command line of a worker process, without its channel."""

@@ -29,7 +29,7 @@ from gpuremote.backend import registry
 from gpuremote.backend.base import Backend
 from gpuremote.errors import ConnectionLost, GpuRemoteError
 from gpuremote.rpc.dial import host_identity
-from gpuremote.server import control
+from gpuremote.server import control, heap
 from gpuremote.server.peercopy import PeerCopies
 from gpuremote.server.reception import Reception
 from gpuremote.server.session import WorkerSession
@@ -181,6 +181,8 @@ class Worker:
         now = _clock.now()
         self._parked = now - self._last_idle > WAIT / 2
         self._last_idle = now
+        if self._parked and self._alone:
+            heap.give_back()
 
     def _serve_watching(self, connection: Connection) -> None:
         """One round of waiting for the connection or for another thread, then what can be done."""
@@ -191,7 +193,10 @@ class Worker:
         )
         poller.register(self._wake_main, select.POLLIN)
         due = 0.0 if self._left_over else connection.due()
-        for descriptor, _ in poller.poll(1000 * (WAIT if due is None else min(due, WAIT))):
+        ready = poller.poll(1000 * (WAIT if due is None else min(due, WAIT)))
+        if not ready and due is None and self._alone:
+            heap.give_back()
+        for descriptor, _ in ready:
             if descriptor == self._wake_main:
                 _drain(self._wake_main)
         if self._parked:
@@ -398,6 +403,7 @@ class Worker:
                 session.quota.limit = min(session.quota.limit, hello.memory_limit)
             if not resumed and self._alone:
                 self.backend.confine(session.quota.limit)
+                heap.keep(session.quota.limit)
         # Without the lock: what the receipt says stays true, as nothing can come in meanwhile.
         connection: Connection | None = None
         try:
