@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 
+from gpuremote.rpc import dial
 from gpuremote.testing.servers import RunningServer
 from gpuremote.torch import _homes
+from gpuremote.wire.repeats import offered
 from tests.pytorch.device import remote_device
 
 
@@ -41,3 +46,34 @@ def test_what_goes_there_is_not_waited_for(torch_server: RunningServer) -> None:
         assert session.stats().round_trips.total() == before
         assert abs(loss.item() - expected) < 1e-2
         assert session.stats().round_trips.total() == before + 1
+
+
+@pytest.mark.skipif(not offered(), reason="the part in C is not used")
+def test_training_steps_are_replayed_by_name(
+    torch_server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dial, "LONG_WAY", 0.0)
+    torch.manual_seed(3)
+    here = torch.nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+    batch = torch.randn(2, 8, 32)
+    with remote_device(f"{torch_server.url}?transport=tcp&lanes=1"):
+        there = copy.deepcopy(here).to("remote")
+        data = batch.to("remote")
+        optimisers = [torch.optim.AdamW(m.parameters(), foreach=True) for m in (here, there)]
+        session = _homes.home().session
+        before = session.stats()
+        for step in range(16):
+            if step == 4:
+                before = session.stats()
+            for model, x, optimiser in zip((here, there), (batch, data), optimisers, strict=True):
+                optimiser.zero_grad()
+                # Another way now and then.
+                (model(x) * (2 if step == 11 else 1)).square().mean().backward()
+                optimiser.step()
+        session.synchronize()
+        after = session.stats()
+        ops = after.ops - before.ops
+        assert after.repeated - before.repeated > 0.75 * ops
+        assert (after.bytes_sent - before.bytes_sent) / ops < 20
+        for one, other in zip(here.parameters(), there.parameters(), strict=True):
+            torch.testing.assert_close(other.detach().cpu(), one.detach())

@@ -170,7 +170,7 @@ class Core(Uploader):
                 try:
                     wait = self._ask(number, kind, into, _BATCH, body)
                 except BaseException:
-                    self.peer.interrupted(body)
+                    self.peer.interrupted(body, 0)
                     if number in self._waits:
                         self.cancel(self._waits[number])
                     raise

@@ -29,6 +29,7 @@ from gpuremote.rpc.transports import TCP, Explanation, offers
 from gpuremote.transport.certificates import TlsClient
 from gpuremote.transport.lanes.offer import LanePolicy
 from gpuremote.wire.hello import Hello, Welcome
+from gpuremote.wire.repeats import Squeezer, offered
 from gpuremote.wire.state import State, Stimulus
 
 __all__ = ["Link"]
@@ -103,7 +104,7 @@ class Link:
             See ``rpc.dial.dial``; TransportUnavailable if a required transport can't be had.
         """
         found = self._dial(self.connect_timeout, blocking, memory_limit=self.memory_limit)
-        connection, welcome, _ = found
+        connection, welcome = found.connection, found.welcome
         self.welcome = welcome
         self._in_use(core, found)
         with core.lock:
@@ -113,6 +114,7 @@ class Link:
             core.known.enabled = welcome.contents == 1
             core.peer.grant(welcome.window)
             core.inline = welcome.inline
+            core.squeezer = Squeezer() if welcome.repeats and offered() else None
             core.state.advance(Stimulus.WELCOME)
             try:
                 core.peer.attach(connection, welcome.receipt)
@@ -165,7 +167,7 @@ class Link:
     def resumed(self, core: Core, found: Dialled) -> None:
         """Go on over a connection that :meth:`attempt` gave. The session is dead afterwards if
         the server's receipt makes no sense."""
-        connection, welcome, _ = found
+        connection, welcome = found.connection, found.welcome
         self._in_use(core, found)
         with core.lock:
             core.stats.reconnects += 1
@@ -260,6 +262,7 @@ class Link:
         self._broken = ""
         if name != TCP:
             self._cooldowns.used(name)
+        core.far = found.far
         self._present = name
         unusable = self._unusable | self._cooldowns.reasons | found.failures
         self.explanation = Explanation.of(found.welcome.choice, found.connection, unusable)

@@ -28,6 +28,9 @@ class SessionStats:
     messages_sent, messages_received : int
     bytes_sent, bytes_received : int
         On the wire, framing included, over all connections.
+    repeated : int
+        Of the ops, those that were named as what an earlier step did instead of sent, as they are
+        on long ways.
     payload_sent, payload_received : int
         Array bytes, of the above.
     payload_copied : int
@@ -64,6 +67,7 @@ class SessionStats:
     reconnects: int = 0
     fallbacks: int = 0
     credit_waits: int = 0
+    repeated: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for ``--json``."""

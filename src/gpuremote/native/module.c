@@ -92,6 +92,7 @@ static int module_exec(PyObject *module)
                    || add_type(module, &handle_spec, &Handle_Type)
                    || add_type(module, &recorder_spec, &Recorder_Type)
                    || add_type(module, &loops_spec, &Loops_Type)
+                   || add_type(module, &repeats_spec, &Repeats_Type)
                ? -1
                : 0;
 }

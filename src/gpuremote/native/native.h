@@ -19,6 +19,7 @@
        Single  gpuremote.backend.array_namespace
        Looking  gpuremote.transport._looking
        Loops  gpuremote.backend.fused
+       Repeats  none: gpuremote.wire.repeats does without where this module is not built
        fits    gpuremote.memory.host
        copy    gpuremote.memory.host
 
@@ -105,9 +106,9 @@ typedef struct {
 enum taken { FAILED = -1, NOTHING, MESSAGE, OTHER };
 
 extern PyTypeObject *Stream_Type, *Lane_Type, *Wait_Type, *Slot_Type, *Handle_Type, *Recorder_Type,
-    *Loops_Type, *Tally_Type, *Storage_Type, *Single_Type;
+    *Loops_Type, *Tally_Type, *Storage_Type, *Single_Type, *Repeats_Type;
 extern PyType_Spec stream_spec, lane_spec, wait_spec, slot_spec, handle_spec, recorder_spec,
-    loops_spec, tally_spec, storage_spec, single_spec;
+    loops_spec, tally_spec, storage_spec, single_spec, repeats_spec;
 
 /* Receive once. MESSAGE: one message without payload and nothing else is in the buffer, *size
    bytes with its frame. OTHER: *other is what Stream._receive or _take_in gave (None: nothing

@@ -134,7 +134,7 @@ static int take_in(PyObject *self, PyObject *connection, Py_ssize_t total)
             return -1;
         other = !delivered;
     }
-    else if (kind == BATCH)
+    else if (kind == BATCH && arg == 0)
         quiet = serve(self, message + HEADER, size - HEADER, &other);
     if (quiet < 0)
         return -1;

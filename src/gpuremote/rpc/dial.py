@@ -31,6 +31,7 @@ from gpuremote.errors import (
 from gpuremote.transport.base import Connection
 from gpuremote.transport.certificates import TlsClient, handshake_failure
 from gpuremote.transport.lanes.offer import LanePolicy, LaneWishes
+from gpuremote.transport.lanes.rule import LONG_WAY
 from gpuremote.transport.select import TCP, climb
 from gpuremote.transport.setup import Setup
 from gpuremote.transport.tcp import join_address, open_tcp
@@ -81,11 +82,14 @@ class Dialled(NamedTuple):
     welcome : Welcome
     failures : dict of str to str
         Transports that were tried and did not work, with the reason.
+    far : bool
+        The session goes over sockets, and a long way.
     """
 
     connection: Connection
     welcome: Welcome
     failures: dict[str, str]
+    far: bool
 
 
 def dial(
@@ -165,7 +169,8 @@ def dial(
             wishes=wishes,
         )
         connection, failures = climb(setup, _order(answer, hello), client=True)
-        return Dialled(connection, answer, failures)
+        far = connection.name == TCP and seconds >= LONG_WAY
+        return Dialled(connection, answer, failures, far)
     except BaseException as error:
         if connection is not None:
             connection.abort()

@@ -236,10 +236,10 @@ class Peer(Lane):
             if self.connection is connection:
                 self.lost(error)
 
-    def interrupted(self, body: BytesLike) -> None:
+    def interrupted(self, body: BytesLike, arg: int) -> None:
         """Ctrl-C hit while a batch was being posted: see to it that it is sent, once."""
         if not any(kept is body for *_, kept in self.kept()):
-            self.post(Kind.BATCH, body)
+            self.post(Kind.BATCH, body, arg)
         elif self.connection is not None:
             # Whether the connection was given it nobody knows; the next one begins with receipts.
             self.lost(_aborted("interrupted while a message was being sent"))
@@ -308,6 +308,10 @@ class Peer(Lane):
             self.lost(error)
 
     # -- receiving ------------------------------------------------------------------------------
+
+    def charge(self, nbytes: int) -> None:
+        """A message that is taken in stands for so many more bytes: they need credit as well."""
+        self._got += nbytes
 
     def dispatch(self, incoming: Incoming, source: Connection) -> bool:
         """Take in a message that ``source.receive`` returned; what the sink said of it.
@@ -563,8 +567,7 @@ class Peer(Lane):
         """Send the rest of a payload of which the other end has ``offset`` bytes."""
         if entry.cancelled:
             # The other end keeps the unfinished payload until it is told.
-            flags = CONTINUED | CANCELLED
-            self._put_out(entry.kind, flags, 0, entry.seq, NUMBER.pack(offset))
+            self._put_out(entry.kind, CONTINUED | CANCELLED, 0, entry.seq, NUMBER.pack(offset))
             return
         total = sum(region.nbytes for region in entry.regions)
         if offset > total:

@@ -44,6 +44,7 @@ from gpuremote.transport.base import Incoming, Target
 from gpuremote.wire import caps
 from gpuremote.wire.batch import FIRST_PLAN, Op, begin, read
 from gpuremote.wire.frames import NUMBER, SEPARATE, Kind
+from gpuremote.wire.repeats import Expander
 
 __all__ = ["WorkerSession"]
 
@@ -128,6 +129,7 @@ class WorkerSession:
         self._plans: dict[int, Executable] = {}
         self._code = CodeBook()
         self._table: dict[int, Slot] = {}
+        self._expander = Expander(self.peer.charge)
         self._expected: dict[bytes, int] = {}
         self._arriving: dict[int, Arrival] = {}
         self.peer.table = self._table
@@ -136,8 +138,7 @@ class WorkerSession:
         self._devices = len(backend.devices())
         self._records: dict[int, Callable[..., object]] = {
             Op.DEFINE: self._define,
-            Op.FREE: self._free,
-            Op.FREE_NEAR: self._free,
+            **dict.fromkeys((Op.FREE, Op.FREE_NEAR), self._free),
             Op.GET: self._get,
             Op.PUT: self._put,
             Op.PUT_INLINE: self._put_inline,
@@ -161,7 +162,7 @@ class WorkerSession:
 
     def on_message(self, kind: int, arg: int, body: memoryview) -> bool:
         if kind == _BATCH:
-            self._batch(body)
+            self._batch(self._expander.expand(body, arg) if arg else body)
         elif kind == Kind.GOODBYE:
             self.default.queue.append((self.peer.turn, self._say_goodbye, ()))
         else:
@@ -340,9 +341,11 @@ class WorkerSession:
         if executable.ident < FIRST_PLAN or executable.ident in self._plans:
             raise ProtocolError(f"plan {executable.ident} can't be defined")
         self._plans[executable.ident] = executable
+        self._expander.learn(executable.ident, executable)
 
     def _clear_plans(self, number: int) -> None:
         self._plans.clear()
+        self._expander.forget()
         self._code = CodeBook()
 
     def _free(self, number: int, *handles: int) -> None:

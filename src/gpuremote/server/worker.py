@@ -42,6 +42,7 @@ from gpuremote.transport.tls import TlsSocket, stream_connection
 from gpuremote.wire import caps
 from gpuremote.wire.frames import Kind, pack_info
 from gpuremote.wire.hello import Attach, Hello, HelloReader, Welcome, choose_version
+from gpuremote.wire.repeats import offered
 from gpuremote.wire.state import SessionState, State, Stimulus
 
 __all__ = ["work"]
@@ -479,6 +480,7 @@ class Worker:
             worker=os.getpid(),
             contents=int(self.session.sharing.channel is not None),
             inline=caps.MAX_INLINE,
+            repeats=int(offered()),
         )
 
 

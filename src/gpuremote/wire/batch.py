@@ -29,6 +29,7 @@ __all__ = [
     "blob_record",
     "decode",
     "fixed_record",
+    "fixed_sizes",
     "read",
 ]
 
@@ -172,6 +173,13 @@ def free_record(handles: list[int]) -> bytes:
     offsets = [handle - base for handle in handles]
     op = Op.FREE_NEAR if max(offsets) <= 0xFFFF else Op.FREE
     return struct.pack(f"<IIQ{len(handles)}{_OFFSETS[op][0]}", op, len(handles), base, *offsets)
+
+
+def fixed_sizes() -> dict[int, int]:
+    """Bytes of records without a variable part that change nothing but arrays, streams and events,
+    by their kind."""
+    others = _WITH_BLOB | {Op.CLEAR_PLANS}
+    return {int(op): layout.size for op, layout in _WITH_KIND.items() if op not in others}
 
 
 def decode(

@@ -220,6 +220,8 @@ class Welcome:
         1 if the server keeps uploads for further sessions, else 0.
     inline : int
         Bytes up to which the client may send an array inside a batch.
+    repeats : int
+        1 if it may name calls instead of sending them, see ``wire.repeats``.
     """
 
     version: int = MAX_VERSION
@@ -239,6 +241,7 @@ class Welcome:
     worker: int = 0
     contents: int = 0
     inline: int = INLINE_PAYLOAD
+    repeats: int = 0
 
     def encode(self) -> bytes:
         body = {
@@ -259,6 +262,7 @@ class Welcome:
             "worker": self.worker,
             "contents": self.contents,
             "inline": self.inline,
+            "repeats": self.repeats,
         }
         return _frame(HelloKind.WELCOME, body, (MIN_VERSION, MAX_VERSION))
 
@@ -285,6 +289,7 @@ class Welcome:
             worker=_get(body, "worker", int, 0),
             contents=_get(body, "contents", int, 0),
             inline=_get(body, "inline", int, INLINE_PAYLOAD),
+            repeats=_get(body, "repeats", int, 0),
         )
 
 
