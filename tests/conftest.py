@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 from blockbuster import blockbuster_ctx
 
+from gpuremote.rpc import dial
 from gpuremote.testing.servers import RunningServer, device_server
 from tests.leaks import Snapshot, mark_descendants, settled_leaks
 from tests.rdma.devices import why_not
@@ -102,6 +103,14 @@ def no_blocked_loop() -> Iterator[None]:
     locks that are held. Sockets in non-blocking mode pass.
     """
     with blockbuster_ctx(scanned_modules=["gpuremote"]):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ways_are_short() -> Iterator[None]:
+    """However long an answer takes on a busy machine: on long ways other bytes are sent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dial, "LONG_WAY", 60.0)
         yield
 
 

@@ -19,6 +19,7 @@ from gpuremote.ops.plan import encode_definition
 from gpuremote.rpc import dial
 from gpuremote.testing.cutting import CuttingProxy
 from gpuremote.testing.servers import RunningServer
+from gpuremote.transport.lanes.rule import LONG_WAY
 from gpuremote.wire.batch import PREFIX, Op, blob_record
 from gpuremote.wire.frames import Kind, pack_info
 from gpuremote.wire.repeats import ON, offered
@@ -68,7 +69,8 @@ def outcome(session: Any, steps: int, branch: Callable[[int], bool]) -> list[flo
     return [float(one.item()) for one in sums] + velocity
 
 
-def test_a_way_that_is_long(server: RunningServer) -> None:
+def test_a_way_that_is_long(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dial, "LONG_WAY", LONG_WAY)
     relay = RelayProcess(server.port, 30)
     try:
         url = f"gpu://127.0.0.1:{relay.port}?transport=tcp&lanes=1"
@@ -90,8 +92,7 @@ def test_a_way_that_is_long(server: RunningServer) -> None:
     assert (after.bytes_sent - before.bytes_sent) / ops < 14  # it takes 45 without
 
 
-def test_a_way_that_is_short(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dial, "LONG_WAY", 60.0)  # however busy this machine is
+def test_a_way_that_is_short(server: RunningServer) -> None:
     with gpuremote.connect_sync(f"{server.url}?transport=tcp&lanes=1") as session:
         assert not session._core.far
         outcome(session, 5, lambda k: False)

@@ -75,12 +75,19 @@ def compile_graph(
     inductor = bool(given.pop("inductor", False))
     if given:
         raise ValueError(f"the backend gpuremote has no option {next(iter(given))!r}: inductor")
+    if not (torch.is_grad_enabled() and any(_learns(v) for v in inputs)):
+        # As it is. Without ops in place an optimiser would write all of its state anew, and copy.
+        return _Compiled(model, inductor)
     boxed = functools.partial(_boxed, inductor)
     backend: Any = aot_autograd(
         fw_compiler=boxed, bw_compiler=boxed, keep_inference_input_mutations=True
     )
     compiled: Callable[..., Any] = backend(model, inputs)
     return compiled
+
+
+def _learns(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _boxed(inductor: bool, graph: Any, _: Sequence[Any]) -> Callable[..., Any]:
