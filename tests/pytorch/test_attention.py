@@ -55,6 +55,10 @@ CALLS: dict[str, tuple[Any, list[torch.Tensor]]] = {
     "scaled": ({"scale": 0.3}, [shaped(*HEADS) for _ in range(3)]),
     "one query": ({}, [shaped(2, 3, 1, 16), shaped(*HEADS), shaped(*HEADS)]),
     "mask": ({}, [*(shaped(*HEADS) for _ in range(3)), torch.randn(8, 8)]),
+    "mask and causal": (
+        {"is_causal": True},
+        [*(shaped(*HEADS) for _ in range(3)), torch.randn(8, 8)],
+    ),
     "mask of bool": ({}, [*(shaped(*HEADS) for _ in range(3)), torch.rand(2, 1, 8, 8) > 0.3]),
     "mask that learns": ({}, [*(shaped(*HEADS) for _ in range(3)), shaped(8, 8)]),
     "without gradients": ({}, [shaped(*HEADS, grad=False) for _ in range(3)]),
@@ -97,6 +101,8 @@ def test_one_op(call: str, device: torch.device) -> None:
     masking = 3 if call == "mask of bool" else 0  # zeros, not, fill
     assert (session.stats().ops - before == 1 + masking) == (call in FUSED)
     assert session.stats().round_trips.total() == trips
+    if call == "mask and causal":
+        return  # as plain ops torch refuses that
     before = session.stats().ops
     with sdpa_kernel(SDPBackend.MATH):
         F.scaled_dot_product_attention(*given, **options)
@@ -147,6 +153,15 @@ def test_in_a_graph(device: torch.device) -> None:
             assert native is None or torch.equal(made, wanted)
     longer = [torch.randn(2, 3, 9, 16) for _ in range(3)]
     torch.testing.assert_close(compiled(*(x.to("remote") for x in longer)).cpu(), plain(*longer))
+
+
+def test_what_torch_refuses(device: torch.device) -> None:
+    """In its words: both parts leave that to its own checks."""
+    x = torch.randn(HEADS)
+    for where in ("cpu", "remote"):
+        y = x.to(where)
+        with pytest.raises(RuntimeError, match="same dtype"):
+            F.scaled_dot_product_attention(y, y.bool(), y)
 
 
 def test_mixed_devices_are_refused(device: torch.device) -> None:

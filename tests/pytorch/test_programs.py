@@ -83,6 +83,33 @@ def test_compiled_training_is_two_records_for_a_model(device: torch.device) -> N
     assert _ops(lambda: out.backward(ones)) <= 1 + len(list(there.parameters()))  # adds up .grad
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_a_compiled_optimiser_writes_in_place(device: torch.device) -> None:
+    """And not all of its state anew, to be copied then."""
+    here = [torch.randn(1 << 18, requires_grad=True) for _ in range(4)]  # 1 MiB each
+    there = [x.detach().to(device).requires_grad_() for x in here]
+    ours, theirs = (torch.optim.SGD(x, lr=0.1, momentum=0.9, foreach=True) for x in (there, here))
+    update: Any = torch.compile(ours.step, backend="gpuremote")
+    session = _homes.home().session
+    for step in range(5):
+        for x, y in zip(there, here, strict=True):
+            y.grad = torch.full_like(y, step + 1.0)
+            x.grad = y.grad.to(device)
+        session.synchronize()
+        before, sent = session.server_stats(), session.stats().ops
+        update()
+        sent = session.stats().ops - sent
+        theirs.step()
+        after = session.server_stats()
+        if step > 1:
+            assert sent == 1
+            assert after["memory_used"] == before["memory_used"]
+            # Old gradients may be there a little longer than new ones.
+            assert after["memory_peak"] - before["memory_used"] <= 4 << 20
+    for x, y in zip(there, here, strict=True):
+        same(x.detach().cpu(), y.detach())
+
+
 def test_compiled_shapes_change(device: torch.device) -> None:
     def work(x: Tensor, k: int) -> Tensor:
         return torch.relu(x @ x.t()).sum(0) * k
@@ -193,7 +220,9 @@ def test_replaying_leaves_nothing(device: torch.device) -> None:
         step(data)
     gc.collect()
     REMOTE.synchronize()
-    assert (len(HELD), REMOTE.memory_allocated()) == (held, memory)
+    # Fewer where torch's compiler has let go of something from a test before.
+    assert len(HELD) <= held
+    assert REMOTE.memory_allocated() <= memory
 
 
 def test_state_that_is_carried_from_call_to_call(device: torch.device) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dis
+import itertools
 import random
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -14,7 +19,7 @@ import pytest
 
 import gpuremote
 from benchmarks.contenders.base import RelayProcess
-from gpuremote.client.issuing import NEVER
+from gpuremote.client.issuing import NEVER, Issuer
 from gpuremote.ops.plan import encode_definition
 from gpuremote.rpc import dial
 from gpuremote.testing.cutting import CuttingProxy
@@ -126,31 +131,51 @@ def test_connections_that_break(server: RunningServer, monkeypatch: pytest.Monke
         assert session.stats().repeated - before > 200
 
 
-def test_an_interruption_between_two_steps(server: RunningServer) -> None:
-    """The part that names calls has noted what was not sent; the other end forgets all."""
+def test_an_interruption_anywhere_in_sending(server: RunningServer) -> None:
+    """Wherever Ctrl-C comes, each op runs once: what was noted and not sent is made good."""
+    with gpuremote.connect_sync(server.url) as session:
+        wanted = outcome(session, 60, lambda k: False)
+    code = Issuer._send_records.__code__
+    # Where Python looks for signals: behind a call.
+    checks = {
+        this.offset
+        for before, this in itertools.pairwise(dis.get_instructions(code))
+        if before.opname.startswith("CALL")
+    }
     with far(server.url) as session:
         program = Program(session.devices[0])
-        sums = [program.step(k) for k in range(20)]
-        session.flush()
-        squeezer = session._core.squeezer
-        squeeze = squeezer.squeeze
+        sums, seen, at, hits = [], 0, 0, 0
 
-        def interrupted(body: bytes) -> Any:
-            squeeze(body)
-            raise KeyboardInterrupt
+        def trace(frame: FrameType, event: str, arg: object) -> Any:
+            nonlocal seen, hits
+            if frame.f_code is not code:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode" and frame.f_lasti in checks:
+                seen += 1
+                if seen == at:
+                    hits += 1
+                    raise KeyboardInterrupt
+            return trace
 
-        with session._core.lock:  # nobody else sends meanwhile
-            session._core.flush_after = NEVER
-            sums.append(program.step(20))
-            squeezer.squeeze = interrupted
-            with pytest.raises(KeyboardInterrupt):
-                session.flush()
-            squeezer.squeeze = squeeze
-        sums += [program.step(k) for k in range(len(sums), 40)]
-        there = [float(one.item()) for one in sums]
-    with gpuremote.connect_sync(server.url) as session:
-        program = Program(session.devices[0])
-        assert [float(program.step(k).item()) for k in range(40)] == there
+        for k in range(60):
+            with session._core.lock:  # nobody else sends meanwhile
+                session._core.flush_after = NEVER
+                sums.append(program.step(k))
+                if k > 9:
+                    seen, at = 0, k - 9
+                    sys.settrace(trace)
+                    try:
+                        with contextlib.suppress(KeyboardInterrupt):
+                            session.flush()
+                    finally:
+                        sys.settrace(None)
+            if k % 4 == 3:
+                session.synchronize()
+        found = [float(one.item()) for one in sums] + program.velocity.get().tolist()
+        assert hits > 7
+        assert session.stats().repeated > 200
+    assert found == wanted
 
 
 def test_threads_that_issue_at_a_time(server: RunningServer) -> None:

@@ -11,11 +11,11 @@ import pytest
 from gpuremote.errors import ProtocolError
 from gpuremote.wire.batch import FIRST_PLAN, PREFIX, Op, fixed_record, free_record
 from gpuremote.wire.caps import MAX_BATCH
-from gpuremote.wire.repeats import ANEW, ON, Expander, Squeezer, offered
+from gpuremote.wire.repeats import ANEW, ON, Expander, learn, new_repeats, offered
 
 pytestmark = pytest.mark.skipif(not offered(), reason="the part in C is not used")
 
-REPEAT, PATCH = 25, 26
+REPEAT, PATCH = int(Op.REPEAT), int(Op.PATCH)
 
 
 class Plan:
@@ -29,7 +29,7 @@ class Ends:
     """A program that issues calls, what is sent of them, and what comes out."""
 
     def __init__(self) -> None:
-        self.squeezer = Squeezer()
+        self.repeats = new_repeats()
         self.charged = 0
         self.expander = Expander(self.charge)
         self.number = 1
@@ -43,7 +43,7 @@ class Ends:
 
     def plan(self, ident: int, form: str, n_out: int) -> Plan:
         made = Plan(ident, form, n_out)
-        self.squeezer.learn(ident, made)
+        learn(self.repeats, ident, made)
         self.expander.learn(ident, made)
         return made
 
@@ -60,7 +60,9 @@ class Ends:
     def flush(self) -> bytes:
         body = PREFIX.pack(self.first) + self.buffer
         self.first, self.buffer = self.number, b""
-        sent, arg = self.squeezer.squeeze(body)
+        sent, arg = self.repeats.squeeze(body) or (body, 0)
+        if arg:
+            self.repeats.fresh = False
         self.sent += len(sent)
         self.whole += len(body)
         if arg:
@@ -108,7 +110,7 @@ def steps(ends: Ends, count: int, rng: random.Random, *, diverge: float = 0.0) -
 def test_a_step_that_repeats_takes_few_bytes() -> None:
     ends = Ends()
     took = steps(ends, 40, random.Random(0))
-    assert ends.squeezer.repeated > 35 * 19
+    assert ends.repeats.repeated > 35 * 19
     # 19 calls, that took 480 bytes; two thirds of what is left are frees.
     assert sum(took[20:]) / 20 < 200
     assert ends.whole / ends.sent > 3
@@ -169,7 +171,7 @@ def test_large_calls() -> None:
         if step % 10 == 0:
             ends.flush()
     ends.flush()
-    assert ends.squeezer.repeated > 400
+    assert ends.repeats.repeated > 400
 
 
 def test_what_can_not_be_part_of_it_is_sent_as_it_is() -> None:
@@ -183,7 +185,7 @@ def test_what_can_not_be_part_of_it_is_sent_as_it_is() -> None:
         b"\x40\0",
     ):
         body = PREFIX.pack(1) + add.layout.pack(add.ident, 1, 2) + odd
-        assert ends.squeezer.squeeze(body) == (body, 0)
+        assert ends.repeats.squeeze(body) is None
 
 
 def test_after_something_that_was_not_sent() -> None:
@@ -195,13 +197,16 @@ def test_after_something_that_was_not_sent() -> None:
             ends.call(add, 1, 2)
         ends.flush()
     lost = PREFIX.pack(ends.number) + add.layout.pack(add.ident, 7, 8)
-    assert ends.squeezer.squeeze(lost)[1] == ON
-    ends.squeezer.restart()
+    made = ends.repeats.squeeze(lost)
+    assert made is not None
+    assert made[1] == ON
+    # Nobody said that it went out.
     ends.call(add, 1, 2)
     body = PREFIX.pack(ends.first) + ends.buffer
-    sent, arg = ends.squeezer.squeeze(body)
-    assert arg == ANEW
-    assert ends.expander.expand(sent, arg) == body
+    made = ends.repeats.squeeze(body)
+    assert made is not None
+    assert made[1] == ANEW
+    assert ends.expander.expand(*made) == body
 
 
 def one_call() -> Ends:

@@ -26,7 +26,7 @@ from gpuremote.wire import caps
 from gpuremote.wire.batch import FIRST_PLAN, FREE_SPAN, Op, blob_record, fixed_record, free_record
 from gpuremote.wire.batch import PREFIX as BATCH_PREFIX
 from gpuremote.wire.frames import NUMBER, SEPARATE, Kind, pack_info
-from gpuremote.wire.repeats import Squeezer
+from gpuremote.wire.repeats import Repeats, learn
 
 __all__ = ["Issuer", "Tape"]
 
@@ -163,7 +163,7 @@ class Issuer(Recorder):
         self._origins = []
         self._kept: deque[tuple[int, Sequence[Origin]]] = deque()
         self._tape: Tape | None = None
-        self.squeezer: Squeezer | None = None
+        self.repeats: Repeats | None = None
         """Where the server can expand what it made."""
         self.far = False
         """Whether messages go a way on which bytes count."""
@@ -254,15 +254,15 @@ class Issuer(Recorder):
             self.short.clear()
             self._oldest = self._next_plan
             self.on_plans_cleared()
-            if self.squeezer is not None:
-                self.squeezer.forget()
+            if self.repeats is not None:
+                self.repeats.forget()
             self._record(Op.CLEAR_PLANS, ())
         return self._next_plan
 
     def add_plan(self, key: Any, plan: Any, definition: Any) -> None:
         """Send a plan, and remember it by ``key``."""
-        if self.squeezer is not None:
-            self.squeezer.learn(self._next_plan, plan)
+        if self.repeats is not None:
+            learn(self.repeats, self._next_plan, plan)
         self._next_plan += 1
         self._record(Op.DEFINE, (), blob=definition)
         self.plans[key] = plan
@@ -425,39 +425,33 @@ class Issuer(Recorder):
             if not buffer:
                 self._told = False
                 return
-            whole = _pack_number(self._first) + buffer
-            body, arg = self._squeezed(whole) if self.far else (whole, 0)
+            body = _pack_number(self._first) + buffer
+            repeats = self.repeats
+            squeezed = repeats.squeeze(body) if self.far and repeats is not None else None
+            sent, arg = (body, 0) if squeezed is None else squeezed
+            spared = len(body) - len(sent)
             fresh = bytearray()
             # No call stands between these lines (nor where a record gets its number): Ctrl-C
             # comes before all of them or after.
             self._first = self._next
             self._buffer = fresh
-            self.peer.credit -= len(whole) - len(body)
+            if squeezed is not None and repeats is not None:
+                repeats.fresh = False
+            self.peer.credit -= spared
             try:
-                out = self._post(_BATCH, body, arg)
+                out = self._post(_BATCH, sent, arg)
             except BaseException:
-                self.peer.interrupted(body, arg)
+                self.peer.interrupted(sent, arg)
                 raise
             if self._watcher is not None:
-                self._watcher(whole)
+                self._watcher(body)
+            if repeats is not None:
+                self.stats.repeated = repeats.repeated
             self._keep_origins(self._next - 1)
             self._told = False
             self.flush_after = now_ns() + pause
             if not out:
                 self._posted()
-
-    def _squeezed(self, whole: bytes) -> tuple[bytes, int]:
-        """What goes out for a batch on a way where bytes count, and its ``arg``."""
-        squeezer = self.squeezer
-        if squeezer is None:
-            return whole, 0
-        try:
-            body, arg = squeezer.squeeze(whole)
-            self.stats.repeated = squeezer.repeated
-        except BaseException:
-            squeezer.restart()  # Ctrl-C: it has noted what is not sent yet
-            raise
-        return body, arg
 
     def _send_staged(self) -> None:
         """Tell the server where the bytes lie of the arrays that the records before made."""

@@ -29,7 +29,7 @@ from gpuremote.rpc.transports import TCP, Explanation, offers
 from gpuremote.transport.certificates import TlsClient
 from gpuremote.transport.lanes.offer import LanePolicy
 from gpuremote.wire.hello import Hello, Welcome
-from gpuremote.wire.repeats import Squeezer, offered
+from gpuremote.wire.repeats import new_repeats, offered
 from gpuremote.wire.state import State, Stimulus
 
 __all__ = ["Link"]
@@ -114,7 +114,7 @@ class Link:
             core.known.enabled = welcome.contents == 1
             core.peer.grant(welcome.window)
             core.inline = welcome.inline
-            core.squeezer = Squeezer() if welcome.repeats and offered() else None
+            core.repeats = new_repeats() if welcome.repeats and offered() else None
             core.state.advance(Stimulus.WELCOME)
             try:
                 core.peer.attach(connection, welcome.receipt)

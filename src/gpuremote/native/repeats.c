@@ -10,6 +10,9 @@
 
 PyTypeObject *Repeats_Type;
 
+#define ON 1 /* of wire.repeats */
+#define ANEW 2
+
 typedef struct {
     char *data;
     size_t size, room;
@@ -50,9 +53,9 @@ static int all_known(const Repeats *r, const char *body, size_t size)
         if (size - offset < 4)
             return 0;
         memcpy(&kind, body + offset, 4);
-        const Form *form = kind >= CALL ? kept_form(r, kind) : NULL;
+        const Form *form = kind >= CALL ? history_form(r, kind) : NULL;
         const size_t record =
-            form != NULL ? form->size : kept_fixed_size(r, kind, body + offset, size - offset);
+            form != NULL ? form->size : history_fixed_size(r, kind, body + offset, size - offset);
         if (record == 0 || record > size - offset || record > LARGEST)
             return 0;
         offset += record;
@@ -75,7 +78,7 @@ static int predicts(const Repeats *r, const Call *like, uint32_t plan, const For
                     const char *record)
 {
     return like != NULL && like->plan == plan
-           && memcmp(kept_predict(r, like, form), record, form->size) == 0;
+           && memcmp(history_predict(r, like, form), record, form->size) == 0;
 }
 
 /* Words in which a record differs from what was predicted, as far as they lie next to each other
@@ -99,7 +102,7 @@ static int put_call(const Repeats *r, Out *out, const Call *like, const Form *fo
     const size_t words = form->size / WORD, rest = form->size % WORD;
     if (like == NULL || words > UINT16_MAX)
         return put(out, record, form->size);
-    const char *predicted = kept_predict(r, like, form);
+    const char *predicted = history_predict(r, like, form);
     size_t size = 2 * WORD, found;
     uint32_t head[2] = {PATCH, 0};
     for (size_t first = 0; (found = differing(predicted, record, words, &first)); first += found) {
@@ -122,16 +125,16 @@ static int put_call(const Repeats *r, Out *out, const Call *like, const Form *fo
 static int squeeze_call(Repeats *r, Out *out, uint32_t *run, uint64_t number, uint32_t plan,
                         const Form *form, const char *record)
 {
-    kept_make_room(r, form->size, form->operands);
+    history_make_room(r, form->size, form->operands);
     const uint64_t key = anchor_key(plan, record, form), place = key >> 51;
     const uint64_t next = r->dropped + r->count;
-    const Call *like = kept_back(r, r->back);
+    const Call *like = history_back(r, r->back);
     uint64_t other = 0; /* how far back the same lies, if that is elsewhere */
     int status = 0, same = predicts(r, like, plan, form, record);
     if (!same) {
         if (r->anchors[place].key == key)
             other = next - r->anchors[place].call;
-        const Call *anchor = other != r->back ? kept_back(r, other) : NULL;
+        const Call *anchor = other != r->back ? history_back(r, other) : NULL;
         if (anchor == NULL || anchor->plan != plan)
             other = 0;
         if (*run)
@@ -154,13 +157,13 @@ static int squeeze_call(Repeats *r, Out *out, uint32_t *run, uint64_t number, ui
     r->anchors[place].key = key;
     r->anchors[place].call = next;
     if (same) {
-        kept_add_predicted(r, number, like, form);
+        history_add_predicted(r, number, like, form);
         ++*run;
         return status;
     }
     if (!status)
         status = put_call(r, out, like, form, record);
-    kept_add_sent(r, number, plan, form, record);
+    history_add_sent(r, number, plan, form, record);
     return status;
 }
 
@@ -173,14 +176,14 @@ static int squeeze_all(Repeats *r, Out *out, const char *body, size_t size)
     for (size_t offset = PREFIX; offset < size && !status;) {
         uint32_t kind;
         memcpy(&kind, body + offset, 4);
-        const Form *form = kind >= CALL ? kept_form(r, kind) : NULL;
+        const Form *form = kind >= CALL ? history_form(r, kind) : NULL;
         if (form != NULL) {
             status = squeeze_call(r, out, &run, number, kind, form, body + offset);
             number += form->results ? form->results : 1;
             offset += form->size;
             continue;
         }
-        const size_t record = kept_fixed_size(r, kind, body + offset, size - offset);
+        const size_t record = history_fixed_size(r, kind, body + offset, size - offset);
         if (run)
             status = put_repeat(out, r->back, run);
         run = 0;
@@ -192,26 +195,28 @@ static int squeeze_all(Repeats *r, Out *out, const char *body, size_t size)
     return status || !run ? status : put_repeat(out, r->back, run);
 }
 
-/* squeeze(body): the batch with runs of calls named; None where that can't be, and changes
-   nothing then. */
+/* squeeze(body): what to send for a batch, runs of calls named, and the ``arg`` of the message; None
+   where that can't be, and changes nothing then. Who sends it sets ``fresh`` to False in one step
+   with taking the batch for sent: who is interrupted before that begins anew with the next one. */
 static PyObject *repeats_squeeze(PyObject *self, PyObject *body)
 {
     Repeats *r = (Repeats *)self;
     Py_buffer given;
-    if (kept_allocate(r) < 0 || PyObject_GetBuffer(body, &given, PyBUF_SIMPLE) < 0)
+    if (r->anchors == NULL && (r->anchors = PyMem_Calloc(ANCHORS, sizeof *r->anchors)) == NULL)
+        return PyErr_NoMemory();
+    if (history_allocate(r) < 0 || PyObject_GetBuffer(body, &given, PyBUF_SIMPLE) < 0)
         return NULL;
     PyObject *made = NULL;
     Out out = {NULL, 0, 0};
     if (!all_known(r, given.buf, (size_t)given.len))
         made = Py_NewRef(Py_None);
     else {
-        if (r->fresh)
-            kept_begin_anew(r);
-        r->fresh = 0;
+        const int anew = r->fresh;
+        if (anew)
+            history_begin_anew(r);
+        r->fresh = 1;
         if (squeeze_all(r, &out, given.buf, (size_t)given.len) == 0)
-            made = PyBytes_FromStringAndSize(out.data, (Py_ssize_t)out.size);
-        if (made == NULL)
-            r->fresh = 1; /* the other end hears nothing of what is kept now */
+            made = Py_BuildValue("y#i", out.data, (Py_ssize_t)out.size, anew ? ANEW : ON);
     }
     PyMem_Free(out.data);
     PyBuffer_Release(&given);
@@ -229,19 +234,19 @@ static int wrong(const char *what)
 static int expand_run(Repeats *r, Out *out, uint64_t *number, uint32_t count, size_t most)
 {
     for (; count; count--) {
-        const Call *like = kept_back(r, r->back);
-        const Form *form = like == NULL ? NULL : kept_form(r, like->plan);
+        const Call *like = history_back(r, r->back);
+        const Form *form = like == NULL ? NULL : history_form(r, like->plan);
         if (form == NULL)
             return wrong("calls are repeated that are not kept");
         if (out->size + form->size > most)
             return wrong("a batch whose repeated calls are too long");
-        kept_make_room(r, form->size, form->operands);
-        like = kept_back(r, r->back);
+        history_make_room(r, form->size, form->operands);
+        like = history_back(r, r->back);
         if (like == NULL)
             return wrong("calls are repeated that are not kept any more");
-        if (put(out, kept_predict(r, like, form), form->size) < 0)
+        if (put(out, history_predict(r, like, form), form->size) < 0)
             return -1;
-        kept_add_predicted(r, *number, like, form);
+        history_add_predicted(r, *number, like, form);
         *number += form->results ? form->results : 1;
     }
     return 0;
@@ -251,19 +256,19 @@ static int expand_run(Repeats *r, Out *out, uint64_t *number, uint32_t count, si
 static Py_ssize_t expand_patch(Repeats *r, Out *out, uint64_t *number, const char *patch,
                                size_t left, size_t most)
 {
-    const Call *like = kept_back(r, r->back);
-    const Form *form = like == NULL ? NULL : kept_form(r, like->plan);
+    const Call *like = history_back(r, r->back);
+    const Form *form = like == NULL ? NULL : history_form(r, like->plan);
     if (form == NULL || left < 2 * WORD)
         return wrong("a call is patched that is not kept");
     if (out->size + form->size > most)
         return wrong("a batch whose repeated calls are too long");
-    kept_make_room(r, form->size, form->operands);
-    like = kept_back(r, r->back);
+    history_make_room(r, form->size, form->operands);
+    like = history_back(r, r->back);
     if (like == NULL)
         return wrong("a call is patched that is not kept any more");
     const uint32_t plan = like->plan;
     const size_t begin = out->size;
-    if (put(out, kept_predict(r, like, form), form->size) < 0)
+    if (put(out, history_predict(r, like, form), form->size) < 0)
         return -1;
     char *record = out->data + begin;
     uint32_t count;
@@ -283,7 +288,7 @@ static Py_ssize_t expand_patch(Repeats *r, Out *out, uint64_t *number, const cha
         memcpy(record + WORD * where[0], patch + size, bytes);
         size += bytes;
     }
-    kept_add_sent(r, *number, plan, form, record);
+    history_add_sent(r, *number, plan, form, record);
     *number += form->results ? form->results : 1;
     return (Py_ssize_t)size;
 }
@@ -317,15 +322,15 @@ static int expand_all(Repeats *r, Out *out, const char *body, size_t size, size_
             offset += patch < 0 ? 0 : (size_t)patch;
             continue;
         }
-        const Form *form = kind >= CALL ? kept_form(r, kind) : NULL;
-        const size_t record = form != NULL ? form->size : kept_fixed_size(r, kind, body + offset, left);
+        const Form *form = kind >= CALL ? history_form(r, kind) : NULL;
+        const size_t record = form != NULL ? form->size : history_fixed_size(r, kind, body + offset, left);
         if (record == 0 || record > left || record > LARGEST)
             return wrong("a record that can't be in a batch with repeated calls");
         if (out->size + record > most)
             return wrong("a batch whose repeated calls are too long");
         if (form != NULL) {
-            kept_make_room(r, form->size, form->operands);
-            kept_add_sent(r, number, kind, form, body + offset);
+            history_make_room(r, form->size, form->operands);
+            history_add_sent(r, number, kind, form, body + offset);
         }
         status = put(out, body + offset, record);
         number += form != NULL && form->results ? form->results : 1;
@@ -341,12 +346,12 @@ static PyObject *repeats_expand(PyObject *self, PyObject *args)
     Py_buffer given;
     Py_ssize_t most;
     int anew;
-    if (kept_allocate(r) < 0 || !PyArg_ParseTuple(args, "y*pn", &given, &anew, &most))
+    if (history_allocate(r) < 0 || !PyArg_ParseTuple(args, "y*pn", &given, &anew, &most))
         return NULL;
     Out out = {NULL, 0, 0};
     PyObject *made = NULL;
     if (anew)
-        kept_begin_anew(r);
+        history_begin_anew(r);
     if (expand_all(r, &out, given.buf, (size_t)given.len, (size_t)most) == 0)
         made = PyBytes_FromStringAndSize(out.data, (Py_ssize_t)out.size);
     PyMem_Free(out.data);
@@ -359,8 +364,8 @@ static PyObject *repeats_expand(PyObject *self, PyObject *args)
 /* forget(): every plan and call. */
 static PyObject *repeats_forget(PyObject *self, PyObject *unused)
 {
-    kept_forget_forms((Repeats *)self);
-    kept_begin_anew((Repeats *)self);
+    history_forget_forms((Repeats *)self);
+    history_begin_anew((Repeats *)self);
     ((Repeats *)self)->fresh = 1;
     Py_RETURN_NONE;
 }
@@ -386,7 +391,7 @@ static void repeats_dealloc(PyObject *self)
 {
     Repeats *r = (Repeats *)self;
     PyTypeObject *type = Py_TYPE(self);
-    kept_forget_forms(r);
+    history_forget_forms(r);
     PyMem_Free(r->forms);
     PyMem_Free(r->calls);
     PyMem_Free(r->links);
@@ -399,7 +404,7 @@ static void repeats_dealloc(PyObject *self)
 static PyMethodDef repeats_methods[] = {
     {"squeeze", repeats_squeeze, METH_O, NULL},
     {"expand", repeats_expand, METH_VARARGS, NULL},
-    {"learn", kept_learn, METH_VARARGS, NULL},
+    {"learn", history_learn, METH_VARARGS, NULL},
     {"forget", repeats_forget, METH_NOARGS, NULL},
     {NULL},
 };

@@ -19,6 +19,7 @@
 #define LINKS_KEPT (BYTES_KEPT / 8)
 #define LARGEST (BYTES_KEPT / 4)
 #define FORMS 65536
+#define OPERANDS 4096 /* of a plan, at most */
 #define ANCHORS 8192
 
 typedef struct {
@@ -51,11 +52,12 @@ typedef struct {
     size_t count, byte_count, link_count;
     uint64_t dropped; /* calls before the first that is kept */
     uint32_t back;    /* of the latest REPEAT */
+    /* Of the end that sends only: */
     uint32_t pending; /* another way back that the latest call suggests */
     struct {
         uint64_t key, call;
     } *anchors; /* where a call of a plan with that oldest operand came last */
-    char fresh; /* what is squeezed next begins anew */
+    char fresh; /* what was squeezed last may not go out: the next one begins anew */
     unsigned long long repeated;
 } Repeats;
 
@@ -66,26 +68,27 @@ static inline uint64_t handle_at(const char *record, const Form *form, uint32_t 
     return handle;
 }
 
-/* -- kept.c ----------------------------------------------------------------------------------- */
+/* -- history.c -------------------------------------------------------------------------------- */
 
-int kept_allocate(Repeats *r);
-void kept_begin_anew(Repeats *r);
+/* What both ends need; the anchors are made by the one that sends. */
+int history_allocate(Repeats *r);
+void history_begin_anew(Repeats *r);
 /* Drop the older half where there is no room for one more. */
-void kept_make_room(Repeats *r, size_t size, size_t operands);
+void history_make_room(Repeats *r, size_t size, size_t operands);
 /* The call that lies so far back from the next one; NULL if it is not kept. */
-const Call *kept_back(const Repeats *r, uint64_t back);
+const Call *history_back(const Repeats *r, uint64_t back);
 /* Write the next call, as ``like`` predicts it, behind the bytes that are kept. */
-char *kept_predict(const Repeats *r, const Call *like, const Form *form);
+char *history_predict(const Repeats *r, const Call *like, const Form *form);
 /* Keep the call that was predicted last. */
-void kept_add_predicted(Repeats *r, uint64_t number, const Call *like, const Form *form);
+void history_add_predicted(Repeats *r, uint64_t number, const Call *like, const Form *form);
 /* Keep a call that was sent. */
-void kept_add_sent(Repeats *r, uint64_t number, uint32_t plan, const Form *form,
+void history_add_sent(Repeats *r, uint64_t number, uint32_t plan, const Form *form,
                    const char *record);
-const Form *kept_form(const Repeats *r, uint32_t plan);
+const Form *history_form(const Repeats *r, uint32_t plan);
 /* Bytes of a record of a fixed kind; 0: it is cut short, or not taken here. */
-size_t kept_fixed_size(const Repeats *r, uint32_t kind, const char *record, size_t left);
-void kept_forget_forms(Repeats *r);
+size_t history_fixed_size(const Repeats *r, uint32_t kind, const char *record, size_t left);
+void history_forget_forms(Repeats *r);
 /* learn(plan, size, results, offsets): of a plan's record; ``offsets`` are u32, of its handles. */
-PyObject *kept_learn(PyObject *self, PyObject *args);
+PyObject *history_learn(PyObject *self, PyObject *args);
 
 #endif

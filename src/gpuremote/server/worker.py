@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import math
 import os
 import queue
 import select
@@ -111,6 +112,7 @@ class Worker:
         self._parked = True
         """The main thread sleeps, so the control thread need not look after it."""
         self._last_idle = 0.0
+        self._rested_at, self._rest_after = -1, math.inf
         self._attached = threading.Event()
         self._welcomed = threading.Event()
         """Its client may know of this session, connected or not."""
@@ -182,7 +184,15 @@ class Worker:
         now = _clock.now()
         self._parked = now - self._last_idle > WAIT / 2
         self._last_idle = now
-        if self._parked and self._alone:
+        self._rest(now)
+
+    def _rest(self, now: float) -> None:
+        """Nothing came: when that has been so for a while, give back what is free, once."""
+        received = self.session.peer.messages_received
+        if received != self._rested_at:
+            self._rested_at, self._rest_after = received, now + WAIT
+        elif now >= self._rest_after and self._alone and not self.session.ordering.backlog:
+            self._rest_after = math.inf
             heap.give_back()
 
     def _serve_watching(self, connection: Connection) -> None:
@@ -195,8 +205,8 @@ class Worker:
         poller.register(self._wake_main, select.POLLIN)
         due = 0.0 if self._left_over else connection.due()
         ready = poller.poll(1000 * (WAIT if due is None else min(due, WAIT)))
-        if not ready and due is None and self._alone:
-            heap.give_back()
+        if not ready and due is None:
+            self._rest(_clock.now())
         for descriptor, _ in ready:
             if descriptor == self._wake_main:
                 _drain(self._wake_main)
@@ -404,7 +414,8 @@ class Worker:
                 session.quota.limit = min(session.quota.limit, hello.memory_limit)
             if not resumed and self._alone:
                 self.backend.confine(session.quota.limit)
-                heap.keep(session.quota.limit)
+                if self.backend.exports_memory:
+                    heap.keep(session.quota.limit)
         # Without the lock: what the receipt says stays true, as nothing can come in meanwhile.
         connection: Connection | None = None
         try:

@@ -67,6 +67,8 @@ def _choose(
     if place.kind == "cpu":
         q, k, v, *masks = map(_same_here, tensors)
         mask = masks[0] if masks else None
+        if mask is not None and attn_mask is not None and attn_mask.requires_grad:
+            mask.requires_grad_()  # the only one of which it asks that
         return torch._fused_sdp_choice(
             q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -91,12 +93,11 @@ def _choose(
 
 def _same_here(tensor: Tensor) -> Tensor:
     """A tensor of this host in which torch sees the same when it chooses a kernel for processors:
-    shape, dtype, whether the last dimension lies together, and what wants gradients. Of one row."""
+    shape, dtype and whether the last dimension lies together. Of one row."""
     stride = [0] * tensor.dim()
     if stride:
         stride[-1] = min(2, tensor.stride(-1))
-    made = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device="cpu")
-    return made.requires_grad_() if tensor.requires_grad else made
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device="cpu")
 
 
 def attend(
@@ -112,9 +113,11 @@ def attend(
 ) -> Any:
     """``aten::scaled_dot_product_attention`` where torch does not ask, as the part in C++ is not
     there to make it."""
-    tensors = [query, key, value, *([] if attn_mask is None else [attn_mask])]
     options: dict[str, Any] = {"scale": scale}
-    if all(_plain(tensor, query) for tensor in tensors):
+    own = query.dtype
+    if all(_plain(tensor, query, own) for tensor in (query, key, value)) and (
+        attn_mask is None or _plain(attn_mask, query, own, torch.bool)
+    ):
         if attn_mask is not None and attn_mask.dtype is torch.bool:
             zeros = torch.zeros_like(attn_mask, dtype=query.dtype)
             attn_mask = zeros.masked_fill_(attn_mask.logical_not(), -torch.inf)
@@ -136,12 +139,12 @@ def attend(
     return plain(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
 
-def _plain(tensor: Tensor, query: Tensor) -> bool:
-    """Whether it is on the same device, and what it seems: not part of a graph that is traced, nor
-    of a transform of ``torch.func``."""
+def _plain(tensor: Tensor, query: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether it is on the same device, of such a dtype, and what it seems: not part of a graph
+    that is traced, nor of a transform of ``torch.func``."""
     return (
         tensor.device == query.device
-        and tensor.dtype in (query.dtype, torch.bool)
+        and tensor.dtype in dtypes
         and not torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )

@@ -64,7 +64,7 @@ def register() -> None:
     with _lock:
         if _libraries:
             return
-        if not torch.accelerator.is_available():
+        if not _accelerated():
             # As for a processor: a thread for each device would only issue the same ops, two
             # switches later, and knows nothing of the line that asked for them.
             torch.autograd.set_multithreading_enabled(False)
@@ -92,6 +92,13 @@ def register() -> None:
             _register_in_python(library, ours)
         else:
             _register_in_front(library, ours)
+
+
+def _accelerated() -> bool:
+    """Whether this host has an accelerator of torch's own; without waking its driver."""
+    return bool(
+        torch.cuda.device_count() or torch.backends.mps.is_available() or torch.xpu._is_compiled()
+    )
 
 
 def allow_ops(namespace: str) -> None:

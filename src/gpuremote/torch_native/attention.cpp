@@ -15,16 +15,12 @@ namespace {
 constexpr int64_t PLAIN = 0;
 
 // A tensor of this host in which torch sees the same when it chooses a kernel for processors: shape,
-// dtype, whether the last dimension lies together, and what wants gradients. Of one row.
+// dtype and whether the last dimension lies together. Of one row.
 at::Tensor same_here(const at::Tensor& tensor) {
   c10::SmallVector<int64_t, 5> strides(tensor.dim(), 0);
   if (!strides.empty())
     strides.back() = std::min<int64_t>(2, tensor.stride(-1));
-  at::Tensor made =
-      at::Tensor(at::detail::empty_strided_cpu(tensor.sizes(), strides, tensor.scalar_type()));
-  if (tensor.requires_grad())
-    made.set_requires_grad(true);
-  return made;
+  return at::Tensor(at::detail::empty_strided_cpu(tensor.sizes(), strides, tensor.scalar_type()));
 }
 
 // Whether its shape is left open, in a graph for any.
@@ -43,11 +39,13 @@ int64_t choose(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
       return PLAIN;  // there is nobody to ask
     return at::_fused_sdp_choice(query, key, value, mask, dropout, causal, scale, grouped);
   }
-  if (traced && (is_open(query) || is_open(key) || is_open(value) || (masked && is_open(*mask))))
+  if (is_open(query) || is_open(key) || is_open(value) || (masked && is_open(*mask)))
     return PLAIN;
   std::optional<at::Tensor> mask_here;
-  if (masked)
+  if (masked) {
     mask_here = same_here(*mask);
+    mask_here->set_requires_grad(mask->requires_grad());  // the only one of which it asks that
+  }
   // Not by the dispatcher: while a graph is traced it would see to that call as well.
   return at::native::_fused_sdp_choice_cpp(same_here(query), same_here(key), same_here(value),
                                            mask_here, dropout, causal, scale, grouped);

@@ -126,6 +126,7 @@ RemoteAllocator allocator;
 
 // By index. Devices of sessions that were closed live on, as storages point to them.
 std::vector<Device*> devices;
+std::atomic<const std::vector<Device*>*> published{nullptr};
 std::atomic<int> opened{0};
 
 }  // namespace
@@ -188,7 +189,10 @@ Device* device_at(int index) {
 }
 
 const Device* opened_device(int index) noexcept {
-  return index >= 0 && static_cast<size_t>(index) < devices.size() ? devices[index] : nullptr;
+  const std::vector<Device*>* table = published.load(std::memory_order_acquire);
+  return table != nullptr && index >= 0 && static_cast<size_t>(index) < table->size()
+             ? (*table)[index]
+             : nullptr;
 }
 
 // set_devices([(home, tape), ...]): the devices there are from now on, by index.
@@ -216,6 +220,8 @@ PyObject* set_devices(PyObject*, PyObject* list) {
         new Device{of, Py_NewRef(home), static_cast<int>(k), processor, freed_of(of)});
   }
   Py_DECREF(items);
+  // Never freed: another thread may look at it without the interpreter lock.
+  published.store(new std::vector<Device*>(found), std::memory_order_release);
   devices = std::move(found);
   opened = static_cast<int>(devices.size());
   if (!devices.empty()) {

@@ -218,9 +218,12 @@ class Outbox:
 
     def _end_joined(self) -> None:
         """What comes next goes behind the small messages."""
-        if self._joined:
-            self._frames.append(_Piece([self._joined], len(self._joined)))
-            self._joined = bytearray()
+        joined = self._joined
+        if joined:
+            piece, fresh = _Piece([joined], len(joined)), bytearray()
+            # No call stands between: Ctrl-C comes above or below.
+            self._joined = fresh
+            self._frames += (piece,)
 
     def add_frame(
         self, kind: int, channel: int, parts: Sequence[Buffer], done: Done | None = None

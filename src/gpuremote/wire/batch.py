@@ -94,6 +94,9 @@ class Op(enum.IntEnum):
     """Answer with the sketches of what is here."""
     FREE_NEAR = 24
     """u32 n, u64 base, n x u16: as FREE, for handles that lie close together."""
+    REPEAT = 25
+    """In a batch that is expanded first only, as PATCH: see ``wire.repeats``."""
+    PATCH = 26
 
 
 ALL_STREAMS: Final = 0xFFFFFFFF

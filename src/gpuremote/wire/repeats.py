@@ -20,8 +20,9 @@ to the next where a number counts them. A program that goes another way loses no
 sent as ever.
 
 Both ends keep the same calls: 16,384 of them, or 1 MiB, or 131,072 operands; without room for one
-more the older half goes. Calls of plans that were defined in batches before, FREE and records of a
-fixed size can be in such a batch; any other record makes it an ordinary one.
+more the older half goes. In such a batch can be calls of plans that were defined in batches before
+(of up to 4,096 operands and 256 KiB), FREE, FREE_NEAR, and records of a fixed size other than
+CLEAR_PLANS; any other record makes it an ordinary one.
 
 The work is done in C only (``native/repeats.c``). A server without that part does not offer it.
 """
@@ -31,7 +32,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from gpuremote._speed import native
 from gpuremote._types import BytesLike
@@ -39,7 +40,7 @@ from gpuremote.errors import ProtocolError
 from gpuremote.wire.batch import FIRST_PLAN, Layout, fixed_sizes
 from gpuremote.wire.caps import MAX_BATCH
 
-__all__ = ["ANEW", "ON", "Expander", "Repeats", "Squeezer", "offered"]
+__all__ = ["ANEW", "ON", "Expander", "Repeats", "learn", "new_repeats", "offered"]
 
 ON: Final = 1
 """The ``arg`` of a BATCH that is to be expanded."""
@@ -55,7 +56,8 @@ class Repeats(Protocol):
     Attributes
     ----------
     fresh : bool
-        What is squeezed next begins anew.
+        The next batch that is squeezed begins anew. Squeezing sets it: who takes what it gave for
+        sent sets it to False in the same step, so that whatever comes between is made good.
     repeated : int
         Calls that were named instead of sent.
     """
@@ -69,9 +71,11 @@ class Repeats(Protocol):
     def forget(self) -> None:
         """Every plan, and every call."""
 
-    def squeeze(self, body: BytesLike, /) -> bytes | None: ...
+    def squeeze(self, body: BytesLike, /) -> tuple[bytes, int] | None:
+        """What to send for a batch, and its ``arg``; None: the batch as it is."""
 
-    def expand(self, body: BytesLike, anew: bool, most: int, /) -> bytes: ...
+    def expand(self, body: BytesLike, anew: bool, most: int, /) -> bytes:
+        """The batch as it was."""
 
 
 def offered() -> bool:
@@ -79,12 +83,14 @@ def offered() -> bool:
     return native is not None
 
 
-def _repeats() -> Repeats:
+def new_repeats() -> Repeats:
+    """For one end of a session."""
     made: Repeats = native.Repeats(bytes(fixed_sizes().get(kind, 0) for kind in range(FIRST_PLAN)))
     return made
 
 
-def _learn(repeats: Repeats, ident: int, plan: Layout) -> None:
+def learn(repeats: Repeats, ident: int, plan: Layout) -> None:
+    """A plan was defined."""
     offsets, offset = [], 0
     for count, code in _FIELDS.findall(plan.layout.format):
         width = struct.calcsize(f"<{code}")
@@ -94,36 +100,6 @@ def _learn(repeats: Repeats, ident: int, plan: Layout) -> None:
             offset += width
     handles = struct.pack(f"<{len(offsets)}I", *offsets)
     repeats.learn(ident, plan.layout.size, plan.n_out, handles)
-
-
-class Squeezer:
-    """The end that sends."""
-
-    def __init__(self) -> None:
-        self._repeats = _repeats()
-
-    @property
-    def repeated(self) -> int:
-        """Calls that were named instead of sent."""
-        return self._repeats.repeated
-
-    def learn(self, ident: int, plan: Any) -> None:
-        """A plan was defined."""
-        _learn(self._repeats, ident, plan)
-
-    def forget(self) -> None:
-        """The server has forgotten every plan, or may not have got what was squeezed last."""
-        self._repeats.forget()
-
-    def restart(self) -> None:
-        """What was squeezed last may not have been sent."""
-        self._repeats.fresh = True
-
-    def squeeze(self, body: bytes) -> tuple[bytes, int]:
-        """What to send for a batch, and its ``arg``."""
-        arg = ANEW if self._repeats.fresh else ON
-        made = self._repeats.squeeze(body)
-        return (body, 0) if made is None else (made, arg)
 
 
 class Expander:
@@ -136,13 +112,13 @@ class Expander:
     """
 
     def __init__(self, charge: Callable[[int], None]) -> None:
-        self._repeats = _repeats() if offered() else None
+        self._repeats = new_repeats() if offered() else None
         self._charge = charge
 
     def learn(self, ident: int, plan: Layout) -> None:
         """A plan was defined."""
         if self._repeats is not None:
-            _learn(self._repeats, ident, plan)
+            learn(self._repeats, ident, plan)
 
     def forget(self) -> None:
         """Every plan was forgotten."""

@@ -2,7 +2,7 @@
 
 #include "repeats.h"
 
-void kept_begin_anew(Repeats *r)
+void history_begin_anew(Repeats *r)
 {
     r->count = r->byte_count = r->link_count = 0;
     r->dropped = 0;
@@ -11,22 +11,27 @@ void kept_begin_anew(Repeats *r)
         memset(r->anchors, 0, ANCHORS * sizeof *r->anchors);
 }
 
-int kept_allocate(Repeats *r)
+int history_allocate(Repeats *r)
 {
     if (r->calls != NULL)
         return 0;
-    r->links = PyMem_Malloc(LINKS_KEPT * sizeof *r->links);
-    r->bytes = PyMem_Malloc(BYTES_KEPT);
-    r->anchors = PyMem_Calloc(ANCHORS, sizeof *r->anchors);
-    r->calls = PyMem_Malloc(CALLS_KEPT * sizeof *r->calls);
-    if (r->links == NULL || r->bytes == NULL || r->anchors == NULL || r->calls == NULL) {
+    Link *links = PyMem_Malloc(LINKS_KEPT * sizeof *links);
+    char *bytes = PyMem_Malloc(BYTES_KEPT);
+    Call *calls = PyMem_Malloc(CALLS_KEPT * sizeof *calls);
+    if (links == NULL || bytes == NULL || calls == NULL) {
+        PyMem_Free(links);
+        PyMem_Free(bytes);
+        PyMem_Free(calls);
         PyErr_NoMemory();
         return -1;
     }
+    r->links = links;
+    r->bytes = bytes;
+    r->calls = calls;
     return 0;
 }
 
-void kept_make_room(Repeats *r, size_t size, size_t operands)
+void history_make_room(Repeats *r, size_t size, size_t operands)
 {
     while (r->count == CALLS_KEPT || r->byte_count + size > BYTES_KEPT
            || r->link_count + operands > LINKS_KEPT) {
@@ -47,7 +52,7 @@ void kept_make_room(Repeats *r, size_t size, size_t operands)
     }
 }
 
-const Call *kept_back(const Repeats *r, uint64_t back)
+const Call *history_back(const Repeats *r, uint64_t back)
 {
     return back > 0 && back <= r->count ? &r->calls[r->count - back] : NULL;
 }
@@ -78,11 +83,11 @@ static Link origin_of(const Repeats *r, uint64_t handle)
 /* What a link of a call names if it stands for the next call; 0: nothing. */
 static uint64_t moved(const Repeats *r, Link link)
 {
-    const Call *call = kept_back(r, link.back);
+    const Call *call = history_back(r, link.back);
     return call != NULL && link.result < call->results ? call->number + link.result : 0;
 }
 
-char *kept_predict(const Repeats *r, const Call *like, const Form *form)
+char *history_predict(const Repeats *r, const Call *like, const Form *form)
 {
     char *record = r->bytes + r->byte_count;
     memcpy(record, r->bytes + like->start, like->size);
@@ -104,7 +109,7 @@ static void keep(Repeats *r, uint64_t number, uint32_t plan, const Form *form)
     r->link_count += form->operands;
 }
 
-void kept_add_predicted(Repeats *r, uint64_t number, const Call *like, const Form *form)
+void history_add_predicted(Repeats *r, uint64_t number, const Call *like, const Form *form)
 {
     const uint32_t plan = like->plan;
     memcpy(r->links + r->link_count, r->links + like->link, like->operands * sizeof *r->links);
@@ -112,10 +117,10 @@ void kept_add_predicted(Repeats *r, uint64_t number, const Call *like, const For
     r->repeated++;
 }
 
-void kept_add_sent(Repeats *r, uint64_t number, uint32_t plan, const Form *form,
+void history_add_sent(Repeats *r, uint64_t number, uint32_t plan, const Form *form,
                    const char *record)
 {
-    const Call *like = kept_back(r, r->back);
+    const Call *like = history_back(r, r->back);
     if (like != NULL && like->plan != plan)
         like = NULL;
     for (uint32_t k = 0; k < form->operands; k++) {
@@ -134,7 +139,7 @@ void kept_add_sent(Repeats *r, uint64_t number, uint32_t plan, const Form *form,
     keep(r, number, plan, form);
 }
 
-size_t kept_fixed_size(const Repeats *r, uint32_t kind, const char *record, size_t left)
+size_t history_fixed_size(const Repeats *r, uint32_t kind, const char *record, size_t left)
 {
     if (kind >= CALL)
         return 0;
@@ -149,21 +154,21 @@ size_t kept_fixed_size(const Repeats *r, uint32_t kind, const char *record, size
     return size <= left ? size : 0;
 }
 
-const Form *kept_form(const Repeats *r, uint32_t plan)
+const Form *history_form(const Repeats *r, uint32_t plan)
 {
     return plan >= r->first_form && plan - r->first_form < r->form_count
                ? r->forms[plan - r->first_form]
                : NULL;
 }
 
-void kept_forget_forms(Repeats *r)
+void history_forget_forms(Repeats *r)
 {
     for (uint32_t k = 0; k < r->form_count; k++)
         PyMem_Free(r->forms[k]);
     r->form_count = r->first_form = 0;
 }
 
-PyObject *kept_learn(PyObject *self, PyObject *args)
+PyObject *history_learn(PyObject *self, PyObject *args)
 {
     Repeats *r = (Repeats *)self;
     unsigned int plan, size, results;
@@ -171,11 +176,11 @@ PyObject *kept_learn(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "IIIy*", &plan, &size, &results, &at))
         return NULL;
     const uint32_t operands = (uint32_t)(at.len / 4);
-    int fits = plan >= CALL && size >= 4 && size <= LARGEST;
-    for (uint32_t k = 0; k < operands; k++) {
+    int fits = plan >= CALL && size >= 4 && size <= LARGEST && operands <= OPERANDS;
+    for (uint32_t k = 0; fits && k < operands; k++) {
         uint32_t offset;
         memcpy(&offset, (const char *)at.buf + 4 * k, 4);
-        fits = fits && offset >= 4 && offset + 8 <= size;
+        fits = offset >= 4 && offset + 8 <= size;
     }
     if (r->form_count == 0)
         r->first_form = plan;
