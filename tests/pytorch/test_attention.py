@@ -188,6 +188,34 @@ def test_asked_once_for_each_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> No
     assert session.stats().round_trips.total() == trips + 2
 
 
+def test_generation_does_not_ask_with_each_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    home = _homes.home()
+    monkeypatch.setattr(home, "kind", "cuda")
+    monkeypatch.setattr(home, "choices", {})
+    session = home.session
+    query = torch.randn(1, 4, 1, 16).to("remote")
+    cache = torch.randn(1, 4, 300, 16).to("remote")
+    trips = session.stats().round_trips.total()
+    keys = cache
+    for length in range(2, 300):
+        keys = cache[:, :, :length].contiguous()
+        torch._fused_sdp_choice(query, keys, keys)
+    assert session.stats().round_trips.total() - trips == len(home.choices) <= 8
+    # What may matter is another kind.
+    mask = keys[0, 0, :1, :1].expand(1, 299)
+    others: list[tuple[Any, ...]] = [
+        (query, query, query),
+        (query, keys, keys, None, 0.0, True),
+        (keys, keys, keys, None, 0.0, True),
+        (query, keys[..., :8], keys[..., :8]),
+        (query, keys, keys, mask),
+    ]
+    for call in others:
+        known = len(home.choices)
+        torch._fused_sdp_choice(*call)
+        assert len(home.choices) == known + 1
+
+
 def test_numbers_among_the_results() -> None:
     """CUDA's kernels give lengths beside tensors; torch's rules know them, so nobody is asked."""
     x = torch.randn(2, 3, 8, 16).to("remote")

@@ -28,6 +28,8 @@ Tensor = torch.Tensor
 MATH, FLASH, OVERRIDEABLE = 0, 1, 4
 """Of torch's ``SDPBackend``. For a device that it does not know torch takes FLASH for the CPU's
 kernel, so CUDA's goes by the op that is there for devices of others."""
+MOST: Final = 4096
+"""Kinds of calls that are remembered."""
 NONE: Final = 255
 """There is no kernel that is allowed; torch says so."""
 
@@ -74,21 +76,50 @@ def _choose(
         )
     if place.kind != "cuda":
         return MATH
-    views = tuple(view_of(tensor, place.views) for tensor in tensors)
     grad = torch.is_grad_enabled()
     wanted = tuple(grad and tensor.requires_grad for tensor in tensors)
     options = (dropout_p, is_causal, scale, enable_gqa, wanted, _allowed())
-    found = place.choices.get((views, options))
+    kind = (_kind(query, key, value, attn_mask), options)
+    found = place.choices.get(kind)
     if found is None:
         handles = [handle_of(tensor) for tensor in tensors]
         if any(handle.home is not place for handle in handles):
             return MATH  # whose ops say what is wrong with that
+        views = tuple(view_of(tensor, place.views) for tensor in tensors)
         found = _ask(place, views, [handle.number for handle in handles], options)
         if found == FLASH:
             # Its kernel takes multiples of eight only; elsewhere torch pads what it is given.
             found = OVERRIDEABLE if query.shape[-1] % 8 == 0 else MATH
-        place.choices[views, options] = found
+        if len(place.choices) >= MOST:
+            place.choices.clear()
+        place.choices[kind] = found
     return -1 if found == NONE else found
+
+
+def _kind(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+    """What torch's rules for CUDA look at (its ``sdp_utils.cpp``). Not at the lengths themselves:
+    in generation each word has one of its own, and would have to ask."""
+    asked, there = query.shape[-2:-1], key.shape[-2:-1]
+    kinds: list[Any] = []
+    for tensor in (query, key, value):
+        length = tensor.shape[-2] if tensor.dim() > 1 else 0
+        small = length if length < 2 else -1
+        aligned = [length % step == 0 for step in (8, 64, 128)]
+        same = (tensor.shape[-2:-1] == asked, tensor.shape[-2:-1] == there, length >= 64)
+        kinds += [tensor.shape[:-2], tensor.shape[-1:], small, *aligned, *same, *_memory(tensor)]
+    if mask is not None:
+        ends = [(n == 1, (n,) == asked, (n,) == there) for n in mask.shape[-2:]]
+        kinds += [mask.shape[:-2], *ends, mask.shape[-1] % 8, *_memory(mask)]
+    return tuple(kinds)
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """How it lies there, as far as kernels ask."""
+    stride = tensor.stride()[-1:]
+    begin = tensor.storage_offset() * tensor.element_size() % 128
+    turned = tensor.dim() > 2 and tensor.transpose(1, 2).is_contiguous()
+    last = min(2, *stride, 2)
+    return tensor.dtype, last, tensor.is_contiguous(), turned, begin
 
 
 def _same_here(tensor: Tensor) -> Tensor:
