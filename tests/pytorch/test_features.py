@@ -73,6 +73,7 @@ def test_dispatch_modes(device: torch.device) -> None:
     assert seen == ["aten.ones.default", "aten.add.Tensor", "aten._to_copy.default"]
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # torch's own, 2.11
 def test_profiler(device: torch.device) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         (torch.ones(2, device=device) + 1).cpu()

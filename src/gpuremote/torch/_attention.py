@@ -28,6 +28,8 @@ Tensor = torch.Tensor
 MATH, FLASH, OVERRIDEABLE = 0, 1, 4
 """Of torch's ``SDPBackend``. For a device that it does not know torch takes FLASH for the CPU's
 kernel, so CUDA's goes by the op that is there for devices of others."""
+DOUBLES_DIFFER: Final = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+"""This torch has a wrong rule for what its kernel for processors gives beside the result."""
 MOST: Final = 4096
 """Kinds of calls that are remembered."""
 NONE: Final = 255
@@ -66,7 +68,7 @@ def _choose(
     same."""
     place = home(query.device.index)
     tensors = [query, key, value, *([] if attn_mask is None else [attn_mask])]
-    if place.kind == "cpu":
+    if place.kind == "cpu" and not (DOUBLES_DIFFER and query.dtype is torch.float64):
         q, k, v, *masks = map(_same_here, tensors)
         mask = masks[0] if masks else None
         if mask is not None and attn_mask is not None and attn_mask.requires_grad:

@@ -66,6 +66,10 @@ class RemoteModule:
     def init(self) -> None:
         """Nothing to do: sessions open with the first op."""
 
+    def _lazy_init(self) -> None:
+        """As :meth:`init`. Without it ``torch.accelerator.synchronize`` of torch before 2.13 takes
+        the device for one that nothing was done on."""
+
     def _is_in_bad_fork(self) -> bool:
         return _homes.is_forked()
 

@@ -5,6 +5,7 @@
 #include "tier.h"
 
 #include <ATen/EmptyTensor.h>
+#include <torch/version.h>
 #include <ATen/native/transformers/attention.h>
 #include <ATen/ops/_fused_sdp_choice.h>
 #include <ATen/ops/_fused_sdp_choice_native.h>
@@ -13,6 +14,7 @@ namespace gpuremote {
 namespace {
 
 constexpr int64_t PLAIN = 0;
+constexpr bool DOUBLES_DIFFER = TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13;
 
 // A tensor of this host in which torch sees the same when it chooses a kernel for processors: shape,
 // dtype and whether the last dimension lies together. Of one row.
@@ -39,6 +41,9 @@ int64_t choose(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
       return PLAIN;  // there is nobody to ask
     return at::_fused_sdp_choice(query, key, value, mask, dropout, causal, scale, grouped);
   }
+  // Its rule for the sums of doubles is wrong.
+  if (DOUBLES_DIFFER && query.scalar_type() == at::kDouble)
+    return PLAIN;
   if (is_open(query) || is_open(key) || is_open(value) || (masked && is_open(*mask)))
     return PLAIN;
   std::optional<at::Tensor> mask_here;
