@@ -183,7 +183,7 @@ def test_copy(fast: bool, away: bool, size: int, there: int, here: int) -> None:
         copy(fixed.data, source[here:].data, away)
 
 
-@pytest.mark.parametrize("size", [(300 << 10) + 5, (2 << 20) + 5, (8 << 20) + 5])
+@pytest.mark.parametrize("size", [(300 << 10) + 5, (2 << 20) + 5, (4 << 20) + 5, (8 << 20) + 5])
 @pytest.mark.parametrize("fast", BOTH_WAYS)
 def test_copy_again_and_again(fast: bool, size: int) -> None:
     """In C there are two ways, which are both tried now and then."""
@@ -193,6 +193,45 @@ def test_copy_again_and_again(fast: bool, size: int) -> None:
         target = np.full(size, turn % 251, np.uint8)
         copy(target.data, source[turn % 2 :][:size].data, True)
         assert np.array_equal(target, source[turn % 2 :][:size])
+
+
+@pytest.mark.parametrize("fast", BOTH_WAYS)
+def test_copies_of_several_threads_at_a_time(fast: bool) -> None:
+    """In C each has helpers, which may come when everything is copied and the memory gone."""
+    copy_bytes: Any = native.copy if fast else host._python_copy
+    size = (8 << 20) + 4097
+    failed: list[int] = []
+
+    def copy(seed: int) -> None:
+        source = np.random.default_rng(seed).integers(0, 256, size, np.uint8)
+        for _ in range(10):
+            target = np.zeros(size, np.uint8)
+            copy_bytes(target.data, source.data, bool(seed % 2))
+            if not np.array_equal(target, source):
+                failed.append(seed)
+
+    threads = [threading.Thread(target=copy, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+@pytest.mark.parametrize("fast", BOTH_WAYS)
+def test_a_large_copy_on_one_processor(fast: bool) -> None:
+    """There nobody helps."""
+    copy: Any = native.copy if fast else host._python_copy
+    allowed = os.sched_getaffinity(0)
+    source = np.random.default_rng(0).integers(0, 256, 9 << 20, np.uint8)
+    target = np.zeros_like(source)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        copy(target.data, source.data, True)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert np.array_equal(target, source)
 
 
 @pytest.mark.parametrize("fast", BOTH_WAYS)

@@ -1,10 +1,12 @@
 /* copy: flat bytes from one place in memory to another. Twin: memory.host._python_copy. */
 
+#define _GNU_SOURCE
 #include "native.h"
 
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #ifdef __SSE2__
@@ -13,48 +15,66 @@
 
 /* From here on the bytes may go past the caches: what is larger would be out of them by the time
    somebody reads it, and memory that is written around them need not be read first. The C library
-   does so as well, but later by far. On an EPYC with 32 MiB of L3 that gives 19 instead of 14 GB/s
-   for 4 MiB, and 13 instead of 7 for 16 and 64 MiB; on a Xeon 3.4 instead of 10. So both are tried,
-   and the faster one is used. */
+   does so as well, but later by far: from some 200 MiB on. Whether it is faster depends on the
+   machine and on what else runs there, so both ways are tried, and the faster one is used. */
 #define PAST_CACHES ((Py_ssize_t)2 << 20)
 /* From here on if it is another process that reads them: what this one has in its caches stays
-   there, its code above all. On the EPYC a MiB of ten in turn takes 58 instead of 120 us. */
+   there, its code above all. */
 #define PAST_CACHES_AWAY ((Py_ssize_t)256 << 10)
-/* From here on more than one processor copies: one alone does not keep the memory busy. There, with
-   two processors, 64 MiB 15 instead of 10 GB/s and 256 MiB 15 instead of 12; to start a thread takes
-   some 30 us, in which half a MiB is copied. */
+/* From here on more than one processor copies, as one alone does not keep the memory busy. To start
+   a thread takes some 30 us, in which half a MiB is copied. */
 #define SHARED_OUT ((Py_ssize_t)8 << 20)
+/* From here on if another process reads them: it does not copy at the same time. */
+#define SHARED_OUT_AWAY ((Py_ssize_t)4 << 20)
 #define MOST 4
+/* Bytes that a thread takes at a time: one that came late, or has to share its processor, takes
+   fewer. */
+#define PIECE ((size_t)512 << 10)
 /* Below this, letting go of the interpreter's lock costs more than it gives others. */
 #define WITH_LOCK ((Py_ssize_t)64 << 10)
 
 /* What is known of either way (0: the C library's, 1: past the caches) for copies of about one
-   size: the bytes per nanosecond of a good one lately. */
+   size: bytes per nanosecond of the latest ones. The best of them counts: the others had to wait
+   for pages, for a processor or for caches that were cold. */
+#define LATEST 8
 typedef struct {
-    double rate[2];
-    unsigned turns;
+    double rates[2][LATEST];
+    unsigned counts[2];
+    unsigned rest; /* copies until the other one is tried again: memory may be busier by then */
+    unsigned trials;
 } Ways;
-#define TRIALS 6 /* of both together, before one is chosen */
-#define AGAIN 64 /* copies after which the other one is tried once more: memory may be busier now */
+#define AGAIN 64
 
+static double best(const Ways *ways, int way)
+{
+    double found = 0;
+    for (int i = 0; i < LATEST; i++)
+        if (ways->rates[way][i] > found)
+            found = ways->rates[way][i];
+    return found;
+}
+
+/* Trials come in pairs, as the first one may find caches that the other way has left behind; at
+   first after a few copies, later after more and more of them. */
 static int choose(Ways *ways)
 {
 #ifdef __SSE2__
-    unsigned turn = ways->turns++;
-    if (turn < TRIALS)
-        return turn & 1;
-    int better = ways->rate[1] > ways->rate[0];
-    return turn % AGAIN ? better : !better;
+    int better = best(ways, 1) > best(ways, 0);
+    if (ways->rest > 0) {
+        ways->rest--;
+        return better;
+    }
+    if (++ways->trials % 2 == 0)
+        ways->rest = ways->trials < AGAIN / 2 ? 2 * ways->trials : AGAIN;
+    return !better;
 #else
     return 0;
 #endif
 }
 
-/* A slow one may have had to wait for pages or for a processor: it counts for less. */
 static void learn(Ways *ways, int way, double rate)
 {
-    double *known = &ways->rate[way];
-    *known = rate > *known ? rate : *known + 0.1 * (rate - *known);
+    ways->rates[way][ways->counts[way]++ % LATEST] = rate;
 }
 
 static double nanoseconds(void)
@@ -64,52 +84,116 @@ static double nanoseconds(void)
     return 1e9 * (double)now.tv_sec + (double)now.tv_nsec;
 }
 
+#ifdef __SSE2__
+static inline void stream_line(char *to, const char *from)
+{
+    const __m128i *in = (const __m128i *)from;
+    __m128i a = _mm_loadu_si128(in), b = _mm_loadu_si128(in + 1);
+    __m128i c = _mm_loadu_si128(in + 2), d = _mm_loadu_si128(in + 3);
+    __m128i *out = (__m128i *)to;
+    _mm_stream_si128(out, a);
+    _mm_stream_si128(out + 1, b);
+    _mm_stream_si128(out + 2, c);
+    _mm_stream_si128(out + 3, d);
+}
+#endif
+
+/* Four pages take turns, a line each: so the memory has four rows open, and the processor fetches
+   ahead in four places. Page after page takes up to twice as long, and with prefetches that leave
+   the caches out (prefetchnta) it did on a Xeon. */
+#define ABREAST 4
+#define PAGE 4096
+#define LINE 64
+
 static void copy_past_caches(char *to, const char *from, size_t size)
 {
 #ifdef __SSE2__
-    size_t head = -(uintptr_t)to & 15;
+    size_t head = -(uintptr_t)to & (LINE - 1);
+    head = head < size ? head : size;
     memcpy(to, from, head);
     to += head, from += head, size -= head;
-    for (; size >= 64; size -= 64, to += 64, from += 64) {
-        _mm_prefetch(from + 512, _MM_HINT_NTA);
-        const __m128i *in = (const __m128i *)from;
-        __m128i a = _mm_loadu_si128(in), b = _mm_loadu_si128(in + 1);
-        __m128i c = _mm_loadu_si128(in + 2), d = _mm_loadu_si128(in + 3);
-        __m128i *out = (__m128i *)to;
-        _mm_stream_si128(out, a);
-        _mm_stream_si128(out + 1, b);
-        _mm_stream_si128(out + 2, c);
-        _mm_stream_si128(out + 3, d);
+    while (size >= ABREAST * PAGE) {
+        for (size_t at = 0; at < PAGE; at += LINE)
+            for (size_t page = at; page < ABREAST * PAGE; page += PAGE)
+                stream_line(to + page, from + page);
+        to += ABREAST * PAGE, from += ABREAST * PAGE, size -= ABREAST * PAGE;
     }
+    for (; size >= LINE; size -= LINE, to += LINE, from += LINE)
+        stream_line(to, from);
     /* Such stores come in any order: what says that they are there must not overtake them. */
     _mm_sfence();
 #endif
     memcpy(to, from, size);
 }
 
+static void copy_one_way(char *to, const char *from, size_t size, int way)
+{
+    if (way)
+        copy_past_caches(to, from, size);
+    else
+        memcpy(to, from, size);
+}
+
+/* A copy that several threads share: each takes the next piece. A thread that comes when there are
+   none left touches nothing but this, and nobody waits for it: the last one to go frees it. */
 typedef struct {
     char *to;
     const char *from;
     size_t size;
     int way;
-} Part;
+    size_t taken;
+    pthread_mutex_t lock; /* of what is below */
+    pthread_cond_t gone;
+    size_t copied;
+    int owners;
+} Shared;
 
-static void *copy_part(void *argument)
+static void copy_pieces(Shared *shared)
 {
-    Part *part = argument;
-    if (part->way)
-        copy_past_caches(part->to, part->from, part->size);
-    else
-        memcpy(part->to, part->from, part->size);
+    size_t at, copied = 0;
+    while ((at = __atomic_fetch_add(&shared->taken, PIECE, __ATOMIC_RELAXED)) < shared->size) {
+        size_t left = shared->size - at, size = left < PIECE ? left : PIECE;
+        copy_one_way(shared->to + at, shared->from + at, size, shared->way);
+        copied += size;
+    }
+    pthread_mutex_lock(&shared->lock);
+    shared->copied += copied;
+    if (shared->copied == shared->size)
+        pthread_cond_signal(&shared->gone);
+    pthread_mutex_unlock(&shared->lock);
+}
+
+static void let_go(Shared *shared)
+{
+    pthread_mutex_lock(&shared->lock);
+    int left = --shared->owners;
+    pthread_mutex_unlock(&shared->lock);
+    if (left == 0) {
+        pthread_cond_destroy(&shared->gone);
+        pthread_mutex_destroy(&shared->lock);
+        free(shared);
+    }
+}
+
+static void *help(void *argument)
+{
+    copy_pieces(argument);
+    let_go(argument);
     return NULL;
 }
 
-static int processors(void)
+/* How many processors this thread may use, and into attributes that threads go to the others: one
+   that waits here for its turn is of no use, and those who look for messages there give way. */
+static int processors(pthread_attr_t *elsewhere)
 {
 #ifdef __linux__
     cpu_set_t allowed;
     if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
-        int count = CPU_COUNT(&allowed);
+        int count = CPU_COUNT(&allowed), here = sched_getcpu();
+        if (here >= 0 && count > 1) {
+            CPU_CLR(here, &allowed);
+            pthread_attr_setaffinity_np(elsewhere, sizeof allowed, &allowed);
+        }
         return count < MOST ? count : MOST;
     }
 #endif
@@ -117,29 +201,42 @@ static int processors(void)
 }
 
 /* Each processor copies a part; all of it is there on return. */
-static void share_out(Part whole)
+static void share_out(char *to, const char *from, size_t size, int way)
 {
-    char *to = whole.to;
-    const char *from = whole.from;
-    size_t size = whole.size;
-    int count = processors(), started = 0;
-    size_t each = (size / (size_t)count + 4095) & ~(size_t)4095;
-    pthread_t threads[MOST];
-    Part parts[MOST];
+    pthread_attr_t elsewhere;
+    pthread_attr_init(&elsewhere);
+    pthread_attr_setdetachstate(&elsewhere, PTHREAD_CREATE_DETACHED);
+    int helpers = processors(&elsewhere) - 1;
+    Shared *shared = helpers > 0 ? malloc(sizeof *shared) : NULL;
+    if (shared == NULL) {
+        pthread_attr_destroy(&elsewhere);
+        copy_one_way(to, from, size, way);
+        return;
+    }
+    *shared = (Shared){.to = to, .from = from, .size = size, .way = way, .owners = 1};
+    pthread_mutex_init(&shared->lock, NULL);
+    pthread_cond_init(&shared->gone, NULL);
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the program's own threads */
-    while (started < count - 1 && size > each) {
-        parts[started] = (Part){to, from, each, whole.way};
-        if (pthread_create(&threads[started], NULL, copy_part, &parts[started]) != 0)
+    while (helpers-- > 0) {
+        pthread_t thread;
+        pthread_mutex_lock(&shared->lock);
+        shared->owners++;
+        pthread_mutex_unlock(&shared->lock);
+        if (pthread_create(&thread, &elsewhere, help, shared) != 0) {
+            let_go(shared);
             break;
-        to += each, from += each, size -= each;
-        started++;
+        }
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    copy_part(&(Part){to, from, size, whole.way});
-    while (started > 0)
-        pthread_join(threads[--started], NULL);
+    pthread_attr_destroy(&elsewhere);
+    copy_pieces(shared);
+    pthread_mutex_lock(&shared->lock);
+    while (shared->copied < size)
+        pthread_cond_wait(&shared->gone, &shared->lock);
+    pthread_mutex_unlock(&shared->lock);
+    let_go(shared);
 }
 
 /* copy(target, source, away): two flat buffers of equal size that do not overlap; away: another
@@ -151,7 +248,9 @@ PyObject *copy_bytes(PyObject *module, PyObject *const *args, Py_ssize_t count)
         PyErr_SetString(PyExc_TypeError, "copy() takes target, source and away");
         return NULL;
     }
-    Py_ssize_t past = args[2] == Py_True ? PAST_CACHES_AWAY : PAST_CACHES;
+    int away = args[2] == Py_True;
+    Py_ssize_t past = away ? PAST_CACHES_AWAY : PAST_CACHES;
+    Py_ssize_t shared_out = away ? SHARED_OUT_AWAY : SHARED_OUT;
     if (PyObject_GetBuffer(args[0], &to, PyBUF_WRITABLE) < 0)
         return NULL;
     if (PyObject_GetBuffer(args[1], &from, PyBUF_SIMPLE) < 0) {
@@ -168,18 +267,18 @@ PyObject *copy_bytes(PyObject *module, PyObject *const *args, Py_ssize_t count)
         Py_END_ALLOW_THREADS
     } else {
         static Ways known[3]; /* touched with the interpreter's lock only */
-        Ways *ways = &known[to.len < PAST_CACHES ? 0 : to.len < SHARED_OUT ? 1 : 2];
-        Part whole = {to.buf, from.buf, (size_t)to.len, choose(ways)};
+        Ways *ways = &known[to.len < PAST_CACHES ? 0 : to.len < shared_out ? 1 : 2];
+        int way = choose(ways);
         double taken;
         Py_BEGIN_ALLOW_THREADS
         taken = nanoseconds();
-        if (to.len < SHARED_OUT)
-            copy_part(&whole);
+        if (to.len < shared_out)
+            copy_one_way(to.buf, from.buf, (size_t)to.len, way);
         else
-            share_out(whole);
+            share_out(to.buf, from.buf, (size_t)to.len, way);
         taken = nanoseconds() - taken;
         Py_END_ALLOW_THREADS
-        learn(ways, whole.way, (double)to.len / (taken + 1));
+        learn(ways, way, (double)to.len / (taken + 1));
     }
     int failed = to.len != from.len;
     PyBuffer_Release(&from);

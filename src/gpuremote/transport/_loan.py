@@ -12,7 +12,7 @@ from gpuremote.transport.base import Incoming, Target, flat_view
 
 __all__ = ["SharedPayload"]
 
-AT_ONCE = 8 << 20
+AT_ONCE = 16 << 20
 """Bytes that ``into`` copies itself, so that most payloads are in place when it returns."""
 
 
