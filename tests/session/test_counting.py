@@ -100,16 +100,18 @@ def test_what_makes_a_round_trip_is_counted_by_kind(side: Side, session: Any, de
     side.do(event.synchronize())
     side.do(event.query())
     found = growth(before, session.stats())
+    # What lies in memory of this process is asked for once.
+    known = isinstance(side, BlockingSide) and session.transport.name == "shm"
     assert found["round_trips"] == {
         "put": 1 + (session.transport.name == "tcp"),  # into shared memory waits for nothing
-        "get": 3,
+        "get": 3 - known,
         "item": 1,
         "synchronize": 1,
         "shape": 1,
         "event": 2,
     }
     assert found["payload_sent"] == 4 * 400_000
-    assert found["payload_received"] == 5 * 400_000
+    assert found["payload_received"] == (5 - known) * 400_000
     before = session.stats()
     y = (x.copy_to(session.devices[1]) * 2).reshape(-1, 2).T.sum(0)
     with device.stream():

@@ -23,7 +23,7 @@ from gpuremote.errors import (
     OpError,
     ShapeError,
 )
-from gpuremote.memory.host import output_view
+from gpuremote.memory.host import copy_bytes, output_view
 from gpuremote.ops.catalogue import find
 from gpuremote.ops.indexing import (
     GETITEM,
@@ -390,6 +390,14 @@ class RemoteArray(Handle):
         meta = self._meta
         host = np.empty(meta.shape, meta.dtype) if out is None else out
         return host, output_view(host, meta.shape, meta.dtype)
+
+    def _read_near(self, view: memoryview) -> bool:
+        """Fill ``view`` without asking, if the bytes are known to lie in memory of this process."""
+        core = self._core
+        if self._id not in core.near_arrays or (source := core.near(self._id)) is None:
+            return False
+        copy_bytes(view.cast("B"), source)
+        return True
 
     def _ask_bytes(self, view: memoryview, kind: str = "get") -> Any:
         return self._core.ask_bytes(self._id, view, kind)

@@ -73,9 +73,12 @@ class BlockingArray(RemoteArray):
             if not copy:
                 return self._read_only(core.wait(self._ask_view(), timeout))
             out = np.empty(meta.shape, meta.dtype)
-        core.wait(
-            core.ask_bytes(self._id, output_view(out, meta.shape, meta.dtype), "get"), timeout
-        )
+        view = output_view(out, meta.shape, meta.dtype)
+        if not self._read_near(view):
+            writes = core.writes
+            place = core.wait(core.ask_bytes(self._id, view, "get"), timeout)
+            if place is not None:
+                core.note_near(self._id, place, writes)
         return out
 
     def wait(self, timeout: float | None = None) -> Self:

@@ -57,6 +57,8 @@ MAX_FAILURES: Final = 256
 """Failures kept for a ``synchronize``; of more only the number is kept."""
 VIEW: Final = "view"
 """The kind of a wait for memory, in place of bytes to be put somewhere."""
+MAX_NEAR: Final = 256
+"""Arrays of which is known that they lie in memory of this process."""
 MAX_LINKS: Final = 4096
 """Copies to other servers whose failure is still passed on to the receiving session."""
 
@@ -114,6 +116,7 @@ class Core(Uploader):
         self.peer.waits = self._waits
         self._failures: dict[int, GpuRemoteError] = {}
         self._more_failures = 0
+        self.near_arrays: dict[int, tuple[object, Connection, float]] = {}
         self._farewell = Wait(0, "close")
         _cores.add(self)
 
@@ -179,6 +182,28 @@ class Core(Uploader):
         if self._stalled:
             self._relieve()
         return wait
+
+    def note_near(self, handle: int, place: object, writes: float) -> None:
+        """The answer to a GET was that array ``handle`` lies in memory of this process; the GET was
+        issued when there had been so many ``writes``."""
+        with self.lock:
+            known, connection = self.near_arrays, self.peer.connection
+            if connection is not None:
+                if len(known) >= MAX_NEAR:
+                    del known[next(iter(known))]
+                known[handle] = (place, connection, writes)
+
+    def near(self, handle: int) -> memoryview | None:
+        """The bytes of an array that lies in memory of this process, if no array has been written
+        to since that was found out: then nothing that is still to be executed changes them."""
+        with self.lock:
+            place, connection, writes = self.near_arrays[handle]
+            if writes == self.writes and connection is self.peer.connection and not self.sync:
+                found = connection.lent(place)
+                if found is not None:
+                    return found
+            del self.near_arrays[handle]
+        return None
 
     def cancel(self, wait: Wait) -> None:
         """The program no longer waits. On return nothing touches its buffers any more."""
@@ -268,6 +293,7 @@ class Core(Uploader):
             return None
         if wait.into.nbytes != sizes[0]:
             raise ProtocolError(f"{sizes[0]} bytes came for an array of {wait.into.nbytes}")
+        wait.value = incoming.lent_from
         return [wait.into.cast("B")], wait
 
     def on_payload_done(self, token: object) -> bool:

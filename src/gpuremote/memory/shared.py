@@ -341,6 +341,11 @@ class Arena:
         offset = PAGE + place.block * segment.info.block + place.offset
         return segment.mapping.look(offset, place.nbytes)
 
+    def times(self, place: Place) -> int:
+        """How often the block of a place that the other process has was lent: while that stays, it
+        was not used for anything else."""
+        return self._segments[place.segment].sent[place.block]
+
     def whole(self, place: Place) -> bool:
         """Whether it is all of a block that was not given away yet."""
         segment = self._segments[place.segment]

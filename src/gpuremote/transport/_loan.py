@@ -31,8 +31,9 @@ class SharedPayload(Incoming):
         Returns when no other thread is writing to the buffers.
     counts : dict of str to int
         Where bytes that are copied are added to ``copied_out``.
-    lent : bool
-        It may be copied and not kept.
+    lent : sequence
+        ``Connection.lent`` takes them: where regions lie that are this end's own memory. Then all
+        of it may be copied and not kept.
 
     Attributes
     ----------
@@ -53,6 +54,7 @@ class SharedPayload(Incoming):
         "_untouched",
         "_views",
         "header",
+        "lent_from",
         "received",
         "sizes",
         "there",
@@ -68,7 +70,7 @@ class SharedPayload(Incoming):
         behind: Callable[[SharedPayload], None],
         untouched: Callable[[], None],
         counts: dict[str, int],
-        lent: bool = False,
+        lent: Sequence[object] = (),
     ) -> None:
         self.header = header
         self.sizes = sizes
@@ -78,7 +80,8 @@ class SharedPayload(Incoming):
         self.undecided = True
         self._views: list[memoryview] | None = views
         self._counts = counts
-        self._lent = lent
+        self._lent = bool(lent)
+        self.lent_from = lent[0] if len(lent) == len(sizes) == 1 else None
         self._adopted = False
         # What is to be copied yet: to where, from where; last first.
         self._pairs: list[tuple[memoryview, memoryview]] | None = None

@@ -162,6 +162,9 @@ class Incoming(abc.ABC):
     header: memoryview
     sizes: tuple[int, ...]
     received: int
+    lent_from: object = None
+    """For ``Connection.lent``: where a payload of one region lies, if that is memory that this end
+    gave away before, of which the other end only says where it is."""
     takes_device = False
     """Whether the payload goes into the memory of a GPU without a detour through host memory of
     its size; a ``DeviceTarget`` may be given to :meth:`into` in any case."""
@@ -269,6 +272,11 @@ class Connection(abc.ABC):
         """Whether sending the flat bytes ``view`` gives memory away: they are all of what
         ``allocate`` gave, and were not sent yet."""
         return False
+
+    def lent(self, place: object) -> memoryview | None:
+        """The memory of a place (``Incoming.lent_from``), read-only in spirit, if the other end
+        still has it from this one; from the thread that sends. None: it has not."""
+        return None
 
     @abc.abstractmethod
     def fileno(self) -> int:

@@ -29,7 +29,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from threading import get_ident
-from typing import Final
+from typing import Final, NamedTuple
 
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost, ProtocolError
@@ -73,6 +73,13 @@ _LONGEST: Final = {
     DROPPED: _DROPPED.size,
 }
 """Bytes of the body of each kind of frame."""
+
+
+class _Lent(NamedTuple):
+    """Memory of this end that the other one has, as long as it was not lent again since."""
+
+    place: Place
+    times: int
 
 
 class _Fill:
@@ -169,6 +176,19 @@ class ShmConnection(TcpConnection):
         try:
             place = self._arena.find(view)
             return place is not None and self._arena.whole(place)
+        finally:
+            self._let_go(outer)
+
+    def lent(self, place: object) -> memoryview | None:
+        outer = self._hold()
+        try:
+            if isinstance(place, _Lent):
+                view = self._arena.look(place.place)
+                if self._arena.times(place.place) == place.times:
+                    return view
+            return None
+        except ProtocolError:
+            return None
         finally:
             self._let_go(outer)
 
@@ -440,7 +460,7 @@ class ShmConnection(TcpConnection):
         if filled > total:
             raise ProtocolError(f"{filled} bytes are there of a payload of {total}")
         views = []
-        lent = False
+        lent = []
         for number, size in enumerate(sizes):
             segment, block, offset = _PLACE.unpack_from(body, at + number * _PLACE.size)
             place = Place(segment & ~YOURS, block, offset, size)
@@ -448,7 +468,7 @@ class ShmConnection(TcpConnection):
                 views.append(memoryview(bytearray(0)))
             elif segment & YOURS:
                 views.append(self._look(place))
-                lent = True
+                lent.append(_Lent(place, self._arena.times(place)))
             else:
                 if segment not in self._loans:
                     self._take_segments()
