@@ -336,6 +336,7 @@ SENTENCES = [
     ("architecture", f"sends up to {uploading.GROUP} arrays"),
     ("architecture", f"looks for the answer for up to {1e6 * _looking.WITHIN:.0f} µs"),
     ("architecture", f"looks for the next one for up to {1e6 * _looking.WITHIN:.0f} µs"),
+    ("architecture", f"or longer than {1000 * _looking.REST:.0f} ms"),
     ("architecture", f"(of at most {core.LATE >> 20} MiB)"),
     ("architecture", f"more than {worker.BUSY_AFTER * 1000:.0f} ms"),
     ("architecture", f"{link.MAX_PAUSE:.0f} s at most"),

@@ -13,7 +13,7 @@ import pytest
 
 from gpuremote.errors import ConnectionLost, ProtocolError
 from gpuremote.rpc.peer import Peer
-from gpuremote.transport._looking import WITHIN, Looking
+from gpuremote.transport._looking import MISSES, REST, WITHIN, Looking
 from gpuremote.transport.base import Incoming, Region
 from gpuremote.transport.tcp import TcpConnection, pair
 from gpuremote.wire.caps import WINDOW_BYTES
@@ -356,7 +356,7 @@ def test_looking_that_does_not_help_is_left_out() -> None:
         assert not peer.take(connection)
     assert deaf.calls == 50
     deaf.pause = 10 * WITHIN
-    assert [looks() for _ in range(20)] == [True] + 19 * [False]
+    assert [looks() for _ in range(20)] == MISSES * [True] + (20 - MISSES) * [False]
     for _ in range(100):  # on a busy machine no wait is short
         deaf.pause = 0.0
         assert not looks()
@@ -365,15 +365,20 @@ def test_looking_that_does_not_help_is_left_out() -> None:
             break
     else:
         raise AssertionError("it never looks again")
+    assert [looks() for _ in range(MISSES)] == (MISSES - 1) * [True] + [False]
+    deaf.pause = 2 * REST  # after such a wait something new may begin
     assert not looks()
+    assert looks()
 
 
 def test_what_was_left_is_looked_at_once_more() -> None:
     """The wait right after looking in vain is short where the peer was about to come: that says
     nothing, as looking did not help."""
     looking = Looking()
-    looking.looked(False)
-    looking.waited(0.0)
+    for _ in range(MISSES):
+        assert looking.due
+        looking.looked(False)
+        looking.waited(0.0)
     assert not looking.due
     looking.waited(0.0)
     assert looking.due

@@ -38,7 +38,7 @@ def _send_in_two(sock: socket.socket, data: bytes, cut: int) -> None:
         plain.sendall(data[cut:])
 
 
-@pytest.mark.parametrize("size", [1, 1_000, MIB])
+@pytest.mark.parametrize("size", [1, 1_000, MIB, 4 * MIB, 9 * MIB + 5])
 def test_one_region_that_the_kernel_takes_in_part(ends: Pair, size: int) -> None:
     """Nothing is queued before it, and the rest is: the same bytes, in the same order."""
     here, there = ends
@@ -46,7 +46,8 @@ def test_one_region_that_the_kernel_takes_in_part(ends: Pair, size: int) -> None
     both = Ends(here, there)
     payload = random.Random(size).randbytes(size)
     freed: list[int] = []
-    for number in range(20):
+    rounds = 20 if size <= MIB else 3
+    for number in range(rounds):
         here.send(b"%d" % number, [Region(payload)], lambda: freed.append(1))
         here.send(b"behind")
         first = both.receive(there)
@@ -54,8 +55,24 @@ def test_one_region_that_the_kernel_takes_in_part(ends: Pair, size: int) -> None
         assert place(both, first) == [payload]
         assert bytes(both.receive(there).header) == b"behind"
     both.flush(here)
-    assert len(freed) == 20
-    assert here.stats.payload_sent == there.stats.payload_received == 20 * size
+    assert len(freed) == rounds
+    assert here.stats.payload_sent == there.stats.payload_received == rounds * size
+    assert here.stats.bytes_sent == there.stats.bytes_received
+
+
+@pytest.mark.parametrize("size", [MIB, 4 * MIB, 4 * MIB + 1, 13 * MIB])
+def test_one_region_in_bursts(ends: Pair, size: int) -> None:
+    """A step ends with the chunk in which it has handed over enough; the next one goes on."""
+    here, there = ends
+    here.burst = 1
+    both = Ends(here, there)
+    payload = random.Random(size).randbytes(size)
+    for _ in range(3):
+        here.send(b"header", [Region(payload)])
+        assert here.pending_output or size <= 4 * MIB
+        assert place(both, both.receive(there)) == [payload]
+    assert here.stats.payload_sent == there.stats.payload_received == 3 * size
+    assert here.stats.bytes_sent == there.stats.bytes_received
 
 
 def test_what_is_complete_is_reported_before_more_is_waited_for(

@@ -26,6 +26,7 @@ from gpuremote.rpc.cooldown import Cooldowns
 from gpuremote.rpc.dial import Dialled, dial, host_identity
 from gpuremote.rpc.peer import Connection
 from gpuremote.rpc.transports import TCP, Explanation, offers
+from gpuremote.transport.base import LONG_BURST
 from gpuremote.transport.certificates import TlsClient
 from gpuremote.transport.lanes.offer import LanePolicy
 from gpuremote.wire.hello import Hello, Welcome
@@ -228,6 +229,8 @@ class Link:
             tls=self.tls,
             lanes=self.lanes,
         )
+        if blocking:
+            found.connection.burst = LONG_BURST
         if wanted in (None, found.connection.name):
             return found
         found.connection.abort()

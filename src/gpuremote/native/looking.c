@@ -6,6 +6,7 @@
 #include <poll.h>
 #include <sched.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 
 /* A yield that takes so long has most likely let another thread run on this processor, and when
    others had it for so long in one look, this is not the place to look. */
@@ -44,9 +45,9 @@ static long switches(void)
     return 0;
 }
 
-int looking_look(Stream *s, long looks, const char *over)
+int looking_look(Stream *s, short events, long looks, const char *over)
 {
-    struct pollfd watched = {.fd = s->fd, .events = POLLIN};
+    struct pollfd watched = {.fd = s->fd, .events = events};
     long long begin = looking_now(), now = begin, taken = 0;
     long switched = s->roams ? switches() : 0;
     int ready = 0;
@@ -68,13 +69,24 @@ int looking_look(Stream *s, long looks, const char *over)
     return ready > 0;
 }
 
+void looking_woke(Stream *s)
+{
+#ifdef SO_INCOMING_CPU
+    int cpu = -1;
+    socklen_t size = sizeof cpu;
+    if (s->roams && !getsockopt(s->fd, SOL_SOCKET, SO_INCOMING_CPU, &cpu, &size) && cpu >= 0
+        && cpu == sched_getcpu())
+        step_aside(s);
+#endif
+}
+
 int stream_more_soon(Stream *s)
 {
-    if (s->gap_looks <= 0 || s->gaps.slow)
+    if (s->gap_looks <= 0 || !looking_due(&s->gaps))
         return 0;
     int ready;
     Py_BEGIN_ALLOW_THREADS;
-    ready = looking_look(s, s->gap_looks, &s->hands_off);
+    ready = looking_look(s, POLLIN, s->gap_looks, &s->hands_off);
     Py_END_ALLOW_THREADS;
     looking_looked(&s->gaps, ready);
     return PyErr_CheckSignals() < 0 ? -1 : ready;

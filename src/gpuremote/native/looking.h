@@ -8,10 +8,18 @@
 
 #define WITHIN_NS 500000
 
+#define MISSES 3
+#define REST_NS 50000000LL
+
 typedef struct {
-    char slow; /* what comes takes longer than looking may */
-    char missed;
+    char misses; /* looks in vain, one after the other */
+    char missed; /* the latest one was */
 } Looking;
+
+static inline int looking_due(const Looking *l)
+{
+    return l->misses < MISSES;
+}
 
 static inline long long looking_now(void)
 {
@@ -22,13 +30,14 @@ static inline long long looking_now(void)
 
 static inline void looking_looked(Looking *l, int found)
 {
-    l->missed = l->slow = !found;
+    l->missed = !found;
+    l->misses = found ? 0 : (char)(l->misses + (l->misses < MISSES));
 }
 
 static inline void looking_waited(Looking *l, long long ns)
 {
-    if (!l->missed && ns < WITHIN_NS)
-        l->slow = 0;
+    if ((!l->missed && ns < WITHIN_NS) || ns > REST_NS)
+        l->misses = 0;
     l->missed = 0;
 }
 

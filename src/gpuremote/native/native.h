@@ -45,6 +45,9 @@
 /* Messages up to this size are sent with the interpreter's lock held, some 30 us of it. */
 #define MIDDLING ((Py_ssize_t)256 << 10)
 
+#define OPEN 2  /* transport._framing */
+#define DATA 3
+#define MAX_CHUNK (4 << 20)
 #define BATCH 1  /* wire.frames.Kind */
 #define RESULT 3
 #define BYTES 0  /* wire.frames.ResultForm */
@@ -59,6 +62,7 @@ typedef struct {
     Py_ssize_t start, end;
     int fd;
     unsigned long rx_touching; /* the thread that is writing to lent memory */
+    unsigned long tx_touching; /* the thread that is reading it */
     char blocking, closed, plain, pending, calling, rx_busy, tx_busy;
     char hands_off; /* another thread waits until it no longer does */
     long gap_looks; /* see more_soon */
@@ -119,9 +123,13 @@ enum taken stream_take(Stream *stream, double wait, Py_ssize_t *size, PyObject *
    only a receive can tell; -1: an exception is set. */
 int stream_look(Stream *stream, long looks);
 
-/* Look, with the interpreter's lock released, until something has come (1), or that many times, or
-   ``over`` (0). */
-int looking_look(Stream *stream, long looks, const char *over);
+/* Look, with the interpreter's lock released, until there is one of ``events`` of poll (1), or that
+   many times, or ``over`` (0). */
+int looking_look(Stream *stream, short events, long looks, const char *over);
+
+/* After a sleep: if this thread was woken on the processor of the peer that sent what woke it, go to
+   another one before the two take turns there. */
+void looking_woke(Stream *stream);
 
 /* Whether more of a payload comes while one looks ``gap_looks`` times, without the interpreter's
    lock; -1: an exception is set. Where it does not help it is left out (``gaps``, whom the wait
@@ -130,6 +138,10 @@ int stream_more_soon(Stream *stream);
 
 /* Stream._more_soon, see looking.c. */
 PyObject *looking_more_soon(PyObject *self, PyObject *unused);
+
+/* Stream._push and Stream._send_payload, see sending.c. */
+PyObject *sending_push(PyObject *self, PyObject *args);
+PyObject *sending_payload(PyObject *self, PyObject *args);
 
 /* What _take called MESSAGE as a transport.base.Incoming, or NULL. */
 PyObject *stream_whole(Stream *stream, Py_ssize_t size);

@@ -7,9 +7,6 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
-#define DATA 3                /* transport._framing */
-#define MAX_CHUNK (4 << 20)
-
 PyTypeObject *Stream_Type;
 
 static int stream_traverse(PyObject *self, visitproc visit, void *arg)
@@ -107,7 +104,7 @@ int stream_look(Stream *s, long looks)
     int ready;
     s->rx_busy = 1;
     Py_BEGIN_ALLOW_THREADS;
-    ready = looking_look(s, looks, &s->closed);
+    ready = looking_look(s, POLLIN, looks, &s->closed);
     Py_END_ALLOW_THREADS;
     s->rx_busy = 0;
     if (leave(s) < 0 || PyErr_CheckSignals() < 0)
@@ -409,75 +406,6 @@ static PyObject *stream_pull(PyObject *self, PyObject *args)
     return Py_BuildValue("nnnn", placed, chunk, calls, bytes);
 }
 
-/* _push(view, offset, head, chunk, left, channel, size, burst): send of ``view`` from ``offset`` on
-   what the kernel takes, in DATA frames of ``size`` bytes on ``channel``. Of the frame under way
-   ``head`` bytes of its head and ``chunk`` bytes are left, of the payload ``left``. Gives the bytes
-   that went out of the payload and in all, the new ``head`` and ``chunk``, the calls, and whether
-   the kernel may take more. */
-static PyObject *stream_push(PyObject *self, PyObject *args)
-{
-    Stream *s = (Stream *)self;
-    PyObject *view;
-    Py_ssize_t offset, head, chunk, left, size, burst, payload = 0, bytes = 0, calls = 0;
-    unsigned short channel;
-    int more = 1;
-    if (!PyArg_ParseTuple(args, "O!nnnnHnn", &PyMemoryView_Type, &view, &offset, &head, &chunk,
-                          &left, &channel, &size, &burst))
-        return NULL;
-    Py_buffer *from = PyMemoryView_GET_BUFFER(view);
-    if (!PyBuffer_IsContiguous(from, 'C') || offset < 0 || left < 0 || offset + left > from->len
-        || chunk < 0 || chunk > left || head < 0 || head > FRAME || size <= 0
-        || size > MAX_CHUNK) {
-        PyErr_SetString(PyExc_ValueError, "_push: not what its caller promises");
-        return NULL;
-    }
-    while (more && left > 0 && bytes < burst) {
-        if (!chunk) {
-            chunk = left < size ? left : size;
-            head = FRAME;
-        }
-        char frame[FRAME] = {0};
-        uint32_t length = (uint32_t)chunk; /* of all of it, as long as any of the head is left */
-        memcpy(frame, &length, 4);
-        frame[4] = DATA;
-        memcpy(frame + 6, &channel, 2);
-        struct iovec parts[2] = {{frame + FRAME - head, (size_t)head},
-                                 {(char *)from->buf + offset, (size_t)chunk}};
-        struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
-        Py_ssize_t count;
-        int reason;
-        Py_BEGIN_ALLOW_THREADS;
-        count = sendmsg(s->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
-        reason = errno;
-        Py_END_ALLOW_THREADS;
-        calls++;
-        if (PyErr_CheckSignals() < 0)
-            return NULL; /* the connection is given up */
-        if (count < 0) {
-            if (reason == EINTR)
-                continue;
-            if (reason != EAGAIN && reason != EWOULDBLOCK) {
-                errno = reason;
-                return PyErr_SetFromErrno(PyExc_OSError);
-            }
-            if (head == FRAME)
-                head = chunk = 0; /* nothing of it is out: other messages may come before it */
-            more = 0;
-            break;
-        }
-        more = count == head + chunk;
-        bytes += count;
-        Py_ssize_t of_head = count < head ? count : head;
-        head -= of_head;
-        count -= of_head;
-        chunk -= count;
-        offset += count;
-        left -= count;
-        payload += count;
-    }
-    return Py_BuildValue("nnnnnO", payload, bytes, head, chunk, calls, more ? Py_True : Py_False);
-}
-
 static int add_to(PyObject *stats, const char *name, long long *count)
 {
     if (!*count)
@@ -544,6 +472,7 @@ static PyMemberDef stream_members[] = {
     {"_calling", T_BOOL, offsetof(Stream, calling), 0, NULL},
     {"_rx_touching", T_ULONG, offsetof(Stream, rx_touching), 0, NULL},
     {"_hands_off", T_BOOL, offsetof(Stream, hands_off), 0, NULL},
+    {"_tx_touching", T_ULONG, offsetof(Stream, tx_touching), 0, NULL},
     {"_rx_busy", T_BOOL, offsetof(Stream, rx_busy), 0, NULL},
     {"_tx_busy", T_BOOL, offsetof(Stream, tx_busy), 0, NULL},
     {NULL},
@@ -558,7 +487,8 @@ static PyGetSetDef stream_getset[] = {
 
 static PyMethodDef stream_methods[] = {
     {"send", (PyCFunction)(void (*)(void))stream_send, METH_FASTCALL | METH_KEYWORDS, NULL},
-    {"_push", stream_push, METH_VARARGS, NULL},
+    {"_push", sending_push, METH_VARARGS, NULL},
+    {"_send_payload", sending_payload, METH_VARARGS, NULL},
     {"_pull", stream_pull, METH_VARARGS, NULL},
     {"_more_soon", looking_more_soon, METH_NOARGS, NULL},
     {"receive", (PyCFunction)(void (*)(void))stream_receive, METH_VARARGS | METH_KEYWORDS, NULL},

@@ -215,7 +215,7 @@ PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
         Py_ssize_t total = 0;
         enum taken found = NOTHING;
         int waits = looks > 0;
-        if (looks > 0 && !l->looking.slow) {
+        if (looks > 0 && looking_due(&l->looking)) {
             int there = 0;
             if (is_stream(connection))
                 there = stream_look((Stream *)connection, looks);
@@ -239,8 +239,11 @@ PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
         if (found == NOTHING) {
             long long begin = waits ? looking_now() : 0;
             found = receive(connection, wait, &total, &incoming);
-            if (waits)
+            if (waits) {
                 looking_waited(&l->looking, looking_now() - begin);
+                if (found != FAILED && found != NOTHING && is_stream(connection))
+                    looking_woke((Stream *)connection);
+            }
         }
         if (found == FAILED)
             return NULL;

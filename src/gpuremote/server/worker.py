@@ -34,7 +34,7 @@ from gpuremote.server import control, heap
 from gpuremote.server.peercopy import PeerCopies
 from gpuremote.server.reception import Reception
 from gpuremote.server.session import WorkerSession
-from gpuremote.transport.base import Connection
+from gpuremote.transport.base import LONG_BURST, Connection
 from gpuremote.transport.certificates import TlsClient, TlsServer
 from gpuremote.transport.lanes.offer import LaneGate
 from gpuremote.transport.select import choose, climb, probe
@@ -431,6 +431,7 @@ class Worker:
                     self.state.advance(Stimulus.RESUMED)
                 self._left_over = True  # some may have come along with the set-up
                 connection.roams = True  # this process is the session's alone
+                connection.burst = LONG_BURST
                 peer.attach(connection, hello.receipt)
         except (OSError, GpuRemoteError) as error:
             # The client will try again within the grace period.

@@ -2,7 +2,7 @@
 
 A peer that is near answers within microseconds. To wake a thread that sleeps costs the one that
 sends some 30 µs, and the one that sleeps about as much again. So it looks for some time first,
-unless what came before took longer than that. Between two looks it offers its processor to
+unless that was in vain some times in a row. Between two looks it offers its processor to
 others: the peer may need it. The part in C does the same (``native/looking.h``).
 """
 
@@ -17,23 +17,33 @@ WITHIN: Final = 500e-6
 half of that one end after the other gave up, and both slept."""
 
 
+MISSES: Final = 3
+"""Looks in vain, one after the other, after which there are no more."""
+REST: Final = 50e-3
+"""Seconds of a wait after which one looks again: something new begins."""
+
+
 class Looking:
     """What one side has learnt about looking. Touched by the thread that waits only."""
 
-    __slots__ = ("_missed", "due")
+    __slots__ = ("_missed", "_misses")
 
     def __init__(self) -> None:
-        self.due = True
-        """Whether to look before the wait that comes now."""
+        self._misses = 0
         self._missed = False
+
+    @property
+    def due(self) -> bool:
+        """Whether to look before the wait that comes now."""
+        return self._misses < MISSES
 
     def looked(self, found: bool) -> None:
         """Something was there within that time, or not."""
         self._missed = not found
-        self.due = found
+        self._misses = 0 if found else self._misses + 1
 
     def waited(self, seconds: float) -> None:
         """So long took the wait that followed, or the one without looking first."""
-        if not self._missed and seconds < WITHIN:
-            self.due = True
+        if (not self._missed and seconds < WITHIN) or seconds > REST:
+            self._misses = 0
         self._missed = False

@@ -263,12 +263,18 @@ class Outbox:
 
     def add_begun(
         self, header: BytesLike, size: int, region: Region, done: Done | None, sent: int
-    ) -> None:
-        """Queue, behind nothing, what is left of :func:`one_payload`: ``sent`` bytes are out."""
+    ) -> int:
+        """Queue, behind nothing, what is left of a message of which ``sent`` bytes are out, in the
+        frames that this makes of one; the payload bytes of the chunks that are out."""
         self._channel = 0
         self.add_payload(header, size, [region], done)
-        self.fill()
-        self.sent(sent)
+        out = 0
+        while True:
+            _, size = self.fill()
+            out += self.sent(min(sent, size))[0]
+            if sent <= size:
+                return out
+            sent -= size
 
     def _new_channel(self) -> int:
         used = self._used

@@ -28,8 +28,10 @@ class Sender(Connection):
     """What :class:`~gpuremote.transport.tcp.StreamConnection` does to send. Touched by the sending
     thread only."""
 
+    burst = BURST
     _in_c = False  # has this:
     _push: Callable[..., tuple[int, int, int, int, int, bool]]
+    _send_payload: Callable[[BytesLike, memoryview, int, int], tuple[int, int, int]]
     _line: Line
     _closed: bool
     _tx_busy: bool
@@ -67,7 +69,8 @@ class Sender(Connection):
         if (
             len(regions) == 1
             and not (waiting or self._calling)
-            and 0 < regions[0].nbytes <= self._chunk_size
+            and regions[0].nbytes > 0
+            and (self._in_c or regions[0].nbytes <= self._chunk_size)
         ):
             self._send_one(header, size, regions[0], done)
             return
@@ -94,14 +97,14 @@ class Sender(Connection):
         try:
             if self._closed:
                 raise self._gone()
-            run, left = one_payload(header, size, view)
-            try:
-                sent = self._line.sendmsg(run, (), NOW)
-            except BlockingIOError:
-                sent = 0
-            left -= sent
+            if self._in_c:
+                chunk = self._chunk_size
+                sent, payload, calls = self._send_payload(header, view, chunk, self.burst)
+            else:
+                sent, payload, calls = *self._send_in_one_call(header, size, view), 1
+            left = view.nbytes - payload
             if left:
-                self._outbox.add_begun(header, size, region, done, sent)
+                self.stats.payload_sent += self._outbox.add_begun(header, size, region, done, sent)
                 self._pending = True
         except BaseException as error:
             raise self._broken(error) from None
@@ -110,7 +113,7 @@ class Sender(Connection):
             self._tx_busy = False
             if self._closed:
                 self._release()
-        stats.sends += 1
+        stats.sends += calls
         stats.messages_sent += 1
         stats.bytes_sent += sent
         if not left:
@@ -119,6 +122,15 @@ class Sender(Connection):
                 self._call([done])
                 if self._outbox.pending:
                     self._pump()  # what it has sent
+
+    def _send_in_one_call(self, header: BytesLike, size: int, view: memoryview) -> tuple[int, int]:
+        """What went out of a message with one region of one chunk, in all and of the payload."""
+        run, total = one_payload(header, size, view)
+        try:
+            sent = self._line.sendmsg(run, (), NOW)
+        except BlockingIOError:
+            sent = 0
+        return sent, max(0, view.nbytes - (total - sent))
 
     def _left(self, header: BytesLike, sent: int) -> None:
         self._outbox.add_rest(header, len(header), sent, None)
@@ -145,7 +157,7 @@ class Sender(Connection):
         """Send until the kernel takes no more, nothing is left, or a burst is out."""
         stats = self.stats
         outbox = self._outbox
-        budget = BURST
+        budget = self.burst
         while budget > 0 and outbox.pending:
             self._tx_busy = True
             self._tx_touching = get_ident()

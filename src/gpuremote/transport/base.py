@@ -16,13 +16,17 @@ import abc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from gpuremote._types import BytesLike
 from gpuremote.errors import InvalidBuffer
 from gpuremote.memory.device import DeviceMemory, DeviceTarget
 
-__all__ = ["Connection", "Incoming", "Region", "Target", "TransportStats"]
+__all__ = ["LONG_BURST", "Connection", "Incoming", "Region", "Target", "TransportStats"]
+
+LONG_BURST: Final = 32 << 20
+"""Bytes that one step sends where a thread has little else to do: some milliseconds on a fast way,
+in which other threads of the session wait."""
 
 Target: TypeAlias = memoryview | DeviceTarget
 """Where a region's bytes go."""
@@ -240,6 +244,9 @@ class Connection(abc.ABC):
     time is granted again at once: then the frames of a payload cost more than some ten thousand
     bytes inside a message."""
 
+    burst = 8 << 20
+    """Bytes of payload that one step hands to the kernel at most, if that takes them at once: so a
+    fast peer does not keep the caller in it."""
     roams = False
     """Whether a thread that looks may go to another processor where it shares one with its peer."""
     looks = 0

@@ -51,12 +51,10 @@ from gpuremote.transport._sockets import (
     tune,
 )
 from gpuremote.transport._stream import NOW, Line, Stream
-from gpuremote.transport.base import Incoming, TransportStats
+from gpuremote.transport.base import LONG_BURST, Incoming, TransportStats
 
 __all__ = ["MAX_HEADER", "MAX_REGIONS", "TcpConnection", "join_address", "open_tcp", "pair", "tune"]
 
-LONG_BURST: Final = 64 << 20
-"""The same where a thread has nothing else to do."""
 LOOKS: Final = 1000
 PYTHON_LOOKS: Final = 100
 """Looks, with and without the part in C, that take some 300 µs: as long as a peer needs for a MiB

@@ -1,0 +1,164 @@
+/* Sending: payload of a Stream, from where it lies. Twins: transport._sending._send_one and
+   transport._outgoing._Stream.push. */
+
+#include "native.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+/* A run of bytes that goes out in DATA frames, behind what leads it in. */
+typedef struct {
+    const char *lead; /* what is left of the frames before the payload's */
+    Py_ssize_t lead_left;
+    const char *from; /* the next byte of the payload */
+    Py_ssize_t left;  /* of the payload */
+    Py_ssize_t chunk; /* of that, in the DATA frame under way */
+    Py_ssize_t head;  /* bytes that are left of that frame's head */
+    unsigned short channel;
+    /* Counted: */
+    Py_ssize_t bytes, payload, calls;
+} Run;
+
+/* One call. 1: the kernel took all that it was given; 0: it takes no more; -1: error. */
+static int send_some(Stream *s, Run *run, Py_ssize_t size)
+{
+    if (!run->chunk) {
+        run->chunk = run->left < size ? run->left : size;
+        run->head = FRAME;
+    }
+    char frame[FRAME] = {0};
+    uint32_t length = (uint32_t)run->chunk; /* of all of it, as long as any of the head is left */
+    memcpy(frame, &length, 4);
+    frame[4] = DATA;
+    memcpy(frame + 6, &run->channel, 2);
+    struct iovec parts[3] = {{(char *)run->lead, (size_t)run->lead_left},
+                             {frame + FRAME - run->head, (size_t)run->head},
+                             {(char *)run->from, (size_t)run->chunk}};
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 3};
+    Py_ssize_t count, given = run->lead_left + run->head + run->chunk;
+    int reason;
+    do {
+        Py_BEGIN_ALLOW_THREADS;
+        count = sendmsg(s->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        reason = errno;
+        Py_END_ALLOW_THREADS;
+        run->calls++;
+        if (PyErr_CheckSignals() < 0)
+            return -1; /* the connection is given up */
+    } while (count < 0 && reason == EINTR);
+    if (count < 0) {
+        if (reason != EAGAIN && reason != EWOULDBLOCK) {
+            errno = reason;
+            PyErr_SetFromErrno(PyExc_OSError);
+            return -1;
+        }
+        if (run->head == FRAME)
+            run->head = run->chunk = 0; /* nothing of it is out: other messages may come first */
+        return 0;
+    }
+    run->bytes += count;
+    int whole = count == given;
+    Py_ssize_t of_lead = count < run->lead_left ? count : run->lead_left;
+    run->lead += of_lead, run->lead_left -= of_lead, count -= of_lead;
+    Py_ssize_t of_head = count < run->head ? count : run->head;
+    run->head -= of_head, count -= of_head;
+    run->chunk -= count, run->from += count, run->left -= count, run->payload += count;
+    return whole;
+}
+
+/* Send in frames of ``size`` bytes until ``burst`` bytes are out, or the kernel takes no more, nor
+   does so soon: a peer on this machine makes room within microseconds, and to come back takes the
+   interpreter tens of them. Whether the kernel may take more; -1: error. */
+static int send_run(Stream *s, Run *run, Py_ssize_t size, Py_ssize_t burst)
+{
+    int more = 1, looks = s->gap_looks > 0;
+    while (run->left > 0 && run->bytes < burst && !s->closed) {
+        more = send_some(s, run, size);
+        if (more < 0)
+            return -1;
+        if (more)
+            continue;
+        if (!looks)
+            break;
+        Py_BEGIN_ALLOW_THREADS;
+        looks = looking_look(s, POLLOUT, s->gap_looks, &s->closed);
+        Py_END_ALLOW_THREADS;
+        if (PyErr_CheckSignals() < 0)
+            return -1;
+        if (!looks)
+            break;
+        more = 1;
+    }
+    return more;
+}
+
+static int is_flat(const Py_buffer *view)
+{
+    return PyBuffer_IsContiguous(view, 'C');
+}
+
+/* _push(view, offset, head, chunk, left, channel, size, burst): send of ``view`` from ``offset`` on
+   in DATA frames of ``size`` bytes on ``channel``. Of the frame under way ``head`` bytes of its head
+   and ``chunk`` bytes are left, of the payload ``left``. Gives the bytes that went out of the payload
+   and in all, the new ``head`` and ``chunk``, the calls, and whether the kernel may take more. */
+PyObject *sending_push(PyObject *self, PyObject *args)
+{
+    PyObject *view;
+    Py_ssize_t offset, size, burst;
+    Run run = {0};
+    if (!PyArg_ParseTuple(args, "O!nnnnHnn", &PyMemoryView_Type, &view, &offset, &run.head,
+                          &run.chunk, &run.left, &run.channel, &size, &burst))
+        return NULL;
+    Py_buffer *from = PyMemoryView_GET_BUFFER(view);
+    if (!is_flat(from) || offset < 0 || run.left < 0 || offset + run.left > from->len
+        || run.chunk < 0 || run.chunk > run.left || run.head < 0 || run.head > FRAME || size <= 0
+        || size > MAX_CHUNK) {
+        PyErr_SetString(PyExc_ValueError, "_push: not what its caller promises");
+        return NULL;
+    }
+    run.from = (char *)from->buf + offset;
+    int more = send_run((Stream *)self, &run, size, burst);
+    if (more < 0)
+        return NULL;
+    return Py_BuildValue("nnnnnO", run.payload, run.bytes, run.head, run.chunk, run.calls,
+                         more ? Py_True : Py_False);
+}
+
+/* _send_payload(header, view, size, burst): send a message with one region, on channel 0 and behind
+   nothing else. Gives the bytes that went out in all and of the payload, and the calls. */
+PyObject *sending_payload(PyObject *self, PyObject *args)
+{
+    PyObject *view;
+    Py_buffer header;
+    Py_ssize_t size, burst;
+    if (!PyArg_ParseTuple(args, "y*O!nn", &header, &PyMemoryView_Type, &view, &size, &burst))
+        return NULL;
+    PyObject *answer = NULL;
+    Py_buffer *from = PyMemoryView_GET_BUFFER(view);
+    const Py_ssize_t fixed = FRAME + 2 + 8;
+    char *lead = PyMem_Malloc((size_t)(fixed + header.len));
+    if (lead == NULL)
+        PyErr_NoMemory();
+    else if (!is_flat(from) || from->len <= 0 || size <= 0 || size > MAX_CHUNK)
+        PyErr_SetString(PyExc_ValueError, "_send_payload: not what its caller promises");
+    else {
+        uint32_t length = (uint32_t)(fixed - FRAME + header.len);
+        uint16_t count = 1;
+        uint64_t bytes = (uint64_t)from->len;
+        memset(lead, 0, FRAME);
+        memcpy(lead, &length, 4);
+        lead[4] = OPEN;
+        memcpy(lead + FRAME, &count, 2);
+        memcpy(lead + FRAME + 2, &bytes, 8);
+        memcpy(lead + fixed, header.buf, (size_t)header.len);
+        Run run = {.lead = lead, .lead_left = fixed + header.len, .from = from->buf,
+                   .left = from->len};
+        if (send_run((Stream *)self, &run, size, burst) >= 0)
+            answer = Py_BuildValue("nnn", run.bytes, run.payload, run.calls);
+    }
+    PyMem_Free(lead);
+    PyBuffer_Release(&header);
+    return answer;
+}
