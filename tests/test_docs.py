@@ -20,7 +20,7 @@ from gpuremote.cli import serve
 from gpuremote.client import core, issuing, known, link, uploading
 from gpuremote.config import DEFAULT_PORT, Settings, Target, parse_url
 from gpuremote.errors import GpuRemoteError, InvalidURL
-from gpuremote.memory import staging
+from gpuremote.memory import shared, staging
 from gpuremote.ops.meta import DTYPES
 from gpuremote.ops.operands import WEAK
 from gpuremote.ops.plan import PlanCaps
@@ -29,8 +29,11 @@ from gpuremote.transport import (
     _framing,
     _looking,
     _outgoing,
+    _sending,
     _sockets,
+    base,
     congestion,
+    shm,
     tcp,
     tls,
 )
@@ -378,6 +381,14 @@ SENTENCES = [
     ("security", f"after {tls.KEY_BYTES >> 30} GiB that one end has sent"),
     ("protocol", f"nobody comes for is ended after {daemon.UNCLAIMED:.0f} s"),
     ("transports", f"At most {tls.AHEAD // KIB} KiB are encrypted before"),
+    ("transports", f"that nobody has used for {shared.KEPT:.0f} s"),
+    ("transports", f"eight arrays or {uploading.STAGED_BYTES // MIB} MiB"),
+    ("transports", f"A result of {shm.LEAST_LED // KIB} KiB or more is announced"),
+    ("transports", f"After {shm.PATIENCE // 1000} µs without news"),
+    ("transports", f"say how much is there, every {shm.CHUNK // MIB} MiB"),
+    ("transports", f"{shm.MAX_STAGED // MIB} MiB that would have to be copied there first"),
+    ("transports", f"for up to {base.LONG_BURST // MIB} MiB, if the kernel takes them at once"),
+    ("transports", f"in an event loop {_sending.BURST // MIB}"),
     ("transports", f"chunks of {_outgoing.CHUNK // MIB} MiB"),
     ("transports", f"up to {tcp.IDLE // KIB} KiB"),
     ("transports", f"same slot of {rdma_control.SLOT // KIB} KiB"),

@@ -218,6 +218,52 @@ def test_copies_of_several_threads_at_a_time(fast: bool) -> None:
     assert not failed
 
 
+@pytest.mark.skipif(native is None, reason=f"_native: {NATIVE}")
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("size", [1, 4096, (128 << 10) + 1, (3 << 20) + 77])
+def test_one_that_follows_gets_what_the_other_leads(size: int, large: bool) -> None:
+    source = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    between, target = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
+    counter = memoryview(bytearray(4))
+    patience = 10_000_000_000
+    got: list[int] = []
+
+    def follow() -> None:
+        got.append(native.follow(target.data, between.data, counter, 5, patience, large))
+
+    for _ in range(5):
+        counter[:] = bytes(4)
+        target[:] = between[:] = 0
+        follower = threading.Thread(target=follow)
+        follower.start()
+        native.lead(between.data, source.data, counter, 5, large)
+        follower.join()
+        assert got.pop() == size
+        assert np.array_equal(target, source)
+        assert int.from_bytes(counter, "little") == size + 5
+
+
+@pytest.mark.skipif(native is None, reason=f"_native: {NATIVE}")
+def test_following_ends_where_nothing_comes() -> None:
+    source, target = np.arange(100, dtype=np.uint8), np.zeros(100, np.uint8)
+    counter = memoryview(bytearray(4))
+    assert native.follow(target.data, source.data, counter, 0, 0, False) == 0
+    counter[0] = 60
+    assert native.follow(target.data, source.data, counter, 20, 1_000_000, False) == 40
+    assert np.array_equal(target[:40], source[:40])
+    assert not target[40:].any()
+    assert native.follow(target.data, source.data, counter, 61, 0, False) == 0
+    counter[:] = b"\xff" * 4  # more than there can be
+    assert native.follow(target.data, source.data, counter, 0, 0, False) == 100
+    for wrong in (source.data[:99], source.data):
+        with pytest.raises((ValueError, TypeError)):
+            native.follow(target.data, wrong, counter[:3], 0, 0, False)
+    with pytest.raises(ValueError, match="99"):
+        native.lead(target.data, source.data[:99], counter, 0, False)
+    with pytest.raises((ValueError, BufferError)):
+        native.lead(target.data, source.data, counter.toreadonly(), 0, False)
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
 @pytest.mark.parametrize("fast", BOTH_WAYS)
 def test_a_large_copy_on_one_processor(fast: bool) -> None:

@@ -20,7 +20,7 @@ from gpuremote.memory import shared
 from gpuremote.memory.shared import Arena, Loans, Place, SegmentInfo
 from gpuremote.testing.driving import Ends, place
 from gpuremote.transport import shm
-from gpuremote.transport.base import Region
+from gpuremote.transport.base import Incoming, Region
 from gpuremote.transport.setup import Setup, upgrade
 from gpuremote.transport.shm import ShmConnection
 from gpuremote.transport.shm_setup import Shm
@@ -500,9 +500,12 @@ def test_a_killed_owner_leaves_nothing_but_the_loan() -> None:
     their_side.close()
     connection = ShmConnection(ours, our_side, blocking=True)
     try:
-        incoming = Ends(connection).receive(connection)
+        ends = Ends(connection)
+        complete: list[Incoming] = []
+        incoming = ends.receive(connection)
         (adopted,) = incoming.adopt() or [memoryview(b"")]
-        incoming.into([adopted])
+        incoming.into([adopted], complete.append)
+        ends.until(lambda: complete)
     finally:
         child.kill()
         child.wait()

@@ -19,19 +19,20 @@ import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from gpuremote import _clock
+from gpuremote._speed import native
 from gpuremote.errors import ProtocolError
 
 __all__ = ["Arena", "Loans", "Place", "SegmentInfo", "probe"]
 
 PAGE: Final = mmap.PAGESIZE
 MAX_BLOCKS: Final = 512
-"""Blocks of a segment: their counters fill its first page at most."""
+"""Blocks of a segment: their counters, two each, fill its first page at most."""
 MAX_SEGMENTS: Final = 4096
 """Segments of one owner."""
 MAX_BLOCK: Final = 1 << 40
@@ -150,8 +151,14 @@ class _Mapping:
             _libc.madvise(address, nbytes, _POPULATE)
 
     def counters(self, count: int) -> memoryview:
-        """The first page, as u32; only as long as somebody refers to this mapping."""
+        """How often each block came back (u32), from the beginning of the first page; only as long
+        as somebody refers to this mapping."""
         return self._content[: 4 * count].data.cast("I")
+
+    def written(self, index: int) -> memoryview:
+        """A counter (u32) of the second half of that page: how much of a block its owner has
+        written, while it does."""
+        return self.look(PAGE // 2 + 4 * index, 4)
 
     def look(self, offset: int, nbytes: int) -> memoryview:
         """Bytes that keep the mapping."""
@@ -179,10 +186,15 @@ class _Memory(np.ndarray[Any, Any]):
             gone()
 
 
-def address_of(view: memoryview) -> int:
+def _python_address(view: memoryview, /) -> int:
     """Address of the first byte of a flat view that is not empty."""
     address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
     return address
+
+
+address_of = _python_address
+if not TYPE_CHECKING and native is not None:
+    address_of = native.address
 
 
 class _Segment:
@@ -258,6 +270,11 @@ class Arena:
 
     def allocate(self, nbytes: int) -> memoryview | None:
         """A block of ``nbytes`` (at least 1), or None if there is no room."""
+        found = self.take(nbytes)
+        return found and found[0]
+
+    def take(self, nbytes: int) -> tuple[memoryview, Place] | None:
+        """The same, and where it is."""
         if self._closed or not 0 < nbytes <= MAX_BLOCK:
             return None
         self.collect()
@@ -279,12 +296,13 @@ class Arena:
                 lent.rotate(1)  # each in its turn
         return False
 
-    def _take(self, segment: _Segment, index: int, nbytes: int) -> memoryview:
+    def _take(self, segment: _Segment, index: int, nbytes: int) -> tuple[memoryview, Place]:
         segment.used[index] = nbytes
         segment.given[index] = False
         gone, block = self._gone, (segment, index)
         offset = PAGE + index * segment.info.block
-        return segment.mapping.memory(offset, nbytes, lambda: gone.append(block))
+        view = segment.mapping.memory(offset, nbytes, lambda: gone.append(block))
+        return view, Place(segment.info.ident, index, 0, nbytes)
 
     def _grow(self, size: int) -> _Segment | None:
         count = min(MAX_BLOCKS, max(1, SLAB // size))
@@ -340,6 +358,10 @@ class Arena:
             raise ProtocolError(f"the other end does not have {place}")
         offset = PAGE + place.block * segment.info.block + place.offset
         return segment.mapping.look(offset, place.nbytes)
+
+    def written(self, place: Place) -> memoryview:
+        """Where the other process sees how much of a block there is."""
+        return self._segments[place.segment].mapping.written(place.block)
 
     def times(self, place: Place) -> int:
         """How often the block of a place that the other process has was lent: while that stays, it
@@ -517,6 +539,10 @@ class Loans:
         if segment is None or not _fits(place, segment.info):
             raise ProtocolError(f"no memory was passed for {place}")
         return segment.view(place)
+
+    def written(self, place: Place) -> memoryview:
+        """Where its owner says how much of a block it has written, for a place that has a view."""
+        return self._segments[place.segment].mapping.written(place.block)
 
     def drop(self, ident: int) -> None:
         """The owner no longer uses a segment."""

@@ -126,7 +126,7 @@ static void copy_past_caches(char *to, const char *from, size_t size)
     memcpy(to, from, size);
 }
 
-static void copy_one_way(char *to, const char *from, size_t size, int way)
+void copy_one_way(char *to, const char *from, size_t size, int way)
 {
     if (way)
         copy_past_caches(to, from, size);
@@ -286,4 +286,15 @@ PyObject *copy_bytes(PyObject *module, PyObject *const *args, Py_ssize_t count)
     if (failed)
         return NULL;
     Py_RETURN_NONE;
+}
+
+/* address(view): of the first byte of a flat view. */
+PyObject *copy_address(PyObject *module, PyObject *view)
+{
+    Py_buffer buffer;
+    if (PyObject_GetBuffer(view, &buffer, PyBUF_SIMPLE) < 0)
+        return NULL;
+    PyObject *address = PyLong_FromVoidPtr(buffer.buf);
+    PyBuffer_Release(&buffer);
+    return address;
 }

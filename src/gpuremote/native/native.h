@@ -218,8 +218,16 @@ PyObject *calls_take(PyObject *module, PyObject *const *args, Py_ssize_t count);
 /* gather, see runs.c. */
 PyObject *runs_gather(PyObject *module, PyObject *const *args, Py_ssize_t count);
 
+/* Copy as the C library does, or past the caches. */
+void copy_one_way(char *to, const char *from, size_t size, int past_caches);
+
+/* lead and follow, see follow.c. */
+PyObject *follow_lead(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *follow_follow(PyObject *module, PyObject *const *args, Py_ssize_t count);
+
 /* copy, see copy.c. */
 PyObject *copy_bytes(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *copy_address(PyObject *module, PyObject *view);
 
 /* Call a method with the given arguments (NULL at their end), whose result does not matter. */
 int tell(PyObject *object, PyObject *name, ...);

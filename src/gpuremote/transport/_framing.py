@@ -37,6 +37,7 @@ __all__ = [
 
 FRAME: Final = struct.Struct("<IBBH")
 COUNT: Final = struct.Struct("<H")
+ONE_SIZE: Final = struct.Struct("<HQ")
 
 MESSAGE: Final = 1
 OPEN: Final = 2
@@ -72,6 +73,8 @@ def check_frame(length: int, kind: int, flags: int, channel: int) -> None:
 
 def encode_sizes(sizes: list[int]) -> bytes:
     """The first part of the body of an OPEN frame."""
+    if len(sizes) == 1:
+        return ONE_SIZE.pack(1, sizes[0])
     return struct.pack(f"<H{len(sizes)}Q", len(sizes), *sizes)
 
 
@@ -84,6 +87,11 @@ def decode_sizes(body: memoryview) -> tuple[tuple[int, ...], int]:
     """
     if len(body) < COUNT.size:
         raise ProtocolError(f"the opening of a payload has {len(body)} bytes")
+    if len(body) >= ONE_SIZE.size and body[0] == 1 and not body[1]:
+        size = ONE_SIZE.unpack_from(body)[1]
+        if size > MAX_SIZE:
+            raise LimitExceeded(f"a region of {size} bytes")
+        return (size,), ONE_SIZE.size
     (count,) = COUNT.unpack_from(body)
     begin = COUNT.size + 8 * count
     if not count or len(body) < begin:

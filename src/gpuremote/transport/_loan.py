@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from threading import Lock
 
+from gpuremote._speed import native
 from gpuremote.errors import InternalError, InvalidBuffer
 from gpuremote.memory.device import DeviceTarget
 from gpuremote.memory.host import copy_bytes
@@ -12,6 +13,8 @@ from gpuremote.transport.base import Incoming, Target, flat_view
 
 __all__ = ["SharedPayload"]
 
+LARGE = 32 << 20
+"""Bytes of a payload from which on it does not stay in caches while it is copied."""
 AT_ONCE = 16 << 20
 """Bytes that ``into`` copies itself, so that most payloads are in place when it returns."""
 
@@ -31,14 +34,19 @@ class SharedPayload(Incoming):
         Returns when no other thread is writing to the buffers.
     counts : dict of str to int
         Where bytes that are copied are added to ``copied_out``.
+    counter : memoryview or None
+        Where the sender writes how much is there, for a payload of one region.
+    patience : int
+        Nanoseconds without news from there that :meth:`copy` waits for.
     lent : sequence
         ``Connection.lent`` takes them: where regions lie that are this end's own memory. Then all
         of it may be copied and not kept.
 
     Attributes
     ----------
-    total, there : int
-        Bytes in all, and of those the ones that the sender has put in place.
+    total, said, there : int
+        Bytes in all, of those the ones of which the sender has said that they are there, and the
+        ones of which this end knows it.
     undecided : bool
         Whether ``into`` or ``discard`` has yet to be called.
     """
@@ -46,16 +54,20 @@ class SharedPayload(Incoming):
     __slots__ = (
         "_adopted",
         "_behind",
+        "_counter",
         "_counts",
         "_done",
+        "_eager",
         "_lent",
         "_lock",
         "_pairs",
+        "_patience",
         "_untouched",
         "_views",
         "header",
         "lent_from",
         "received",
+        "said",
         "sizes",
         "there",
         "total",
@@ -71,11 +83,16 @@ class SharedPayload(Incoming):
         untouched: Callable[[], None],
         counts: dict[str, int],
         lent: Sequence[object] = (),
+        counter: memoryview | None = None,
+        patience: int = 0,
     ) -> None:
         self.header = header
         self.sizes = sizes
         self.total = sum(sizes)
-        self.there = 0
+        self.there = self.said = 0
+        self._counter = counter
+        self._patience = patience
+        self._eager = counter is not None  # more may be there than is known
         self.received = 0
         self.undecided = True
         self._views: list[memoryview] | None = views
@@ -162,19 +179,26 @@ class SharedPayload(Incoming):
 
     @property
     def behind(self) -> bool:
-        """Whether something is there that is to be copied."""
-        return self._pairs is not None and self.received < self.there
+        """Whether something is there, or may be, that is to be copied."""
+        return (
+            self._pairs is not None
+            and self.received < self.total
+            and (self.received < self.there or self._eager)
+        )
 
     def filled(self, there: int) -> bool:
-        """The sender has put ``there`` bytes in place; whether there is something to be copied."""
+        """The sender says that ``there`` bytes are in place; whether there is something to be
+        copied."""
         with self._lock:
-            self.there = there
+            self.said = there
+            self.there = max(self.there, there)
+            self._eager = self._counter is not None
             if self._pairs is None and not self.undecided:
                 self.received = there
         return self.behind
 
     def copy(self, limit: int) -> None:
-        """Copy about ``limit`` bytes of those that are there."""
+        """Copy about ``limit`` bytes of those that are there, or come meanwhile."""
         copied = 0
         while self.behind and copied < limit:
             with self._lock:
@@ -182,18 +206,32 @@ class SharedPayload(Incoming):
                 if not pairs:
                     break
                 target, source = pairs[-1]
-            size = min(target.nbytes, self.there - self.received, limit - copied)
-            copy_bytes(target[:size], source[:size])
-            copied += size
-            self._counts["copied_out"] += size
+            size = count = min(target.nbytes, limit - copied, self.there - self.received)
+            if size > 0:
+                copy_bytes(target[:size], source[:size])
+            else:
+                size = min(target.nbytes, limit - copied)
+                count = self._follow(target[:size], source[:size])
+            copied += count
+            self._counts["copied_out"] += count
             with self._lock:
                 if self._pairs is not pairs:
                     break  # discarded meanwhile
-                self.received += size
-                if size < target.nbytes:
-                    pairs[-1] = target[size:], source[size:]
+                self.received += count
+                self.there = max(self.there, self.received)
+                if count < target.nbytes:
+                    pairs[-1] = target[count:], source[count:]
                 else:
                     pairs.pop()
+
+    def _follow(self, target: memoryview, source: memoryview) -> int:
+        """Copy what the sender has written by now, and what it writes meanwhile: so many bytes."""
+        large = self.total >= LARGE
+        count: int = native.follow(
+            target, source, self._counter, self.received, self._patience, large
+        )
+        self._eager = count == len(target)
+        return count
 
     def release(self) -> None:
         """Let go of the buffers and the callback."""

@@ -203,6 +203,11 @@ class Outbox:
         self._begun = _Piece(parts, _PREFIX + size - sent, done=done)
         self.pending = True
 
+    def add_begun_frame(self, rest: memoryview) -> None:
+        """Queue, behind nothing, what is left of a frame."""
+        self._begun = _Piece([rest], len(rest))
+        self.pending = True
+
     def add_message(self, header: BytesLike, size: int, done: Done | None) -> None:
         """Queue a message without regions."""
         self.pending = True

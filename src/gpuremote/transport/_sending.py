@@ -132,6 +132,28 @@ class Sender(Connection):
             sent = 0
         return sent, max(0, view.nbytes - (total - sent))
 
+    def _send_frame(self, frame: bytes) -> None:
+        """Send a frame behind nothing else: what the kernel does not take of it is queued."""
+        self._tx_busy = True
+        try:
+            if self._closed:
+                raise self._gone()
+            try:
+                sent = self._line.send(frame, NOW)
+            except BlockingIOError:
+                sent = 0
+            if sent < len(frame):
+                self._outbox.add_begun_frame(memoryview(frame)[sent:])
+                self._pending = True
+        except BaseException as error:
+            raise self._broken(error) from None
+        finally:
+            self._tx_busy = False
+            if self._closed:
+                self._release()
+        self.stats.sends += 1
+        self.stats.bytes_sent += sent
+
     def _left(self, header: BytesLike, sent: int) -> None:
         self._outbox.add_rest(header, len(header), sent, None)
         self._pending = True

@@ -8,7 +8,9 @@
     kind DROPPED  body = segment u32, which the sender no longer uses
 
 The top bit of a place's segment (``YOURS``) says that the memory is the receiver's own, which it
-gave away before. That payload is only lent, and there is nothing to give back.
+gave away before. That payload is only lent, and there is nothing to give back. The next bit
+(``LED``), of a payload of one region, says that the sender writes how much is there into a counter
+as well, in the first page of the segment. A receiver that looks there copies right behind it.
 
 These frames come among those of ``transport.tcp`` (a payload for which there is no room in
 shared memory goes through the socket as there). A place of an empty region is all zeros. New
@@ -33,9 +35,11 @@ from typing import Final, NamedTuple
 
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost, ProtocolError
-from gpuremote.memory.host import copy_bytes, host_memory
+from gpuremote.memory.host import host_memory
 from gpuremote.memory.shared import Arena, Loans, Place, SegmentInfo
+from gpuremote.transport._filling import Fill, Pair
 from gpuremote.transport._framing import (
+    FRAME,
     MAX_OPEN,
     MAX_REGIONS,
     check_frame,
@@ -56,15 +60,23 @@ DROPPED: Final = 18
 
 CHUNK: Final = 4 << 20
 """Bytes that are copied before the receiver is told of them, so that both copy at a time."""
+LEAST_LED: Final = 256 << 10
+"""Bytes of a payload of one region from which on the receiver is told of it before it is copied."""
+PATIENCE: Final = 200_000
+"""Nanoseconds without news from the sender after which the receiver waits for a frame."""
 MAX_STAGED: Final = 64 << 20
 """Bytes of a payload that are copied into shared memory. Of a larger one a second copy would have
 to be there as a whole, so it goes through the socket."""
 YOURS: Final = 1 << 31
+LED: Final = 1 << 30
 ALIGNMENT: Final = 64
 SHARE: Final = 0.5
 """Part of this machine's memory that the segments of one connection may take."""
 _PLACE: Final = struct.Struct("<IIQ")
 _NUMBER: Final = struct.Struct("<Q")
+_ONE: Final = struct.Struct("<IBBHHQIIQQ")
+"""A SHARED frame with one region, up to its header."""
+_NOTHING: Final = bytes(4)
 _SEGMENT: Final = struct.Struct("<IQI")
 _DROPPED: Final = struct.Struct("<I")
 _LONGEST: Final = {
@@ -82,43 +94,8 @@ class _Lent(NamedTuple):
     times: int
 
 
-class _Fill:
-    """A payload that is being copied into its block."""
-
-    __slots__ = ("channel", "done", "filled", "pairs", "said")
-
-    def __init__(
-        self,
-        channel: int,
-        pairs: deque[tuple[memoryview | None, memoryview]],
-        done: Callable[[], None] | None,
-    ) -> None:
-        self.channel = channel
-        self.pairs = pairs  # to where (None: it lies there already), from where
-        self.done = done
-        self.filled = 0
-        self.said = 0
-
-    def copy(self, limit: int) -> int:
-        """Copy about ``limit`` bytes more; the number of those copied."""
-        copied = 0
-        while self.pairs:
-            there, here = self.pairs[0]
-            if there is None:
-                self.filled += here.nbytes
-                self.pairs.popleft()
-                continue
-            if copied >= limit:
-                break
-            size = min(here.nbytes, limit - copied)
-            copy_bytes(there[:size], here[:size])
-            copied += size
-            self.filled += size
-            if size == here.nbytes:
-                self.pairs.popleft()
-            else:
-                self.pairs[0] = there[size:], here[size:]
-        return copied
+def _frame(kind: int, channel: int, body: bytes) -> bytes:
+    return FRAME.pack(len(body), kind, 0, channel) + body
 
 
 class ShmConnection(TcpConnection):
@@ -148,7 +125,7 @@ class ShmConnection(TcpConnection):
         most = int(SHARE * host_memory())
         self._arena = Arena(min(limit, most) if limit else most, self._pass, self._drop)
         self._loans = Loans()
-        self._fills: deque[_Fill] = deque()
+        self._fills: deque[Fill] = deque()
         self._filling: dict[int, SharedPayload] = {}  # not there completely yet
         self._copying: deque[SharedPayload] = deque()  # there, but not in place yet
         self._next_channel = 0
@@ -262,6 +239,15 @@ class ShmConnection(TcpConnection):
         if not total or self._closed or self._tx_failure is not None:
             super()._send(header, regions, done)
             return
+        if (
+            len(regions) == 1
+            and LEAST_LED <= total <= MAX_STAGED
+            and done is None
+            and self._in_c
+            and not (self._pending or self._calling)
+            and self._lead(header, regions[0])
+        ):
+            return
         waiting = self._pending  # before room is made, which may queue DROPPED frames
         outer = self._hold()
         try:
@@ -276,9 +262,8 @@ class ShmConnection(TcpConnection):
             super()._send(header, regions, done)
             return
         places, pairs = placed
-        channel = self._next_channel
-        self._next_channel = (channel + 1) & 0xFFFF
-        fill = _Fill(channel, pairs, done)
+        channel = self._new_channel()
+        fill = Fill(channel, pairs, done)
         self._copy_in(fill, 0 if self._fills else CHUNK)
         body = encode_sizes([region.nbytes for region in regions]) + b"".join(places)
         head = body + _NUMBER.pack(fill.filled)
@@ -292,9 +277,46 @@ class ShmConnection(TcpConnection):
         if not waiting and not self._calling:
             self._pump()
 
-    def _place(
-        self, regions: Sequence[Region]
-    ) -> tuple[list[bytes], deque[tuple[memoryview | None, memoryview]]] | None:
+    def _new_channel(self) -> int:
+        channel = self._next_channel
+        self._next_channel = (channel + 1) & 0xFFFF
+        return channel
+
+    def _lead(self, header: BytesLike, region: Region) -> bool:
+        """Send a message with one region behind nothing else, and copy while the receiver does, if
+        there is anything to be copied and room for it."""
+        arena, view = self._arena, region.view
+        nbytes = view.nbytes
+        outer = self._hold()
+        try:
+            if self._closed:
+                raise self._gone()
+            if arena.find(view) is not None or (region.steady and self._loans.find(view)):
+                return False
+            taken = arena.take(nbytes)
+            if taken is None:
+                return False
+            block, place = taken
+            arena.lend(place, given=False)
+            counter = arena.written(place)
+        finally:
+            self._let_go(outer)
+        counter[:] = _NOTHING
+        channel = self._new_channel()
+        fill = Fill(channel, deque([(block, view)]), None, counter)
+        length = _ONE.size - FRAME.size + len(header)
+        where = place.segment | LED, place.block, place.offset
+        head = _ONE.pack(length, SHARED, 0, channel, 1, nbytes, *where, 0)
+        self._fills.append(fill)
+        self.stats.messages_sent += 1
+        if self._pending:  # a segment that is no longer used
+            self._outbox.add_frame(SHARED, channel, [head[FRAME.size :], header])
+        else:
+            self._send_frame(head + header)
+        self._pump()
+        return True
+
+    def _place(self, regions: Sequence[Region]) -> tuple[list[bytes], deque[Pair]] | None:
         """Where each region goes in shared memory, and what is to be copied there; None if there
         is no room."""
         arena = self._arena
@@ -315,12 +337,12 @@ class ShmConnection(TcpConnection):
         block: memoryview | None = None
         origin: Place | None = None
         if room:
-            block = arena.allocate(room)
-            if block is None:
+            taken = arena.take(room)
+            if taken is None:
                 return None
-            origin = arena.find(block)
+            block, origin = taken
         places: list[bytes] = []
-        pairs: deque[tuple[memoryview | None, memoryview]] = deque()
+        pairs: deque[Pair] = deque()
         used = 0
         for region, place in zip(regions, found, strict=True):
             if not region.nbytes:
@@ -340,7 +362,7 @@ class ShmConnection(TcpConnection):
             pairs.append((there, region.view))
         return places, pairs
 
-    def _copy_in(self, fill: _Fill, limit: int) -> int:
+    def _copy_in(self, fill: Fill, limit: int) -> int:
         self._tx_touching, before = get_ident(), self._tx_touching
         try:
             copied = fill.copy(limit)
@@ -354,7 +376,7 @@ class ShmConnection(TcpConnection):
 
     def _pump(self) -> bool:
         budget = BURST
-        while super()._pump() and self._fills and budget > 0:
+        while (not self._outbox.pending or super()._pump()) and self._fills and budget > 0:
             fill = self._fills[0]
             self._tx_busy = True
             try:
@@ -371,7 +393,10 @@ class ShmConnection(TcpConnection):
             if not whole:
                 self._fills.append(fill)  # several take turns
             said = _NUMBER.pack(fill.filled)
-            self._outbox.add_frame(FILLED, fill.channel, [said], fill.done if whole else None)
+            if fill.done is None and not self._outbox.pending:
+                self._send_frame(_frame(FILLED, fill.channel, said))
+            else:
+                self._outbox.add_frame(FILLED, fill.channel, [said], fill.done if whole else None)
         self._pending = self._outbox.pending or bool(self._fills)
         return not self._pending
 
@@ -461,20 +486,31 @@ class ShmConnection(TcpConnection):
             raise ProtocolError(f"{filled} bytes are there of a payload of {total}")
         views = []
         lent = []
+        counter = None
         for number, size in enumerate(sizes):
             segment, block, offset = _PLACE.unpack_from(body, at + number * _PLACE.size)
-            place = Place(segment & ~YOURS, block, offset, size)
+            place = Place(segment & ~(YOURS | LED), block, offset, size)
             if not size:
                 views.append(memoryview(bytearray(0)))
             elif segment & YOURS:
                 views.append(self._look(place))
                 lent.append(_Lent(place, self._arena.times(place)))
             else:
-                if segment not in self._loans:
+                if place.segment not in self._loans:
                     self._take_segments()
                 views.append(self._loans.view(place))
+                if segment & LED and self._in_c and len(sizes) == 1:
+                    counter = self._loans.written(place)
         payload = SharedPayload(
-            body[begin:], sizes, views, self._behind, self._wait_untouched, self.stats.extra, lent
+            body[begin:],
+            sizes,
+            views,
+            self._behind,
+            self._wait_untouched,
+            self.stats.extra,
+            lent,
+            counter,
+            PATIENCE if self.looks else 0,
         )
         if filled < total:
             self._filling[channel] = payload
@@ -495,10 +531,10 @@ class ShmConnection(TcpConnection):
 
     def _filled(self, channel: int, count: int) -> None:
         payload = self._filling.get(channel)
-        if payload is None or not payload.there < count <= payload.total:
+        if payload is None or not payload.said < count <= payload.total:
             raise ProtocolError(f"{count} bytes are said to be there on channel {channel}")
-        self.stats.payload_received += count - payload.there
-        self.stats.extra["shared_received"] += count - payload.there
+        self.stats.payload_received += count - payload.said
+        self.stats.extra["shared_received"] += count - payload.said
         if count == payload.total:
             del self._filling[channel]
         if payload.filled(count):
