@@ -131,10 +131,16 @@ def test_over_another_connection(shared: Any) -> None:
     host = np.arange(SIZE)
     array = device.put(host)
     array.get()
-    shared._core.peer.connection.abort()
+    core = shared._core
+    place, _ = core.near_arrays[array._id]
+    core.peer.connection.abort()
     before = asked(shared)
     assert np.array_equal(array.get(), host)
     assert asked(shared) == before + 1
+    others = [device.put(np.full(SIZE, k)) for k in range(20)]
+    assert [int(other.get()[0]) for other in others] == list(range(20))
+    core.note_near(array._id, place, core.writes)  # by a thread that was slow
+    assert np.array_equal(array.get(), host)
     array += 1
     assert np.array_equal(array.get(), host + 1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import struct
 import threading
@@ -116,7 +117,7 @@ class Core(Uploader):
         self.peer.waits = self._waits
         self._failures: dict[int, GpuRemoteError] = {}
         self._more_failures = 0
-        self.near_arrays: dict[int, tuple[object, Connection, float]] = {}
+        self.near_arrays: dict[int, tuple[object, float]] = {}
         self._farewell = Wait(0, "close")
         _cores.add(self)
 
@@ -187,22 +188,23 @@ class Core(Uploader):
         """The answer to a GET was that array ``handle`` lies in memory of this process; the GET was
         issued when there had been so many ``writes``."""
         with self.lock:
-            known, connection = self.near_arrays, self.peer.connection
-            if connection is not None:
+            known = self.near_arrays
+            if self.peer.connection is not None:
                 if len(known) >= MAX_NEAR:
                     del known[next(iter(known))]
-                known[handle] = (place, connection, writes)
+                known[handle] = (place, writes)
 
     def near(self, handle: int) -> memoryview | None:
         """The bytes of an array that lies in memory of this process, if no array has been written
         to since that was found out: then nothing that is still to be executed changes them."""
         with self.lock:
-            place, connection, writes = self.near_arrays[handle]
-            if writes == self.writes and connection is self.peer.connection and not self.sync:
+            place, writes = self.near_arrays.get(handle, (None, math.nan))
+            connection = self.peer.connection
+            if writes == self.writes and connection is not None and not self.sync:
                 found = connection.lent(place)
                 if found is not None:
                     return found
-            del self.near_arrays[handle]
+            self.near_arrays.pop(handle, None)
         return None
 
     def cancel(self, wait: Wait) -> None:
@@ -465,6 +467,7 @@ class Core(Uploader):
     def count(self, connection: Connection) -> None:
         """Add a connection's counters to the session's, when the connection ends."""
         _add(self.stats, connection)
+        self.near_arrays.clear()  # of the next one nobody knows yet
 
     def snapshot(self) -> SessionStats:
         """The counters up to now."""

@@ -90,6 +90,7 @@ _LONGEST: Final = {
 class _Lent(NamedTuple):
     """Memory of this end that the other one has, as long as it was not lent again since."""
 
+    arena: Arena
     place: Place
     times: int
 
@@ -159,7 +160,7 @@ class ShmConnection(TcpConnection):
     def lent(self, place: object) -> memoryview | None:
         outer = self._hold()
         try:
-            if isinstance(place, _Lent):
+            if isinstance(place, _Lent) and place.arena is self._arena:
                 view = self._arena.look(place.place)
                 if self._arena.times(place.place) == place.times:
                     return view
@@ -494,7 +495,7 @@ class ShmConnection(TcpConnection):
                 views.append(memoryview(bytearray(0)))
             elif segment & YOURS:
                 views.append(self._look(place))
-                lent.append(_Lent(place, self._arena.times(place)))
+                lent.append(_Lent(self._arena, place, self._arena.times(place)))
             else:
                 if place.segment not in self._loans:
                     self._take_segments()
