@@ -366,9 +366,9 @@ def test_looking_that_does_not_help_is_left_out() -> None:
     else:
         raise AssertionError("it never looks again")
     assert [looks() for _ in range(MISSES)] == (MISSES - 1) * [True] + [False]
-    deaf.pause = 2 * REST  # after such a wait something new may begin
+    deaf.pause = 2 * REST
     assert not looks()
-    assert looks()
+    assert not looks()  # nothing came
 
 
 def test_what_was_left_is_looked_at_once_more() -> None:
@@ -378,9 +378,17 @@ def test_what_was_left_is_looked_at_once_more() -> None:
     for _ in range(MISSES):
         assert looking.due
         looking.looked(False)
-        looking.waited(0.0)
+        looking.waited(0.0, True)
     assert not looking.due
-    looking.waited(0.0)
+    looking.waited(2 * REST, False)  # nothing at all
+    assert not looking.due
+    looking.waited(2 * WITHIN, True)
+    assert not looking.due
+    looking.waited(0.0, True)
+    assert looking.due
+    for _ in range(MISSES):
+        looking.looked(False)
+    looking.waited(2 * REST, True)  # something new begins
     assert looking.due
 
 

@@ -19,6 +19,7 @@ import pytest
 
 import gpuremote
 from benchmarks.contenders.base import RelayProcess
+from gpuremote.client import issuing
 from gpuremote.client.issuing import NEVER, Issuer
 from gpuremote.ops.plan import encode_definition
 from gpuremote.rpc import dial
@@ -118,6 +119,8 @@ def test_a_program_that_goes_other_ways(server: RunningServer, seed: int) -> Non
 
 def test_connections_that_break(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dial, "LONG_WAY", 0.0)  # also for those that come later
+    # A batch that is larger than what a connection lets by never comes through.
+    monkeypatch.setattr(issuing, "FLUSH_BYTES", 4096)
     with (
         CuttingProxy(server.host, server.port) as proxy,
         far(f"gpu://{proxy.host}:{proxy.port}") as session,

@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from gpuremote._speed import native
 from gpuremote.errors import ProtocolError
 from gpuremote.memory import shared
+from gpuremote.memory.host import copy_bytes
 from gpuremote.testing.driving import Ends, place
 from gpuremote.transport import shm
 from gpuremote.transport.base import Incoming, Region
@@ -121,6 +123,7 @@ def test_a_counter_that_lies(led: Led, lie: int) -> None:
     led.count(lie)
     incoming = led.begin()
     assert incoming.received == (MIB if native is not None else 0)
+    assert led.connection.stats.payload_received == incoming.received  # whoever says so
     led.count(0)
     led.say(MIB)
     assert led.target == led.data
@@ -157,5 +160,67 @@ def test_payloads_that_are_led_come_whole(size: int, blocking: bool) -> None:
         assert bytes(ends.receive(there).header) == b"behind"
     assert there.stats.payload_received == here.stats.payload_sent == 4 * size
     assert here.stats.extra["copied_in"] == there.stats.extra["copied_out"] == 4 * size
+    here.abort()
+    there.abort()
+
+
+@pytest.mark.skipif(native is None, reason="only the part in C looks at the counter")
+def test_a_counter_that_crawls(led: Led) -> None:
+    """A sender that is slow for harm's sake keeps the receiver for milliseconds."""
+    over = threading.Event()
+
+    def crawl() -> None:
+        number = 0
+        while not over.is_set():
+            led.count(number := number + 1)
+
+    led.write(MIB)
+    crawling = threading.Thread(target=crawl)
+    crawling.start()
+    try:
+        incoming = led.begin()
+        assert incoming.received < MIB
+    finally:
+        over.set()
+        crawling.join()
+    led.say(MIB)
+    assert led.target == led.data
+
+
+@pytest.mark.parametrize("segment", [0, shm.LED])
+def test_an_interruption_behind_a_copy(
+    led: Led, segment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C before anybody knows what was copied: it is copied again."""
+
+    def interrupted(target: memoryview, source: memoryview) -> None:
+        monkeypatch.setattr(where, copy_bytes)
+        copy_bytes(target, source)
+        raise KeyboardInterrupt
+
+    where = "gpuremote.transport._loan.copy_bytes"
+    incoming = led.begin(segment)
+    led.write(MIB)
+    monkeypatch.setattr(where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        led.say(MIB // 2)
+    assert incoming.received == 0
+
+
+def test_a_sender_without_room_is_not_left_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look for room may drop a segment, which is said first: what follows goes out all the
+    same."""
+    here, there = shm.pair()
+    ends = Ends(here, there)
+    payload = random.Random(0).randbytes(MIB)
+
+    def take(_: int) -> None:
+        here._drop(7)
+
+    monkeypatch.setattr(here._arena, "take", take)
+    here.send(b"header", [Region(payload)])
+    assert here.stats.bytes_sent > 0
+    incoming = ends.receive(there)
+    assert place(ends, incoming) == [payload]
     here.abort()
     there.abort()

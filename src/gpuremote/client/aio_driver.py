@@ -121,7 +121,7 @@ class AsyncDriver:
         self._arm(connection)
 
     def _unwatch(self, connection: Connection) -> None:
-        self.core.count(connection)
+        self.core.part(connection)
         if connection is not self._watched:
             return
         self._loop.remove_reader(self._fd)

@@ -189,14 +189,16 @@ class BlockingDriver:
         connection = peer.connection
         if connection is None or connection.pending_output or leader:
             return
-        me = 0
+        me, before = 0, False
         try:
             me = get_ident()
             if leader.setdefault(0, me) != me:
                 return
             while not wait.done:
                 if not peer.take(connection, SLICE, 0 if peer.arriving else connection.looks):
-                    return
+                    if before or core.sources or core.deferred:
+                        return
+                    before = True  # what came may have been of the message before
         except ConnectionLost as error:
             self._lost(connection, error)
         except ProtocolError as error:

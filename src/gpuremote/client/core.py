@@ -91,7 +91,7 @@ class Core(Uploader):
         dedupe: str = "off",
     ) -> None:
         super().__init__(self, stack_depth, sync)
-        self.peer.on_lost = self.count
+        self.peer.on_lost = self.part
         self.state = SessionState()
         self.peer_name = peer_name
         self.session = b""
@@ -464,10 +464,11 @@ class Core(Uploader):
         """Whether the server has yet to take half of what it allows to be on its way."""
         return self.peer.credit < caps.WINDOW_BYTES // 2
 
-    def count(self, connection: Connection) -> None:
-        """Add a connection's counters to the session's, when the connection ends."""
+    def part(self, connection: Connection) -> None:
+        """A connection ends: its counters are added to the session's, and which arrays lie in
+        memory of this process nobody knows of the next one."""
         _add(self.stats, connection)
-        self.near_arrays.clear()  # of the next one nobody knows yet
+        self.near_arrays.clear()
 
     def snapshot(self) -> SessionStats:
         """The counters up to now."""

@@ -54,8 +54,8 @@ static double best(const Ways *ways, int way)
     return found;
 }
 
-/* Trials come in pairs, as the first one may find caches that the other way has left behind; at
-   first after a few copies, later after more and more of them. */
+/* Trials come in pairs, as the first one may find caches that the other way has left behind (the
+   very first pair is one of each); at first after a few copies, later after more and more of them. */
 static int choose(Ways *ways)
 {
 #ifdef __SSE2__
@@ -189,11 +189,14 @@ static int processors(pthread_attr_t *elsewhere)
 #ifdef __linux__
     cpu_set_t allowed;
     if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
-        int count = CPU_COUNT(&allowed), here = sched_getcpu();
+        int count = CPU_COUNT(&allowed);
+#ifdef __GLIBC__ /* musl has no such attribute */
+        int here = sched_getcpu();
         if (here >= 0 && count > 1) {
             CPU_CLR(here, &allowed);
             pthread_attr_setaffinity_np(elsewhere, sizeof allowed, &allowed);
         }
+#endif
         return count < MOST ? count : MOST;
     }
 #endif

@@ -11,6 +11,9 @@
 #define STEP ((Py_ssize_t)128 << 10)
 /* Looks at the counter between two offers of the processor to others: the writer may need it. */
 #define LOOKS 32
+/* Nanoseconds per byte that a follower stays at most, whatever the counter says: a sender needs a
+   fortieth of that, and one that means harm does not keep the session longer. */
+#define SLOWEST 4
 
 typedef struct {
     Py_buffer to, from, counter;
@@ -70,9 +73,9 @@ PyObject *follow_lead(PyObject *module, PyObject *const *args, Py_ssize_t count)
     Py_RETURN_NONE;
 }
 
-/* follow(target, source, counter, before, patience, large): copy what the other process has written, and
-   what it writes meanwhile, until all is here or nothing more has come for ``patience`` ns. Gives
-   the number of bytes that are here. */
+/* follow(target, source, counter, before, patience, large): copy what the other process has written,
+   and what it writes meanwhile, until all is here, or nothing more has come for ``patience`` ns, or
+   it takes too long. Gives the number of bytes that are here. */
 PyObject *follow_follow(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     Views views;
@@ -92,7 +95,8 @@ PyObject *follow_follow(PyObject *module, PyObject *const *args, Py_ssize_t coun
     const uint32_t *counter = views.counter.buf;
     Py_ssize_t done = 0, size = views.to.len;
     Py_BEGIN_ALLOW_THREADS;
-    long long since = looking_now();
+    const long long begin = looking_now(), end = begin + patience + SLOWEST * (long long)size;
+    long long since = begin;
     for (unsigned looks = 1; done < size; looks++) {
         /* Whatever the other process writes there, no more than all is copied. */
         uint32_t said = __atomic_load_n(counter, __ATOMIC_ACQUIRE);
@@ -105,7 +109,8 @@ PyObject *follow_follow(PyObject *module, PyObject *const *args, Py_ssize_t coun
             since = looking_now();
         }
         else if (looks % LOOKS == 0) {
-            if (looking_now() - since > patience)
+            long long now = looking_now();
+            if (now - since > patience || now > end)
                 break;
             sched_yield();
         }

@@ -74,7 +74,7 @@ void looking_woke(Stream *s)
 #ifdef SO_INCOMING_CPU
     int cpu = -1;
     socklen_t size = sizeof cpu;
-    if (s->roams && !getsockopt(s->fd, SOL_SOCKET, SO_INCOMING_CPU, &cpu, &size) && cpu >= 0
+    if (s->roams && s->same_host && !getsockopt(s->fd, SOL_SOCKET, SO_INCOMING_CPU, &cpu, &size) && cpu >= 0
         && cpu == sched_getcpu())
         step_aside(s);
 #endif

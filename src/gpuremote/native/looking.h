@@ -34,9 +34,9 @@ static inline void looking_looked(Looking *l, int found)
     l->misses = found ? 0 : (char)(l->misses + (l->misses < MISSES));
 }
 
-static inline void looking_waited(Looking *l, long long ns)
+static inline void looking_waited(Looking *l, long long ns, int came)
 {
-    if ((!l->missed && ns < WITHIN_NS) || ns > REST_NS)
+    if ((!l->missed && ns < WITHIN_NS) || (came && ns > REST_NS))
         l->misses = 0;
     l->missed = 0;
 }

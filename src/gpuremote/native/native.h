@@ -67,7 +67,8 @@ typedef struct {
     char hands_off; /* another thread waits until it no longer does */
     long gap_looks; /* see more_soon */
     Looking gaps;
-    char roams;
+    char roams, same_host;
+    Looking room; /* looking whether the kernel takes more */
     long long moved; /* when it last went to another processor */
     long long sends, receives, messages_sent, messages_received, bytes_sent, bytes_received;
 } Stream;
@@ -127,8 +128,8 @@ int stream_look(Stream *stream, long looks);
    many times, or ``over`` (0). */
 int looking_look(Stream *stream, short events, long looks, const char *over);
 
-/* After a sleep: if this thread was woken on the processor of the peer that sent what woke it, go to
-   another one before the two take turns there. */
+/* After a sleep: if this thread was woken on the processor of the peer that sent what woke it (over
+   TCP within a host), go to another one before the two take turns there. */
 void looking_woke(Stream *stream);
 
 /* Whether more of a payload comes while one looks ``gap_looks`` times, without the interpreter's

@@ -73,24 +73,28 @@ static int send_some(Stream *s, Run *run, Py_ssize_t size)
    interpreter tens of them. Whether the kernel may take more; -1: error. */
 static int send_run(Stream *s, Run *run, Py_ssize_t size, Py_ssize_t burst)
 {
-    int more = 1, looks = s->gap_looks > 0;
+    int more = 1;
+    Py_ssize_t before = -1; /* bytes that were out at the latest look */
     while (run->left > 0 && run->bytes < burst && !s->closed) {
         more = send_some(s, run, size);
         if (more < 0)
             return -1;
         if (more)
             continue;
-        if (!looks)
+        if (!s->same_host || s->gap_looks <= 0 || !looking_due(&s->room) || run->bytes == before)
             break;
+        before = run->bytes;
         Py_BEGIN_ALLOW_THREADS;
-        looks = looking_look(s, POLLOUT, s->gap_looks, &s->closed);
+        more = looking_look(s, POLLOUT, s->gap_looks, &s->closed);
         Py_END_ALLOW_THREADS;
+        looking_looked(&s->room, more);
         if (PyErr_CheckSignals() < 0)
             return -1;
-        if (!looks)
+        if (!more)
             break;
-        more = 1;
     }
+    if (more)
+        looking_looked(&s->room, 1); /* it takes as much as it gets: worth a look again */
     return more;
 }
 

@@ -363,7 +363,7 @@ static PyObject *stream_pull(PyObject *self, PyObject *args)
                     Py_BEGIN_ALLOW_THREADS;
                     ready = poll(&watched, 1, (int)(wait * 1000));
                     Py_END_ALLOW_THREADS;
-                    looking_waited(&s->gaps, looking_now() - begin);
+                    looking_waited(&s->gaps, looking_now() - begin, ready > 0);
                 }
                 s->rx_touching = me;
                 if (PyErr_CheckSignals() < 0 || PyErr_Occurred())
@@ -467,6 +467,7 @@ static PyMemberDef stream_members[] = {
     {"_plain", T_BOOL, offsetof(Stream, plain), 0, NULL},
     {"pending_output", T_BOOL, offsetof(Stream, pending), READONLY, NULL},
     {"roams", T_BOOL, offsetof(Stream, roams), 0, NULL},
+    {"_same_host", T_BOOL, offsetof(Stream, same_host), 0, NULL},
     {"_gap_looks", T_LONG, offsetof(Stream, gap_looks), 0, NULL},
     {"_pending", T_BOOL, offsetof(Stream, pending), 0, NULL},
     {"_calling", T_BOOL, offsetof(Stream, calling), 0, NULL},

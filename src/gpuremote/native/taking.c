@@ -240,8 +240,9 @@ PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
             long long begin = waits ? looking_now() : 0;
             found = receive(connection, wait, &total, &incoming);
             if (waits) {
-                looking_waited(&l->looking, looking_now() - begin);
-                if (found != FAILED && found != NOTHING && is_stream(connection))
+                int came = found == MESSAGE || found == OTHER;
+                looking_waited(&l->looking, looking_now() - begin, came);
+                if (came && is_stream(connection))
                     looking_woke((Stream *)connection);
             }
         }

@@ -231,7 +231,7 @@ class PythonLane:
             looking.looked(False)
             begin = _clock.now()
         incoming = connection.receive(wait)
-        looking.waited(_clock.now() - begin)
+        looking.waited(_clock.now() - begin, incoming is not None)
         return incoming
 
     # -- what the peer adds ---------------------------------------------------------------------

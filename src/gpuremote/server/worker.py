@@ -448,8 +448,9 @@ class Worker:
             return
         self._unpark()
         self._welcomed.set()
-        if peer.connection is not None:  # it may have broken again at once
-            self._attached.set()
+        with session.lock:  # as who gives it up again has, and then clears it
+            if peer.connection is not None:
+                self._attached.set()
         self._wake()
 
     def _best_path(self, sock: socket.socket | TlsSocket, request: dict[str, Any]) -> Connection:

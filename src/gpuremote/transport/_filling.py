@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from gpuremote._speed import native
@@ -17,45 +17,68 @@ Pair: TypeAlias = tuple[memoryview | None, memoryview]
 
 
 class Fill:
-    """A payload that is being copied into its block."""
+    """A payload that is being copied into its block.
 
-    __slots__ = ("channel", "counter", "done", "filled", "large", "pairs", "said")
+    Parameters
+    ----------
+    channel : int
+    pairs : sequence of Pair
+    done : callable or None
+        To be called when the receiver has been told of the last byte.
+    counter : memoryview or None
+        Where the receiver sees how much there is.
+
+    Attributes
+    ----------
+    filled, said : int
+        Bytes that are in place, and those of which the receiver was told.
+    """
+
+    __slots__ = ("_counter", "_large", "_pairs", "channel", "done", "filled", "said", "total")
 
     def __init__(
         self,
         channel: int,
-        pairs: deque[Pair],
+        pairs: Sequence[Pair],
         done: Callable[[], None] | None,
         counter: memoryview | None = None,
     ) -> None:
         self.channel = channel
-        self.large = sum(here.nbytes for _, here in pairs) >= LARGE
-        self.counter = counter  # where the receiver sees how far it is
-        self.pairs = pairs
         self.done = done
-        self.filled = 0
-        self.said = 0
+        self.filled = self.said = self.total = 0
+        self._counter = counter
+        # With the byte of the payload that each begins with. How far it is ``filled`` alone says,
+        # as an interruption may come anywhere.
+        self._pairs: deque[tuple[int, memoryview | None, memoryview]] = deque()
+        for there, here in pairs:
+            self._pairs.append((self.total, there, here))
+            self.total += here.nbytes
+        self._large = self.total >= LARGE
+
+    @property
+    def left(self) -> int:
+        """Bytes that are not in place yet."""
+        return self.total - self.filled
 
     def copy(self, limit: int) -> int:
         """Copy about ``limit`` bytes more; the number of those copied."""
         copied = 0
-        while self.pairs:
-            there, here = self.pairs[0]
-            if there is None:
-                self.filled += here.nbytes
-                self.pairs.popleft()
-                continue
-            if copied >= limit:
+        while self._pairs:
+            start, there, here = self._pairs[0]
+            begin = self.filled - start
+            if begin == here.nbytes:
+                self._pairs.popleft()
+            elif there is None:
+                self.filled = start + here.nbytes
+            elif copied < limit:
+                size = min(here.nbytes - begin, limit - copied)
+                to, of = there[begin : begin + size], here[begin : begin + size]
+                if self._counter is not None:
+                    native.lead(to, of, self._counter, self.filled, self._large)
+                else:
+                    copy_bytes(to, of)
+                copied += size
+                self.filled += size
+            else:
                 break
-            size = min(here.nbytes, limit - copied)
-            if self.counter is not None:
-                native.lead(there[:size], here[:size], self.counter, self.filled, self.large)
-            else:
-                copy_bytes(there[:size], here[:size])
-            copied += size
-            self.filled += size
-            if size == here.nbytes:
-                self.pairs.popleft()
-            else:
-                self.pairs[0] = there[size:], here[size:]
         return copied

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from threading import Lock
+from typing import TypeAlias
 
 from gpuremote._speed import native
 from gpuremote.errors import InternalError, InvalidBuffer
 from gpuremote.memory.device import DeviceTarget
 from gpuremote.memory.host import copy_bytes
-from gpuremote.transport.base import Incoming, Target, flat_view
+from gpuremote.transport.base import Incoming, Target, TransportStats, flat_view
 
 __all__ = ["SharedPayload"]
 
@@ -17,6 +18,9 @@ LARGE = 32 << 20
 """Bytes of a payload from which on it does not stay in caches while it is copied."""
 AT_ONCE = 16 << 20
 """Bytes that ``into`` copies itself, so that most payloads are in place when it returns."""
+
+
+_Part: TypeAlias = tuple[int, memoryview, memoryview]
 
 
 class SharedPayload(Incoming):
@@ -32,8 +36,8 @@ class SharedPayload(Incoming):
         Called with this when there is something to be copied that ``into`` left.
     untouched : callable
         Returns when no other thread is writing to the buffers.
-    counts : dict of str to int
-        Where bytes that are copied are added to ``copied_out``.
+    stats : TransportStats
+        Where bytes that are there, and bytes that are copied, are counted.
     counter : memoryview or None
         Where the sender writes how much is there, for a payload of one region.
     patience : int
@@ -54,14 +58,15 @@ class SharedPayload(Incoming):
     __slots__ = (
         "_adopted",
         "_behind",
+        "_counted",
         "_counter",
-        "_counts",
         "_done",
         "_eager",
         "_lent",
         "_lock",
         "_pairs",
         "_patience",
+        "_stats",
         "_untouched",
         "_views",
         "header",
@@ -81,7 +86,7 @@ class SharedPayload(Incoming):
         views: list[memoryview],
         behind: Callable[[SharedPayload], None],
         untouched: Callable[[], None],
-        counts: dict[str, int],
+        stats: TransportStats,
         lent: Sequence[object] = (),
         counter: memoryview | None = None,
         patience: int = 0,
@@ -96,12 +101,14 @@ class SharedPayload(Incoming):
         self.received = 0
         self.undecided = True
         self._views: list[memoryview] | None = views
-        self._counts = counts
+        self._stats = stats
+        self._counted = 0
         self._lent = bool(lent)
         self.lent_from = lent[0] if len(lent) == len(sizes) == 1 else None
         self._adopted = False
-        # What is to be copied yet: to where, from where; last first.
-        self._pairs: list[tuple[memoryview, memoryview]] | None = None
+        # What is to be copied: from which byte of the payload on, to where, from where; last
+        # first. How far that is ``received`` alone says, as an interruption may come anywhere.
+        self._pairs: list[_Part] | None = None
         self._behind = behind
         self._untouched = untouched
         # Another thread may discard while the receiving one copies.
@@ -127,7 +134,8 @@ class SharedPayload(Incoming):
             self._views = None
             self._settle(None, done)
             return
-        pairs = []
+        pairs: list[_Part] = []
+        start = 0
         for number, (buffer, size) in enumerate(zip(buffers, self.sizes, strict=True)):
             view = buffer.host() if isinstance(buffer, DeviceTarget) else flat_view(buffer)
             if view.nbytes != size:
@@ -137,7 +145,8 @@ class SharedPayload(Incoming):
             if size:
                 if view.readonly:
                     raise InvalidBuffer(f"buffer {number} is read-only")
-                pairs.append((view, sources[number]))
+                pairs.append((start, view, sources[number]))
+                start += size
         pairs.reverse()
         self._views = None
         self._settle(pairs, done)
@@ -150,7 +159,7 @@ class SharedPayload(Incoming):
 
     def _settle(
         self,
-        pairs: list[tuple[memoryview, memoryview]] | None,
+        pairs: list[_Part] | None,
         done: Callable[[Incoming], None] | None,
     ) -> None:
         with self._lock:
@@ -186,16 +195,23 @@ class SharedPayload(Incoming):
             and (self.received < self.there or self._eager)
         )
 
-    def filled(self, there: int) -> bool:
-        """The sender says that ``there`` bytes are in place; whether there is something to be
+    def filled(self, said: int) -> bool:
+        """The sender says that so many bytes are in place; whether there is something to be
         copied."""
         with self._lock:
-            self.said = there
-            self.there = max(self.there, there)
+            self.said = said
+            self.there = max(self.there, said)
             self._eager = self._counter is not None
             if self._pairs is None and not self.undecided:
-                self.received = there
+                self.received = self.there
+        self._count()
         return self.behind
+
+    def _count(self) -> None:
+        new = self.there - self._counted
+        self._counted = self.there
+        self._stats.payload_received += new
+        self._stats.extra["shared_received"] += new
 
     def copy(self, limit: int) -> None:
         """Copy about ``limit`` bytes of those that are there, or come meanwhile."""
@@ -203,26 +219,26 @@ class SharedPayload(Incoming):
         while self.behind and copied < limit:
             with self._lock:
                 pairs = self._pairs
+                while pairs and self.received >= pairs[-1][0] + pairs[-1][1].nbytes:
+                    pairs.pop()
                 if not pairs:
                     break
-                target, source = pairs[-1]
-            size = count = min(target.nbytes, limit - copied, self.there - self.received)
-            if size > 0:
-                copy_bytes(target[:size], source[:size])
+                start, target, source = pairs[-1]
+                begin = self.received - start
+            most = min(target.nbytes - begin, limit - copied)
+            count = min(most, self.there - self.received)
+            if count > 0:
+                copy_bytes(target[begin : begin + count], source[begin : begin + count])
             else:
-                size = min(target.nbytes, limit - copied)
-                count = self._follow(target[:size], source[:size])
+                count = self._follow(target[begin : begin + most], source[begin : begin + most])
             copied += count
-            self._counts["copied_out"] += count
+            self._stats.extra["copied_out"] += count
             with self._lock:
                 if self._pairs is not pairs:
                     break  # discarded meanwhile
                 self.received += count
                 self.there = max(self.there, self.received)
-                if count < target.nbytes:
-                    pairs[-1] = target[count:], source[count:]
-                else:
-                    pairs.pop()
+        self._count()
 
     def _follow(self, target: memoryview, source: memoryview) -> int:
         """Copy what the sender has written by now, and what it writes meanwhile: so many bytes."""

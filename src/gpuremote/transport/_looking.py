@@ -20,7 +20,7 @@ half of that one end after the other gave up, and both slept."""
 MISSES: Final = 3
 """Looks in vain, one after the other, after which there are no more."""
 REST: Final = 50e-3
-"""Seconds of a wait after which one looks again: something new begins."""
+"""Seconds of a wait after which one looks again for what follows: something new begins."""
 
 
 class Looking:
@@ -42,8 +42,9 @@ class Looking:
         self._missed = not found
         self._misses = 0 if found else self._misses + 1
 
-    def waited(self, seconds: float) -> None:
-        """So long took the wait that followed, or the one without looking first."""
-        if (not self._missed and seconds < WITHIN) or seconds > REST:
+    def waited(self, seconds: float, came: bool) -> None:
+        """So long took the wait that followed, or the one without looking first; and whether
+        something came."""
+        if (not self._missed and seconds < WITHIN) or (came and seconds > REST):
             self._misses = 0
         self._missed = False

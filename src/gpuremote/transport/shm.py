@@ -240,16 +240,16 @@ class ShmConnection(TcpConnection):
         if not total or self._closed or self._tx_failure is not None:
             super()._send(header, regions, done)
             return
+        waiting = self._pending  # before room is made, which may queue DROPPED frames
         if (
             len(regions) == 1
             and LEAST_LED <= total <= MAX_STAGED
             and done is None
             and self._in_c
-            and not (self._pending or self._calling)
+            and not (waiting or self._calling)
             and self._lead(header, regions[0])
         ):
             return
-        waiting = self._pending  # before room is made, which may queue DROPPED frames
         outer = self._hold()
         try:
             if self._closed:
@@ -260,6 +260,8 @@ class ShmConnection(TcpConnection):
         if self._closed:
             raise self._gone()
         if placed is None:
+            if self._pending and not (waiting or self._calling):
+                self._pump()
             super()._send(header, regions, done)
             return
         places, pairs = placed
@@ -269,9 +271,8 @@ class ShmConnection(TcpConnection):
         body = encode_sizes([region.nbytes for region in regions]) + b"".join(places)
         head = body + _NUMBER.pack(fill.filled)
         fill.said = fill.filled
-        whole = not fill.pairs
-        self._outbox.add_frame(SHARED, channel, [head, header], done if whole else None)
-        if not whole:
+        self._outbox.add_frame(SHARED, channel, [head, header], None if fill.left else done)
+        if fill.left:
             self._fills.append(fill)
         self._pending = True
         self.stats.messages_sent += 1
@@ -384,20 +385,22 @@ class ShmConnection(TcpConnection):
                 if self._closed:
                     raise self._gone()
                 budget -= self._copy_in(fill, CHUNK)
+                self._fills.popleft()
+                if fill.left:
+                    self._fills.append(fill)  # several take turns
+            except BaseException as error:  # Ctrl-C: who knows how far it was
+                raise self._broken(error) from None
             finally:
                 self._tx_busy = False
                 if self._closed:
                     self._release()
             fill.said = fill.filled
-            whole = not fill.pairs
-            self._fills.popleft()
-            if not whole:
-                self._fills.append(fill)  # several take turns
             said = _NUMBER.pack(fill.filled)
-            if fill.done is None and not self._outbox.pending:
+            done = None if fill.left else fill.done
+            if done is None and not self._outbox.pending:
                 self._send_frame(_frame(FILLED, fill.channel, said))
             else:
-                self._outbox.add_frame(FILLED, fill.channel, [said], fill.done if whole else None)
+                self._outbox.add_frame(FILLED, fill.channel, [said], done)
         self._pending = self._outbox.pending or bool(self._fills)
         return not self._pending
 
@@ -508,7 +511,7 @@ class ShmConnection(TcpConnection):
             views,
             self._behind,
             self._wait_untouched,
-            self.stats.extra,
+            self.stats,
             lent,
             counter,
             PATIENCE if self.looks else 0,
@@ -517,8 +520,6 @@ class ShmConnection(TcpConnection):
             self._filling[channel] = payload
         payload.filled(filled)
         self.stats.messages_received += 1
-        self.stats.payload_received += filled
-        self.stats.extra["shared_received"] += filled
         self._question = payload
         return payload
 
@@ -534,8 +535,6 @@ class ShmConnection(TcpConnection):
         payload = self._filling.get(channel)
         if payload is None or not payload.said < count <= payload.total:
             raise ProtocolError(f"{count} bytes are said to be there on channel {channel}")
-        self.stats.payload_received += count - payload.said
-        self.stats.extra["shared_received"] += count - payload.said
         if count == payload.total:
             del self._filling[channel]
         if payload.filled(count):

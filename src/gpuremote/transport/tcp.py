@@ -118,7 +118,8 @@ class StreamConnection(Sender):
         self._gap_looks = self.looks
         self._gaps = Looking()
         # Within a host what a control message waits for is a fraction of a millisecond.
-        self._chunk_size = MAX_CHUNK if same_host(sock) else CHUNK
+        self._same_host = same_host(sock)
+        self._chunk_size = MAX_CHUNK if self._same_host else CHUNK
         self._outbox = Outbox(self._chunk_size)
         self._pending = False  # as the outbox says
         # Receiving side; touched by the receiving thread only.
@@ -194,8 +195,8 @@ class StreamConnection(Sender):
             self._sock.close()
 
     def _wait_untouched(self) -> None:
-        """Return when no other thread reads or writes lent memory; it takes microseconds, as
-        no call waits while it has such memory."""
+        """Return when no other thread reads or writes lent memory; it takes microseconds, as no
+        call sleeps while it has such memory (one that looks for more, or for room, ends that)."""
         me = get_ident()
         deadline = 0.0
         self._hands_off = True
@@ -282,7 +283,7 @@ class StreamConnection(Sender):
             return True
         begin = _clock.now()
         ready = self._ready(wait)
-        self._gaps.waited(_clock.now() - begin)
+        self._gaps.waited(_clock.now() - begin, ready)
         return ready
 
     def _read(self, wait: float) -> bool:
