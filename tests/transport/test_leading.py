@@ -14,11 +14,12 @@ from collections.abc import Iterator
 import pytest
 
 from gpuremote._speed import native
-from gpuremote.errors import ProtocolError
+from gpuremote.errors import ConnectionLost, ProtocolError
 from gpuremote.memory import shared
 from gpuremote.memory.host import copy_bytes
 from gpuremote.testing.driving import Ends, place
 from gpuremote.transport import shm
+from gpuremote.transport._filling import Fill
 from gpuremote.transport.base import Incoming, Region
 from gpuremote.transport.shm import ShmConnection
 from tests.transport.test_shm import MIB, frame, shared_body
@@ -223,4 +224,21 @@ def test_a_sender_without_room_is_not_left_waiting(monkeypatch: pytest.MonkeyPat
     incoming = ends.receive(there)
     assert place(ends, incoming) == [payload]
     here.abort()
+    there.abort()
+
+
+def test_an_abort_while_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread: the sender hears that the connection is gone."""
+    here, there = shm.pair()
+    original = Fill.copy
+
+    def copy(fill: Fill, limit: int) -> int:
+        thread = threading.Thread(target=here.abort)
+        thread.start()
+        thread.join()
+        return original(fill, limit)
+
+    monkeypatch.setattr(Fill, "copy", copy)
+    with pytest.raises(ConnectionLost):
+        here.send(b"header", [Region(bytes(5 * MIB))])
     there.abort()

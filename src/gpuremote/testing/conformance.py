@@ -472,10 +472,9 @@ class TransportConformance:
         assert here.closed
 
     def test_nothing_works_after_the_end(self, pair: Pair) -> None:
-        here, there = pair
-        here.close()
-        there.abort()
-        there.abort()
+        pair[0].close()
+        pair[1].abort()
+        pair[1].abort()
         for end in pair:
             assert end.closed
             for step in (lambda e=end: e.send(b"x"), end.flush, end.receive, end.fileno):
@@ -496,6 +495,16 @@ class TransportConformance:
         assert incoming.received < self.bulk
         assert not done
         assert not freed
+
+    def test_a_place_for_what_will_not_come(self, pair: Pair, ends: Ends) -> None:
+        """Another thread may end the connection between a message and the word where it goes."""
+        done: list[Incoming] = []
+        pair[0].send(b"", [pair[0].register(bytes(300_000))])
+        incoming = ends.receive(pair[1])
+        pair[1].abort()
+        incoming.into([memoryview(bytearray(300_000))], done.append)
+        self._expect_lost(pair[1].receive)
+        assert not done
 
     def test_sender_learns_of_the_loss(self, pair: Pair) -> None:
         here, there = pair

@@ -129,7 +129,9 @@ class SharedPayload(Incoming):
         if len(buffers) != len(self.sizes):
             raise InvalidBuffer(f"{len(buffers)} buffers for a payload of {len(self.sizes)}")
         sources = self._views
-        assert sources is not None
+        if sources is None:  # another thread has ended the connection: nothing comes over it
+            self.undecided = False
+            return
         if self._adopted and all(a is b for a, b in zip(buffers, sources, strict=True)):
             self._views = None
             self._settle(None, done)
