@@ -45,6 +45,7 @@ KEPT: Final = "the receiver's buffer is kept"
 REGISTERED: Final = "both buffers are registered once and kept"
 NONE: Final = "nothing"
 CALLERS: Final = "the caller's array"
+FROM_HERE: Final = "the caller's array, from where its put left it: the server is not asked again"
 REUSED: Final = "a buffer that is reused"
 FRESH: Final = "fresh memory"
 FRESH_COPIED: Final = "fresh memory, then copied to the caller's array"
@@ -237,6 +238,15 @@ CONTENDERS: Final = {
             "device_paths",
             "SharedMemory",
             families=_PEERS,
+            traits=_shared(replace(_OURS, get_into=FROM_HERE)),
+            lacks=_no_shm,
+        ),
+        Entry(
+            "gpuremote-shm-results",
+            "gpuremote, shared memory, gets of what an op has made",
+            "device_paths",
+            "SharedResults",
+            families=_PEERS,
             traits=_shared(_OURS),
             lacks=_no_shm,
         ),
@@ -247,7 +257,7 @@ CONTENDERS: Final = {
             "SharedArrays",
             families=_PEERS,
             traits=Traits(
-                "same-host memory", False, "the arena", "the arena, nothing is moved", CALLERS
+                "same-host memory", False, "the arena", "the arena, nothing is moved", FROM_HERE
             ),
             lacks=_no_shm,
         ),
