@@ -34,6 +34,7 @@ from gpuremote.transport import (
     base,
     congestion,
     shm,
+    shm_setup,
     tcp,
     tls,
 )
@@ -386,6 +387,7 @@ SENTENCES = [
     ("transports", f"A result of {shm.LEAST_LED // KIB} KiB or more (up to"),
     ("transports", f"After {shm.PATIENCE // 1000} µs without news"),
     ("transports", f"say how much is there, every {shm.CHUNK // MIB} MiB"),
+    ("transports", f"buffer is asked to hold {shm_setup.BUFFER // MIB} MiB"),
     ("transports", f"{shm.MAX_STAGED // MIB} MiB that would have to be copied there first"),
     ("transports", f"for up to {base.LONG_BURST // MIB} MiB, if the kernel takes them at once"),
     ("transports", f"in an event loop {_sending.BURST // MIB}"),

@@ -504,7 +504,7 @@ class TransportConformance:
         pair[1].abort()
         incoming.into([memoryview(bytearray(300_000))], done.append)
         self._expect_lost(pair[1].receive)
-        assert not done
+        assert not done or incoming.received == 300_000  # all of it had come before
 
     def test_sender_learns_of_the_loss(self, pair: Pair) -> None:
         here, there = pair

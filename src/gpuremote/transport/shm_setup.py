@@ -30,6 +30,9 @@ PATIENCE: Final = 2.0
 PREFIX: Final = b"\0gpuremote-"
 """Of an abstract name: nothing is left of it, and no file is reached with it."""
 TICKET: Final = 32
+BUFFER: Final = 4 << 20
+"""Bytes that the kernel is asked to hold for the socket, where the system allows so many: what is
+too large for shared memory goes through it, and a Unix socket's buffer does not grow by itself."""
 ATTEMPTS: Final = 8
 """Strangers that may come there before."""
 
@@ -45,6 +48,8 @@ class _ShmPath:
     def connection(self) -> Connection:
         first = self._setup.connection
         setup = self._setup
+        with contextlib.suppress(OSError):
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         found = ShmConnection(self._sock, self._side, blocking=setup.blocking, limit=setup.limit)
         found.local_address, found.peer_address = first.local_address, first.peer_address
         first.close()
