@@ -15,8 +15,6 @@ __all__ = ["Looking"]
 WITHIN: Final = 500e-6
 """Seconds that one looks at most: a peer that has to be woken first needs as long for a MiB. With
 half of that one end after the other gave up, and both slept."""
-
-
 MISSES: Final = 3
 """Looks in vain, one after the other, after which there are no more."""
 REST: Final = 50e-3
