@@ -119,7 +119,7 @@ def test_what_makes_a_round_trip_is_counted_by_kind(side: Side, session: Any, de
     session.flush()
     assert growth(before, session.stats())["round_trips"] == {}
     plain = session.stats().as_dict()
-    assert plain["round_trips"]["get"] >= 3
+    assert plain["round_trips"]["get"] >= 3 - known
     assert all(isinstance(v, int) for name, v in plain.items() if name != "round_trips")
 
 

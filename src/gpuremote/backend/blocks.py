@@ -46,7 +46,7 @@ class _Block:
         self.__array_interface__ = {
             "shape": (nbytes,),
             "typestr": "|u1",
-            "data": (memory.ctypes.data, False),
+            "data": memory.__array_interface__["data"],
             "version": 3,
         }
 

@@ -123,7 +123,9 @@ class NumpyBackend(ArrayNamespaceBackend):
     def receive_view(self, array: Any) -> memoryview:
         if not array.flags.c_contiguous or not array.flags.writeable:
             raise InvalidBuffer("bytes can be received into writable C-contiguous arrays only")
-        view: memoryview = array.reshape(-1).view(np.uint8).data
+        if not array.nbytes:
+            return memoryview(bytearray())
+        view: memoryview = array.data.cast("B")
         return view
 
     def received(self, array: Any, target: memoryview | DeviceTarget) -> None:

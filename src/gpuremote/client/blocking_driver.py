@@ -194,6 +194,8 @@ class BlockingDriver:
             me = get_ident()
             if leader.setdefault(0, me) != me:
                 return
+            if wait.into is not None:
+                core.expect(wait)
             while not wait.done:
                 if not peer.take(connection, SLICE, 0 if peer.arriving else connection.looks):
                     if before or core.sources or core.deferred:

@@ -184,6 +184,20 @@ class Core(Uploader):
             self._relieve()
         return wait
 
+    def expect(self, wait: Wait) -> None:
+        """The next message is most likely the answer to ``wait``; from the thread that receives."""
+        with self.lock:
+            connection, into = self.peer.connection, wait.into
+            if (
+                into is not None
+                and connection is not None
+                and connection.expects
+                and into.nbytes > self.peer.small
+                and not wait.done
+            ):
+                wait.into = into = into.cast("B")
+                self.peer.expect(Kind.RESULT, NUMBER.pack(wait.number), into, tell=False)
+
     def note_near(self, handle: int, place: object, writes: float) -> None:
         """The answer to a GET was that array ``handle`` lies in memory of this process; the GET was
         issued when there had been so many ``writes``."""
@@ -228,6 +242,8 @@ class Core(Uploader):
                 # The answer may come at any time, or be coming: it is dropped from now on.
                 if self.peer.drop_arriving(wait):
                     del self._waits[wait.number]
+                if self.peer.connection is not None:
+                    self.peer.connection.expect(b"", None, b"")
                 wait.into = None
 
     # -- the peer's sink ------------------------------------------------------------------------
@@ -296,7 +312,8 @@ class Core(Uploader):
         if wait.into.nbytes != sizes[0]:
             raise ProtocolError(f"{sizes[0]} bytes came for an array of {wait.into.nbytes}")
         wait.value = incoming.lent_from
-        return [wait.into.cast("B")], wait
+        into = wait.into
+        return [into if into.ndim == 1 and into.format == "B" else into.cast("B")], wait
 
     def on_payload_done(self, token: object) -> bool:
         assert isinstance(token, Wait)

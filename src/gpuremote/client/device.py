@@ -141,17 +141,8 @@ class Device(Generic[A]):
     def _given(self, value: Any) -> A | None:
         """Upload an array of ``session.empty`` by giving it away; None: it can't be."""
         core = self._core
-        if core.full or (block := core.take_made(value)) is None:
-            return None
-        flags, base = value.flags, value.base
-        if (
-            not flags.writeable
-            or not flags.c_contiguous
-            or value.nbytes != block.nbytes
-            or sys.getrefcount(base) > 3  # another array lies there too
-        ):
-            return None
-        return self._put_given(value, block)
+        given = core.give(value, self.index)
+        return None if given is None else self._array_type(core, *given)
 
     def _host_array(self, value: Any, dtype: npt.DTypeLike | None) -> HostArray:
         host = host_array(value, dtype)
@@ -271,9 +262,9 @@ class Device(Generic[A]):
 
 
 def _alone(value: npt.NDArray[Any]) -> bool:
-    """Whether no other array could still write to the memory of ``value``: beside it the upload's
-    own view refers to what both are made from, and so does this call."""
-    return sys.getrefcount(value.base) <= 3
+    """Whether no other array could still write to the memory of ``value``: beside it only this call
+    refers to what it is made from."""
+    return sys.getrefcount(value.base) <= 2
 
 
 def _shape(shape: int | Shape) -> Shape:

@@ -3,6 +3,7 @@ lent, is said here; nothing here waits itself."""
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuremote.client.issuing import FLUSH_BYTES, NEVER, Issuer
+from gpuremote.client.origin import caller, take
 from gpuremote.client.waits import Wait
-from gpuremote.memory.host import copy_bytes
+from gpuremote.memory.host import copy_bytes, fits
 from gpuremote.ops.meta import Meta
 from gpuremote.rpc.peer import Connection, Entry, Region, Sink
 from gpuremote.wire import caps
@@ -52,11 +54,14 @@ class Made(NamedTuple):
         Its memory, all of it.
     connection : Connection
         Whose memory it is.
+    meta : Meta
+        Of the array as it was made, on the first device.
     """
 
     array: weakref.ref[npt.NDArray[Any]]
     block: memoryview
     connection: Connection
+    meta: Meta
 
 
 class Uploader(Issuer):
@@ -104,8 +109,7 @@ class Uploader(Issuer):
         it may be at once, the bytes were small and went into the batch)."""
         nbytes = meta.nbytes
         if not self.inlines(nbytes):
-            numbers, wait = self.put_many([(meta, view)], [keep], lent=lent)
-            return numbers[0], wait
+            return self._put_one(self._put_record(meta, keep), view, lent)
         record = b"".join((self._inline_head(meta), view))
         with self.lock:
             if self._special:
@@ -169,19 +173,54 @@ class Uploader(Issuer):
         connection, made, key = self.peer.connection, self.made, id(array)
         if connection is not None and connection.shared:
             ref = weakref.ref(array, lambda _: made.pop(key, None))
-            made[key] = Made(ref, block, connection)
+            meta = self.metas.get(array.shape, array.dtype, 0)
+            made[key] = Made(ref, block, connection, meta)
 
-    def take_made(self, array: object) -> memoryview | None:
-        """The memory of an array that is noted, at most once, if the present connection can still
-        give it away."""
+    def give(self, array: npt.NDArray[Any], device: int) -> tuple[int, Meta] | None:
+        """Upload an array that is noted, and that nobody else can write to, by giving its memory
+        away: as :meth:`put_staged`. None: it can't be; it is noted no longer.
+
+        All in one function: whoever has just filled a large array has nothing of this one in the
+        caches, and each call costs a few microseconds then.
+        """
         found = self.made.pop(id(array), None)
+        if found is None:
+            return None
+        meta, base, peer = found.meta, array.base, self.peer
         if (
-            found is None
-            or found.array() is not array
-            or found.connection is not self.peer.connection
+            found.array() is not array
+            or found.connection is not peer.connection
+            or fits(array, np.ndarray, meta.shape, meta.dtype) is None  # it was changed since
+            or sys.getrefcount(base) > 3  # another array lies there too
+            or peer.bulk_in_flight >= caps.MAX_BULK
         ):
             return None
-        return found.block
+        if device:
+            meta = self.metas.get(meta.shape, meta.dtype, device)
+        record = self._put_records.get(meta) or self._put_record(meta)
+        array.setflags(write=False)
+        self._last = 0
+        try:
+            with self.lock:
+                self._before_staged(record)
+                # No call stands between what gives it a number and what makes that known.
+                number = self._last = self._next
+                self._next = number + 1
+                self._buffer += record
+                self._named += 1
+                frame = caller(sys._getframe(2))
+                self._origins.append(take(number, "put", frame, self._depth))
+                self._staged.append((number, found.block))
+                if not self._told and self.on_buffered is not None:
+                    self._told = True
+                    self.on_buffered()
+            if self._stalled:
+                self._relieve()
+        except BaseException:
+            self._take_back(self._last)
+            array.setflags(write=True)
+            raise
+        return number, meta
 
     def gives(self, view: memoryview) -> bool:
         """Whether ``view`` is such memory, all of it, and not put yet (then it is read-only)."""
@@ -198,17 +237,9 @@ class Uploader(Issuer):
         self._last = 0
         try:
             with self.lock:
-                if self._special:
-                    self._prepare()
-                if (
-                    len(self._staged) >= MOST_STAGED
-                    or len(self._buffer) + len(record) >= ALMOST_FULL
-                ):
-                    self.flush()
+                self._before_staged(record)
                 due, self.flush_after = self.flush_after, NEVER
                 try:
-                    while self.dropped:  # the server makes room for a PUT when it comes
-                        self._free_dropped()
                     number = self._append(record, "put")
                     self._staged.append((number, view))
                 finally:
@@ -219,6 +250,15 @@ class Uploader(Issuer):
             self._take_back(self._last)
             raise
         return number
+
+    def _before_staged(self, record: bytes) -> None:
+        """What has to be done before the record of an array in shared memory."""
+        if self._special:
+            self._prepare()
+        if len(self._staged) >= MOST_STAGED or len(self._buffer) + len(record) >= ALMOST_FULL:
+            self.flush()
+        while self.dropped:  # the server makes room for a PUT when it comes
+            self._free_dropped()
 
     def _take_back(self, number: int) -> None:
         """Ctrl-C: nobody will have the array of PUT ``number`` (0: there is none yet)."""
@@ -255,11 +295,7 @@ class Uploader(Issuer):
         entries: list[Entry] = []
         wait.entries = entries
         with self.lock:
-            if lent:
-                self.lent.add(wait)
-            else:
-                self.trips["put"] = self.trips.get("put", 0) + 1
-            self.free_dropped()
+            self._begin_put(wait, lent)
             numbers = []
             try:
                 for start in range(0, len(items), GROUP):
@@ -272,6 +308,39 @@ class Uploader(Issuer):
         if self._stalled:
             self._relieve()
         return numbers, wait
+
+    def _put_one(self, record: bytes, view: memoryview, lent: bool) -> tuple[int, Wait]:
+        """As :meth:`put_many`, of one array."""
+        wait = Wait(self._next, "put")
+        entries: list[Entry] = []
+        wait.entries = entries
+        with self.lock:
+            self._begin_put(wait, lent)
+            try:
+                due, self.flush_after = self.flush_after, NEVER
+                try:
+                    number = self._append(record, "put")
+                    self._waits[number] = wait
+                finally:
+                    self.flush_after = due
+                self.flush()
+                self._send_group([number], [view], wait, entries)
+            except BaseException:
+                self.cancel(wait)
+                raise
+            self._posted()
+        if self._stalled:
+            self._relieve()
+        return number, wait
+
+    def _begin_put(self, wait: Wait, lent: bool) -> None:
+        if lent:
+            self.lent.add(wait)
+        else:
+            self.trips["put"] = self.trips.get("put", 0) + 1
+        # The server makes room for it when it is announced, not in its turn.
+        while self.dropped:
+            self._free_dropped()
 
     def free_dropped(self) -> None:
         """Before an upload: the server makes room for it when it is announced, not in its turn."""

@@ -15,7 +15,7 @@ from gpuremote.errors import DTypeError, GpuRemoteError, InvalidBuffer
 from gpuremote.memory.cuda import CudaError
 from gpuremote.memory.device import device_array, on_cuda_device
 
-__all__ = ["HostArray", "copy_bytes", "host_array", "host_memory", "output_view"]
+__all__ = ["HostArray", "copy_bytes", "fits", "host_array", "host_memory", "output_view"]
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -85,8 +85,9 @@ def host_array(value: Any, dtype: npt.DTypeLike | None = None) -> HostArray:
         copied.
     """
     if type(value) is np.ndarray and dtype is None and value.flags.c_contiguous:
-        kind = check_dtype(value.dtype)
-        if kind == value.dtype:  # nearly every one
+        dtype = value.dtype
+        kind = check_dtype(dtype)
+        if kind is dtype or kind == dtype:  # nearly every one
             return HostArray(value.shape, kind, _bytes_of(value), 0)
     array = _as_numpy(value)
     wanted = check_dtype(array.dtype if dtype is None else dtype)
@@ -151,11 +152,12 @@ def _from_device(value: Any) -> npt.NDArray[Any]:
 def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
     if not array.nbytes:
         return memoryview(bytearray())  # one that can be written to, like any other
-    return array.reshape(-1).view(np.uint8).data
+    return array.data.cast("B")
 
 
 def _python_fits(out: Any, kind: Any, shape: object, dtype: object, /) -> memoryview | None:
-    """The common case of ``output_view``."""
+    """The memory of ``out`` if it is a plain NumPy array of that shape and dtype, contiguous,
+    writable and not empty; else None. ``kind`` is ``numpy.ndarray``."""
     if type(out) is kind and out.shape == shape and out.dtype == dtype:
         view: memoryview = out.data
         if view.c_contiguous and not view.readonly and view.nbytes:
@@ -163,9 +165,9 @@ def _python_fits(out: Any, kind: Any, shape: object, dtype: object, /) -> memory
     return None
 
 
-_fits = _python_fits
+fits = _python_fits
 if not TYPE_CHECKING and native is not None:
-    _fits = native.fits
+    fits = native.fits
 
 
 def output_view(
@@ -181,7 +183,7 @@ def output_view(
     InvalidBuffer
         Read-only, not C-contiguous, or of another shape, dtype or size. Nothing was written.
     """
-    view = _fits(out, np.ndarray, shape, dtype)
+    view = fits(out, np.ndarray, shape, dtype)
     if view is not None:
         return view
     if hasattr(out, "__dlpack__") and not isinstance(out, np.ndarray):

@@ -115,8 +115,7 @@ static void put_header(char *at, unsigned kind, unsigned flags, uint32_t arg, ui
     memcpy(at + 16, &ack, 8);
 }
 
-/* An exception of a send is set: if the connection broke, the message is kept for the next. */
-static int survive(PyObject *self)
+int lane_survive(PyObject *self)
 {
     static PyObject *lost;
     if (lost == NULL) {
@@ -180,7 +179,7 @@ int lane_send(PyObject *self, unsigned kind, PyObject *body, unsigned arg, unsig
         }
     }
     if (failed)
-        failed = survive(self);
+        failed = lane_survive(self);
 over:
     PyBuffer_Release(&bytes);
     int out = 0;
@@ -335,6 +334,7 @@ static PyMemberDef lane_members[] = {
     {"_seen", T_ULONGLONG, offsetof(Lane, seen), 0, NULL},
     {"_complete", T_ULONGLONG, offsetof(Lane, complete), 0, NULL},
     {"credit", T_LONGLONG, offsetof(Lane, credit), 0, NULL},
+    {"_limit", T_LONGLONG, offsetof(Lane, limit), 0, NULL},
     {"_got", T_LONGLONG, offsetof(Lane, got), 0, NULL},
     {"_granted", T_LONGLONG, offsetof(Lane, granted), 0, NULL},
     {"_unreported", T_LONGLONG, offsetof(Lane, unreported), 0, NULL},

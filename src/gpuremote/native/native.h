@@ -48,16 +48,29 @@
 #define OPEN 2  /* transport._framing */
 #define DATA 3
 #define MAX_CHUNK (4 << 20)
+#define BURST ((Py_ssize_t)8 << 20)       /* transport._sending */
+#define LONG_BURST ((Py_ssize_t)32 << 20) /* transport.base */
 #define BATCH 1  /* wire.frames.Kind */
 #define RESULT 3
+#define ACK 5
+#define MAX_LIMIT ((uint64_t)1 << 62) /* rpc.peer */
 #define BYTES 0  /* wire.frames.ResultForm */
 #define GET 2    /* wire.batch.Op */
 #define KINDS 9
+
+/* How far what was expected has come. */
+typedef struct {
+    PyObject *frame, *place; /* the OPEN frame that came, and where the bytes go */
+    int channel;
+    Py_ssize_t placed, left, chunk;
+} Landing;
 
 typedef struct {
     PyObject_HEAD
     PyObject *stats;  /* TransportStats, less what is counted below */
     PyObject *rx;     /* memoryview of the receive buffer */
+    PyObject *expected, *place, *answer; /* see receiving_expect */
+    Landing landing;
     Py_ssize_t idle;  /* bytes to ask for when nothing is under way */
     Py_ssize_t start, end;
     int fd;
@@ -76,14 +89,14 @@ typedef struct {
 /* Names of attributes and methods, as Python objects: name_append, name_done, ... */
 #define NAMES(X) \
     X(_admits) X(_broken) X(_ended) X(_failed) X(_finish) X(_flush_by_time) X(_follow_up) X(_gone) \
-    X(_input) X(_known) X(_left) X(_prepare) X(_receive) X(_release) X(_renewed) \
-    X(_report_if_due) X(_send) X(_settle_up_to) X(_shared) X(_slots) X(_take_in) X(_take_origin) X(_whole) \
+    X(_input) X(_known) X(_landed) X(_left) X(_prepare) X(_receive) X(_release) X(_renewed) \
+    X(_report_if_due) X(_send) X(_settle) X(_settle_up_to) X(_shared) X(_slots) X(_take_in) X(_take_origin) X(_whole) \
     X(_written) X(abort) X(acquire) X(append) X(base) X(check_result) X(checks) X(device) X(dispatch) X(done) \
     X(dtype) X(expected) X(f) X(failed) X(form) X(function) X(i) X(id) X(inplace) X(inputs) \
-    X(isdisjoint) X(lost) X(n_out) X(nbytes) X(numbers) X(on_message) X(ops_executed) X(out) \
+    X(isdisjoint) X(left) X(lost) X(n_out) X(nbytes) X(numbers) X(on_executed) X(on_message) X(ops_executed) X(out) \
     X(pending_output) X(popleft) X(quota) X(receive) X(release) X(reserve) X(result) X(run) \
     X(run_otherwise) X(scratch) X(send) X(set_result) X(shape) X(simple) X(slot) X(special) \
-    X(step) X(wiring)
+    X(step) X(told) X(wiring)
 #define DECLARE(name) extern PyObject *name_##name;
 NAMES(DECLARE)
 #undef DECLARE
@@ -101,14 +114,14 @@ typedef struct {
     Kept *kept; /* a ring: ``count`` messages from ``first`` on, room for a power of two */
     size_t first, count, room;
     Looking looking;
-    unsigned long long sent, seen, complete, turn;
+    unsigned long long sent, seen, complete, turn, executed;
     long long small;
     char direct;
-    long long credit, got, granted, unreported, ack_after, low_credit;
+    long long credit, limit, got, granted, unreported, ack_after, low_credit;
     long long messages_sent, messages_received, batches, copied;
 } Lane;
 
-enum taken { FAILED = -1, NOTHING, MESSAGE, OTHER };
+enum taken { FAILED = -1, NOTHING, MESSAGE, OTHER, LANDED };
 
 extern PyTypeObject *Stream_Type, *Lane_Type, *Wait_Type, *Slot_Type, *Handle_Type, *Recorder_Type,
     *Loops_Type, *Tally_Type, *Storage_Type, *Single_Type, *Repeats_Type;
@@ -117,7 +130,8 @@ extern PyType_Spec stream_spec, lane_spec, wait_spec, slot_spec, handle_spec, re
 
 /* Receive once. MESSAGE: one message without payload and nothing else is in the buffer, *size
    bytes with its frame. OTHER: *other is what Stream._receive or _take_in gave (None: nothing
-   yet). FAILED: an exception is set. */
+   yet). LANDED: what was expected, see
+   receiving_land; receiving_landed has to follow. FAILED: an exception is set. */
 enum taken stream_take(Stream *stream, double wait, Py_ssize_t *size, PyObject **other);
 
 /* Look that many times whether something has come, without the interpreter's lock: 1 if so, or if
@@ -139,6 +153,25 @@ int stream_more_soon(Stream *stream);
 
 /* Stream._more_soon, see looking.c. */
 PyObject *looking_more_soon(PyObject *self, PyObject *unused);
+
+/* Set the exception that ``method`` gives. */
+void stream_raise(PyObject *self, PyObject *method);
+
+/* Stream._pull and Stream.expect, see receiving.c. */
+PyObject *receiving_pull(PyObject *self, PyObject *args);
+PyObject *receiving_expect(PyObject *self, PyObject *const *args, Py_ssize_t count);
+
+/* Any message may come next. */
+void receiving_expect_none(Stream *stream);
+
+/* Whether the buffer holds the beginning of the payload that is expected, up to its first byte. */
+int receiving_is_expected(Stream *stream);
+
+/* If so: receive it where it goes, as far as it comes now, which ``landing`` says. -1: error. */
+int receiving_land(Stream *stream, double wait);
+
+/* Then: it as a transport.base.Incoming, or NULL. */
+PyObject *receiving_landed(Stream *stream);
 
 /* Stream._push and Stream._send_payload, see sending.c. */
 PyObject *sending_push(PyObject *self, PyObject *args);
@@ -174,6 +207,10 @@ void lane_drop(Lane *lane, unsigned long long ack);
 /* Send a message, and keep it until the other end has it. 1: it is out, and there is credit for
    more; 0: see to it; -1: error. */
 int lane_send(PyObject *lane, unsigned kind, PyObject *body, unsigned arg, unsigned flags);
+
+/* An exception of a send is set: if the connection broke, the message is kept for the next one.
+   -1: it is another one, and stays set. */
+int lane_survive(PyObject *lane);
 
 /* Lane.take, see taking.c. */
 PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count);

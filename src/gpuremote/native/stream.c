@@ -15,6 +15,9 @@ static int stream_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(s->stats);
     Py_VISIT(s->rx);
+    Py_VISIT(s->expected);
+    Py_VISIT(s->place);
+    Py_VISIT(s->answer);
     return 0;
 }
 
@@ -23,6 +26,11 @@ static int stream_clear_references(PyObject *self)
     Stream *s = (Stream *)self;
     Py_CLEAR(s->stats);
     Py_CLEAR(s->rx);
+    Py_CLEAR(s->expected);
+    Py_CLEAR(s->place);
+    Py_CLEAR(s->answer);
+    Py_CLEAR(s->landing.frame);
+    Py_CLEAR(s->landing.place);
     return 0;
 }
 
@@ -35,8 +43,7 @@ static void stream_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
-/* Set the exception that ``method`` gives. */
-static void raise_given(PyObject *self, PyObject *method)
+void stream_raise(PyObject *self, PyObject *method)
 {
     PyObject *error = PyObject_CallMethodNoArgs(self, method);
     if (error != NULL) {
@@ -112,13 +119,22 @@ int stream_look(Stream *s, long looks)
     return ready || s->closed;
 }
 
+/* Whether a message of ``size`` bytes, frame and all, is one of those that are numbered. */
+static int is_numbered(const char *message, Py_ssize_t size)
+{
+    uint64_t seq = 1;
+    if (size >= FRAME + HEADER)
+        memcpy(&seq, message + FRAME + 8, 8);
+    return seq != 0;
+}
+
 enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **other)
 {
-    PyObject *self = (PyObject *)s;
+    PyObject *self = (PyObject *)s, *expected = Py_XNewRef(s->expected);
     enum taken found = FAILED;
     s->rx_busy = 1;
     if (s->closed) {
-        raise_given(self, name__gone);
+        stream_raise(self, name__gone);
         goto over;
     }
     if (!s->plain || (wait > 0 && (wait < 0.5 || !s->blocking))) {
@@ -134,6 +150,10 @@ enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **othe
     }
     Py_buffer *buffer = PyMemoryView_GET_BUFFER(s->rx);
     Py_ssize_t room = s->idle < buffer->len ? s->idle : buffer->len;
+    /* Up to the payload that is expected: what came along of that would have to be copied. */
+    Py_ssize_t first = expected == NULL ? 0 : PyBytes_GET_SIZE(expected) + FRAME;
+    if (first && first < room)
+        room = first;
     Py_ssize_t count;
     int reason;
     do {
@@ -176,10 +196,15 @@ enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **othe
         s->messages_received++;
         *size = count;
         found = MESSAGE;
+        if (expected != NULL && is_numbered(buffer->buf, count))
+            receiving_expect_none(s); /* which would have been the next one */
     }
     else if (count == 0)
-        raise_given(self, name__ended);
+        stream_raise(self, name__ended);
+    else if (count == first && s->expected == expected && receiving_is_expected(s))
+        found = receiving_land(s, wait) < 0 ? FAILED : LANDED;
     else {
+        receiving_expect_none(s);
         s->end = count;
         s->plain = 0;
         *other = PyObject_CallMethodNoArgs(self, name__take_in);
@@ -189,6 +214,7 @@ over:
     if (found == FAILED)
         reword(self, name__failed);
 unchanged:
+    Py_XDECREF(expected);
     s->rx_busy = 0;
     if (leave(s) < 0 && found != FAILED) {
         if (found == OTHER)
@@ -298,112 +324,11 @@ static PyObject *stream_receive(PyObject *self, PyObject *args, PyObject *keywor
         Py_RETURN_NONE;
     case MESSAGE:
         return stream_whole((Stream *)self, size);
+    case LANDED:
+        return receiving_landed((Stream *)self);
     default:
         return other;
     }
-}
-
-/* _pull(view, offset, chunk, left, channel, burst, wait): receive into ``view`` from ``offset``
-   on, as long as more is there or comes within ``wait`` seconds. ``chunk`` bytes are missing of the DATA frame under way and ``left`` of
-   the payload; the frames that follow on ``channel`` are taken as well (-1: none, as other payload
-   may come in between). Gives the bytes that are in place, the new ``chunk``, the calls, and the bytes that came in all. */
-static PyObject *stream_pull(PyObject *self, PyObject *args)
-{
-    Stream *s = (Stream *)self;
-    PyObject *view;
-    Py_ssize_t offset, chunk, left, burst, placed = 0, calls = 0, bytes = 0;
-    int channel;
-    double wait;
-    unsigned long me = s->rx_touching;
-    if (!PyArg_ParseTuple(args, "O!nnnind", &PyMemoryView_Type, &view, &offset, &chunk, &left,
-                          &channel, &burst, &wait))
-        return NULL;
-    Py_buffer *into = PyMemoryView_GET_BUFFER(view), *rx = PyMemoryView_GET_BUFFER(s->rx);
-    if (into->readonly || !PyBuffer_IsContiguous(into, 'C') || offset < 0 || chunk <= 0
-        || chunk > left || rx->len < s->idle || s->idle < FRAME) {
-        PyErr_SetString(PyExc_ValueError, "_pull: not what its caller promises");
-        return NULL;
-    }
-    s->start = s->end = 0;
-    s->hands_off = 0;
-    while (placed < burst && !s->closed && !s->hands_off) {
-        Py_ssize_t room = into->len - offset - placed;
-        if (room <= 0)
-            break; /* the next view: not here */
-        struct iovec parts[2];
-        struct msghdr message = {.msg_iov = parts, .msg_iovlen = 1};
-        parts[0].iov_base = (char *)into->buf + offset + placed;
-        parts[0].iov_len = (size_t)(room < chunk ? room : chunk);
-        if (room >= chunk) {
-            /* Behind the chunk comes a frame. What else comes with it would have to be copied. */
-            room = chunk;
-            parts[1].iov_base = rx->buf;
-            parts[1].iov_len = (size_t)(left - placed > chunk || channel < 0 ? FRAME : s->idle);
-            message.msg_iovlen = 2;
-        }
-        Py_ssize_t count;
-        int reason;
-        Py_BEGIN_ALLOW_THREADS;
-        count = recvmsg(s->fd, &message, MSG_DONTWAIT);
-        reason = errno;
-        Py_END_ALLOW_THREADS;
-        calls++;
-        if (PyErr_CheckSignals() < 0)
-            return NULL; /* the connection is given up: what came comes again */
-        if (count < 0) {
-            if (reason == EINTR)
-                continue;
-            if ((reason == EAGAIN || reason == EWOULDBLOCK) && wait > 0) {
-                /* Not while it sleeps: a thread that discards or aborts waits for this one. */
-                struct pollfd watched = {.fd = s->fd, .events = POLLIN};
-                s->rx_touching = 0;
-                int ready = stream_more_soon(s);
-                if (ready == 0 && !s->hands_off) {
-                    long long begin = looking_now();
-                    Py_BEGIN_ALLOW_THREADS;
-                    ready = poll(&watched, 1, (int)(wait * 1000));
-                    Py_END_ALLOW_THREADS;
-                    looking_waited(&s->gaps, looking_now() - begin, ready > 0);
-                }
-                s->rx_touching = me;
-                if (PyErr_CheckSignals() < 0 || PyErr_Occurred())
-                    return NULL;
-                if (ready > 0)
-                    continue;
-                break;
-            }
-            if (placed || reason == EAGAIN || reason == EWOULDBLOCK)
-                break; /* if it is broken, the next call says so */
-            errno = reason;
-            return PyErr_SetFromErrno(PyExc_OSError);
-        }
-        if (count == 0) {
-            if (placed)
-                break;
-            raise_given(self, name__ended);
-            return NULL;
-        }
-        Py_ssize_t got = count < room ? count : room;
-        bytes += count;
-        s->end = count - got;
-        placed += got;
-        chunk -= got;
-        if (chunk)
-            continue;
-        if (s->end != FRAME || channel < 0 || placed == left)
-            break;
-        uint32_t length;
-        uint16_t next;
-        const unsigned char *frame = rx->buf;
-        memcpy(&length, frame, 4);
-        memcpy(&next, frame + 6, 2);
-        if (frame[4] != DATA || frame[5] || next != channel || length == 0
-            || length > left - placed || length > MAX_CHUNK)
-            break; /* another frame, or none that any sender makes: _parse says which */
-        chunk = length;
-        s->end = 0;
-    }
-    return Py_BuildValue("nnnn", placed, chunk, calls, bytes);
 }
 
 static int add_to(PyObject *stats, const char *name, long long *count)
@@ -490,7 +415,8 @@ static PyMethodDef stream_methods[] = {
     {"send", (PyCFunction)(void (*)(void))stream_send, METH_FASTCALL | METH_KEYWORDS, NULL},
     {"_push", sending_push, METH_VARARGS, NULL},
     {"_send_payload", sending_payload, METH_VARARGS, NULL},
-    {"_pull", stream_pull, METH_VARARGS, NULL},
+    {"_pull", receiving_pull, METH_VARARGS, NULL},
+    {"expect", (PyCFunction)(void (*)(void))receiving_expect, METH_FASTCALL, NULL},
     {"_more_soon", looking_more_soon, METH_NOARGS, NULL},
     {"receive", (PyCFunction)(void (*)(void))stream_receive, METH_VARARGS | METH_KEYWORDS, NULL},
     {NULL},

@@ -88,6 +88,47 @@ static int serve(PyObject *self, const char *body, Py_ssize_t size, int *other)
     return out;
 }
 
+/* Whether a payload that was sent up to message ``ack`` is kept. */
+static int settles(Lane *l, uint64_t ack)
+{
+    Py_ssize_t at = 0;
+    PyObject *seq, *entry;
+    while (PyDict_Next(l->bulk, &at, &seq, &entry))
+        if (PyLong_AsUnsignedLongLong(seq) <= ack)
+            return 1;
+    PyErr_Clear();
+    return 0;
+}
+
+/* An ACK: what was granted, executed and delivered. As Peer._unreliable. 0, or -1: error. */
+static int take_ack(PyObject *self, const char *body, Py_ssize_t size, uint64_t ack)
+{
+    Lane *l = (Lane *)self;
+    uint64_t limit, executed;
+    memcpy(&limit, body, 8);
+    memcpy(&executed, body + 8, 8);
+    l->messages_received++;
+    lane_drop(l, ack);
+    if (settles(l, ack) && tell_number(self, name__settle_up_to, ack) < 0)
+        return -1;
+    if (limit > MAX_LIMIT)
+        limit = MAX_LIMIT;
+    if ((long long)limit > l->limit) {
+        l->credit += (long long)limit - l->limit;
+        l->limit = (long long)limit;
+    }
+    for (Py_ssize_t k = 16; k < size; k += 8) {
+        uint64_t seq;
+        memcpy(&seq, body + k, 8);
+        if (PyDict_GET_SIZE(l->bulk) > 0 && tell_number(self, name__settle, seq) < 0)
+            return -1;
+    }
+    if (executed == l->executed)
+        return 0;
+    l->executed = executed;
+    return tell_number(l->sink, name_on_executed, executed);
+}
+
 /* Take in the message that the buffer holds. 1: take() may go on at once; 0: it returns; -1:
    error. */
 static int take_in(PyObject *self, PyObject *connection, Py_ssize_t total)
@@ -106,6 +147,9 @@ static int take_in(PyObject *self, PyObject *connection, Py_ssize_t total)
         memcpy(&seq, message + 8, 8);
         memcpy(&ack, message + 16, 8);
     }
+    if (kind == ACK && !message[1] && seq == 0 && ack <= l->sent && size >= HEADER + 16
+        && !(size % 8))
+        return take_ack(self, message + HEADER, size - HEADER, ack);
     if (kind == 0 || kind > KINDS || message[1] || seq != l->seen + 1 || ack > l->sent) {
         /* Peer.dispatch knows every kind. */
         PyObject *incoming = stream_whole((Stream *)connection, total);
@@ -117,7 +161,7 @@ static int take_in(PyObject *self, PyObject *connection, Py_ssize_t total)
     }
     l->messages_received++;
     lane_drop(l, ack);
-    if (PyDict_GET_SIZE(l->bulk) > 0 && tell_number(self, name__settle_up_to, ack) < 0)
+    if (settles(l, ack) && tell_number(self, name__settle_up_to, ack) < 0)
         return -1;
     /* Counted as here first, so that an answer carries the acknowledgement. */
     l->seen = seq;
@@ -191,6 +235,31 @@ static int let_go(Lane *l)
     return released == NULL ? -1 : 0;
 }
 
+/* What was expected is there, or begins to come. If it is there say so before anything else is done,
+   as somebody waits for it. As take_in. */
+static int take_landed(PyObject *self, PyObject *connection)
+{
+    Lane *l = (Lane *)self;
+    Stream *s = (Stream *)connection;
+    PyObject *text = s->answer, *told = Py_False;
+    if (l->connection == connection && !s->landing.left && text != NULL
+        && PyBytes_GET_SIZE(text) > 0 && stream_clear(s)) {
+        char data[SMALL];
+        Py_ssize_t size = PyBytes_GET_SIZE(text);
+        memcpy(data + FRAME, PyBytes_AS_STRING(text), (size_t)size);
+        l->messages_sent++;
+        if (stream_put(s, data, FRAME + size, NULL, 0) < 0 && lane_survive(self) < 0)
+            return -1;
+        told = Py_True;
+    }
+    PyObject *incoming = receiving_landed(s);
+    int quiet = -1;
+    if (incoming != NULL && PyObject_SetAttr(incoming, name_told, told) == 0)
+        quiet = ask_whether(self, name_dispatch, incoming, connection, NULL);
+    Py_XDECREF(incoming);
+    return quiet;
+}
+
 /* take(connection, wait=0.0, looks=0, /) */
 PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
@@ -240,7 +309,7 @@ PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
             long long begin = waits ? looking_now() : 0;
             found = receive(connection, wait, &total, &incoming);
             if (waits) {
-                int came = found == MESSAGE || found == OTHER;
+                int came = found != NOTHING && found != FAILED;
                 looking_waited(&l->looking, looking_now() - begin, came);
                 if (came && is_stream(connection))
                     looking_woke((Stream *)connection);
@@ -266,6 +335,8 @@ PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
         }
         if (found == MESSAGE)
             quiet = take_in(self, connection, total);
+        else if (found == LANDED)
+            quiet = take_landed(self, connection);
         else
             quiet = ask_whether(self, name_dispatch, incoming, connection, NULL);
         Py_XDECREF(incoming);

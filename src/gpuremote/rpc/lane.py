@@ -111,6 +111,7 @@ class PythonLane:
     _bulk: dict[int, Any]
     _seen: int
     _complete: int
+    _limit: int
     _got: int
     _granted: int
     _unreported: int

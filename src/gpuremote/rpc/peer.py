@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from typing import Final
 
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost, LimitExceeded, ProtocolError
+from gpuremote.rpc.bulk import Arriving, Entry, skip
 from gpuremote.rpc.lane import Lane, Plain, Sink
 from gpuremote.transport.base import Connection, Incoming, Region, Target
 from gpuremote.wire.caps import (
@@ -48,61 +50,13 @@ __all__ = ["Connection", "Entry", "Peer", "Region", "Sink"]
 _PREFIX: Final = HEADER.size
 _pack = HEADER.pack
 _unpack = HEADER.unpack_from
+_ACK: Final = int(Kind.ACK)
+_pack_arrived = struct.Struct(HEADER.format + "3Q").pack
+"""An ACK of one payload."""
 MAX_LIMIT: Final = 1 << 62
 """Message bytes that nobody sends in a lifetime; more is not counted."""
 _LOW_CREDIT: Final = WINDOW_BYTES - ACK_BYTES
 _KINDS: Final = frozenset(int(kind) for kind in Kind)
-
-
-class Entry:
-    """A message with a payload that this side sent and keeps until the other end has it.
-
-    Attributes
-    ----------
-    started : bool
-        A connection was given the payload.
-    cancelled : bool
-    """
-
-    __slots__ = ("arg", "body", "cancelled", "kind", "on_delivered", "regions", "seq", "started")
-
-    def __init__(
-        self,
-        seq: int,
-        kind: int,
-        arg: int,
-        body: BytesLike,
-        regions: Sequence[Region],
-        on_delivered: Callable[[], None] | None,
-    ) -> None:
-        self.seq = seq
-        self.kind = kind
-        self.arg = arg
-        self.body = body
-        self.regions = regions
-        self.on_delivered = on_delivered
-        self.started = False
-        self.cancelled = False
-
-
-class _Arriving:
-    """A message whose payload is on its way to this side."""
-
-    __slots__ = ("base", "buffers", "incoming", "seq", "token", "total")
-
-    def __init__(
-        self, seq: int, token: object, buffers: Sequence[Target] | None, total: int
-    ) -> None:
-        self.seq = seq
-        self.token = token
-        self.buffers = buffers
-        self.total = total
-        self.base = 0
-        self.incoming: Incoming | None = None
-
-    @property
-    def received(self) -> int:
-        return self.base + (self.incoming.received if self.incoming is not None else 0)
 
 
 class Peer(Lane):
@@ -137,7 +91,7 @@ class Peer(Lane):
         Messages whose payload is on its way to this side.
     """
 
-    arriving: dict[int, _Arriving]
+    arriving: dict[int, Arriving]
     _bulk: dict[int, Entry]
 
     def __init__(self, sink: Sink, lock: threading.RLock) -> None:
@@ -309,6 +263,26 @@ class Peer(Lane):
 
     # -- receiving ------------------------------------------------------------------------------
 
+    def expect(self, kind: Kind, body: bytes, view: memoryview, *, tell: bool) -> None:
+        """The next message most likely brings the bytes of ``view``, as the only region, and it
+        is as ``post_payload`` makes it of ``kind`` and ``body``. A hint, from the thread that
+        takes messages in.
+
+        Parameters
+        ----------
+        tell : bool
+            Whether the other end waits for all of it to be here.
+        """
+        connection = self.connection
+        if connection is None or self.arriving:
+            return
+        answer = b""
+        seq = self._seen + 1
+        if tell:
+            executed = self._sink.executed()
+            answer = _pack_arrived(_ACK, 0, 0, 0, 0, self._complete, self._granted, executed, seq)
+        connection.expect(_pack(kind, 0, 0, 0, seq, 0) + body, view, answer)
+
     def charge(self, nbytes: int) -> None:
         """A message that is taken in stands for so many more bytes: they need credit as well."""
         self._got += nbytes
@@ -401,11 +375,11 @@ class Peer(Lane):
         total = sum(incoming.sizes)
         taken = self._sink.on_payload(kind, arg, body, incoming)
         buffers, token = taken if taken is not None else (None, None)
-        arriving = self.arriving[seq] = _Arriving(seq, token, buffers, total)
+        arriving = self.arriving[seq] = Arriving(seq, token, buffers, total)
         self._place(arriving, incoming, buffers)
 
     def _place(
-        self, arriving: _Arriving, incoming: Incoming, buffers: Sequence[Target] | None
+        self, arriving: Arriving, incoming: Incoming, buffers: Sequence[Target] | None
     ) -> None:
         arriving.incoming = incoming
         if buffers is None:
@@ -413,7 +387,7 @@ class Peer(Lane):
         else:
             incoming.into(buffers, lambda done: self._arrived(arriving, done))
 
-    def _arrived(self, arriving: _Arriving, incoming: Incoming) -> None:
+    def _arrived(self, arriving: Arriving, incoming: Incoming) -> None:
         """Called by the transport, from within ``receive``, so without the lock."""
         with self.lock:
             if arriving.incoming is not incoming:
@@ -421,9 +395,10 @@ class Peer(Lane):
             del self.arriving[arriving.seq]
             self._finish(arriving.seq)
             # Before the sink tells whoever is to look after that.
-            self._owing = self.sent
+            self._owing = -1 if incoming.told else self.sent
             wanted = arriving.buffers is not None
-            if wanted and self._sink.on_payload_done(arriving.token) and not self.arriving:
+            later = wanted and self._sink.on_payload_done(arriving.token) and not self.arriving
+            if later or incoming.told:
                 return
             self._delivered.append(arriving.seq)
             self.acknowledge()
@@ -455,7 +430,7 @@ class Peer(Lane):
         offset: int = NUMBER.unpack_from(body)[0] if len(body) >= 8 else -1
         if offset != arriving.base or sum(incoming.sizes) != arriving.total - offset:
             raise ProtocolError(f"message {seq} goes on at byte {offset}, not {arriving.base}")
-        rest = None if arriving.buffers is None else _skip(arriving.buffers, offset)
+        rest = None if arriving.buffers is None else skip(arriving.buffers, offset)
         if rest is not None and tuple(v.nbytes for v in rest) != incoming.sizes:
             raise ProtocolError(f"message {seq} goes on with other sizes")
         self._place(arriving, incoming, rest)
@@ -589,12 +564,3 @@ def _aborted(why: str) -> ConnectionLost:
     error = ConnectionLost(f"aborted: {why}")
     error.deliberate = True
     return error
-
-
-def _skip(views: Sequence[Target], offset: int) -> list[Target]:
-    """The views without their first ``offset`` bytes; as many views as before."""
-    rest: list[Target] = []
-    for view in views:
-        rest.append(view[min(offset, view.nbytes) :])
-        offset = max(0, offset - view.nbytes)
-    return rest

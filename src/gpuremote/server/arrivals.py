@@ -9,7 +9,7 @@ from gpuremote.ops.meta import Meta
 from gpuremote.server.storage import Slot, Storage
 from gpuremote.transport.base import Target
 
-__all__ = ["Arrival"]
+__all__ = ["Arrival", "Upload"]
 
 
 class Arrival:
@@ -80,3 +80,21 @@ class Arrival:
         """Every byte is there: give the slot its value."""
         backend.received(self._array, self.target)
         self.slot.fill(self._array, self.meta, self.storage)
+
+
+class Upload:
+    """Arrays whose bytes are coming.
+
+    Attributes
+    ----------
+    numbers : list of int
+        Their records.
+    scratch : Storage or None
+        Memory for what nobody wants, counted until all is here.
+    """
+
+    __slots__ = ("numbers", "scratch")
+
+    def __init__(self, numbers: list[int], scratch: Storage | None = None) -> None:
+        self.numbers = numbers
+        self.scratch = scratch

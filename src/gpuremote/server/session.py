@@ -23,18 +23,18 @@ from gpuremote.errors import (
     OutOfDeviceMemory,
     PeerCopyFailed,
     ProtocolError,
-    ShapeError,
 )
 from gpuremote.ops.client_kernels import CodeBook
-from gpuremote.ops.meta import Meta, MetaTable, check_dtype
+from gpuremote.ops.meta import Meta, MetaTable
 from gpuremote.ops.torch_call import Views, is_call
 from gpuremote.ops.torch_graph import is_graph
 from gpuremote.rpc.peer import Peer
 from gpuremote.server.answers import Answers
-from gpuremote.server.arrivals import Arrival
+from gpuremote.server.arrivals import Arrival, Upload
 from gpuremote.server.calls import enqueue, take_calls
 from gpuremote.server.execute import Executable
 from gpuremote.server.fusion import Fusion
+from gpuremote.server.metas import ToldMetas
 from gpuremote.server.ordering import Ordering
 from gpuremote.server.sharing import Sharing
 from gpuremote.server.storage import STALLED, Failure, Quota, Slot, Storage
@@ -65,24 +65,6 @@ def _check_handles(count: int) -> None:
         raise LimitExceeded(
             f"more than {caps.MAX_HANDLES} arrays in one session; drop some of them"
         )
-
-
-class _Upload:
-    """Arrays whose bytes are coming.
-
-    Attributes
-    ----------
-    numbers : list of int
-        Their records.
-    scratch : Storage or None
-        Memory for what nobody wants, counted until all is here.
-    """
-
-    __slots__ = ("numbers", "scratch")
-
-    def __init__(self, numbers: list[int], scratch: Storage | None = None) -> None:
-        self.numbers = numbers
-        self.scratch = scratch
 
 
 class WorkerSession:
@@ -116,6 +98,7 @@ class WorkerSession:
         self.quota = Quota(memory_limit)
         self.goodbye = False
         self.metas = MetaTable()
+        self._told_metas = ToldMetas(self.metas, len(backend.devices()))
         self.fusion = Fusion(backend)
         self._views = Views()
         self.ops_executed = 0
@@ -132,6 +115,7 @@ class WorkerSession:
         self._expander = Expander(self.peer.charge)
         self._expected: dict[bytes, int] = {}
         self._arriving: dict[int, Arrival] = {}
+        self._put_last = 0  # record of the latest PUT
         self.peer.table = self._table
         self.peer.queue = self.default.queue
         self.peer.direct = backend.exports_memory
@@ -184,7 +168,7 @@ class WorkerSession:
                 and sizes[0] == arrival.meta.nbytes
                 and self.place(number, arrival, "put", None, incoming.takes_device)
             ):
-                return (arrival.target,), _Upload([number])  # nearly every one
+                return (arrival.target,), Upload([number])  # nearly every one
         numbers = [_HANDLES.unpack_from(body, 8 * k)[0] for k in range(len(sizes))]
         targets: list[Target | None] = []
         for k, (number, size) in enumerate(zip(numbers, sizes, strict=True)):
@@ -210,7 +194,7 @@ class WorkerSession:
             )
             return None
         found = [target for target in targets if target is not None]
-        return found, _Upload(numbers, scratch)
+        return found, Upload(numbers, scratch)
 
     def _fill_gaps(
         self,
@@ -231,7 +215,7 @@ class WorkerSession:
         return scratch
 
     def on_payload_done(self, token: object) -> bool:
-        assert isinstance(token, _Upload)
+        assert isinstance(token, Upload)
         for number in token.numbers:
             arrival = self._arriving.pop(number, None)
             if arrival is not None:
@@ -257,7 +241,7 @@ class WorkerSession:
                     arrival.slot.poison(self.failed(number, "put", failure))
 
     def on_payload_cancelled(self, token: object) -> None:
-        assert isinstance(token, _Upload)
+        assert isinstance(token, Upload)
         error = OpCancelled("the upload was cancelled by the program")
         self._fail_arriving(token.numbers, error)
 
@@ -300,6 +284,8 @@ class WorkerSession:
                 peer.turn += 1
                 records[op](number, *values)  # type: ignore[index]
             number = peer.turn
+        if number == self._put_last + 1:
+            self._bytes_follow(number - 1)  # as the bytes follow
         _check_handles(len(table))
         if self.streams:
             self.ordering.wake_threads()
@@ -380,7 +366,7 @@ class WorkerSession:
     def announce(self, number: int, op: str, shape: Any, dtype: Any, device: Any) -> Arrival | None:
         """A slot for bytes that come from outside; poisoned if they can't be taken."""
         slot = self._table[number] = Slot()
-        meta = self._checked_meta(shape, dtype, device)
+        meta = self._told_metas.get(shape, dtype, device)
         try:
             storage = self.ordering.room(meta.nbytes)
         except GpuRemoteError as error:
@@ -406,27 +392,23 @@ class WorkerSession:
             return False
         return True
 
-    def _checked_meta(self, shape: Any, dtype: Any, device: Any) -> Meta:
+    def _bytes_follow(self, number: int) -> None:
+        """What comes next are the bytes of PUT ``number``."""
+        connection, arrival = self.peer.connection, self._arriving.get(number)
         if (
-            not isinstance(shape, list)
-            or len(shape) > 64
-            or not all(type(n) is int and 0 <= n < 1 << 62 for n in shape)
-            or not isinstance(dtype, str)
-            or type(device) is not int
-            or not 0 <= device < self._devices
+            arrival is not None
+            and connection is not None
+            and connection.expects
+            and self.place(number, arrival, "put")
+            and isinstance(arrival.target, memoryview)
         ):
-            raise ProtocolError("malformed shape, dtype or device")
-        total = 1
-        for length in shape:
-            total *= max(length, 1)
-        if total >= 1 << 58:
-            raise ShapeError(f"shape {tuple(shape)} has too many elements")
-        return self.metas.get(tuple(shape), check_dtype(dtype), device)
+            self.peer.expect(Kind.PAYLOAD, _HANDLES.pack(number), arrival.target, tell=True)
 
     def _put(self, number: int, blob: Any) -> None:
         match blob:
             case [shape, dtype, device]:
                 self.announce(number, "put", shape, dtype, device)
+                self._put_last = number
             case [shape, dtype, device, True]:
                 self.sharing.mark(self.announce(number, "put", shape, dtype, device))
             case _:
@@ -534,7 +516,7 @@ class WorkerSession:
         with self.lock:
             self._claimed.discard(number)
             if error is None:
-                self.on_payload_done(_Upload([number]))
+                self.on_payload_done(Upload([number]))
                 return
             arrival = self._arriving.pop(number, None)
             if arrival is not None:

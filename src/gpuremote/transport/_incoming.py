@@ -100,6 +100,7 @@ class Payload(Incoming):
 
     __slots__ = (
         "_done",
+        "_landed",
         "_lock",
         "_offset",
         "_placed",
@@ -111,6 +112,7 @@ class Payload(Incoming):
         "left",
         "received",
         "sizes",
+        "told",
         "undecided",
     )
 
@@ -136,12 +138,29 @@ class Payload(Incoming):
         self._lock = Lock()
         self._done: Callable[[Incoming], None] | None = None
         self._reported = False
+        self._landed: memoryview | None = None
+        self.told = False
+
+    def landed(self, view: memoryview, count: int) -> None:
+        """``count`` bytes are in ``view`` already, where they were expected to go."""
+        self._landed = view
+        self._offset = self.received = count
+        self.left -= count
 
     def into(
         self, buffers: Sequence[Target], done: Callable[[Incoming], None] | None = None
     ) -> None:
         if self._placed:
             raise InternalError("where this payload goes was already said")
+        landed, self._landed = self._landed, None
+        if landed is not None:
+            if len(buffers) == 1 and buffers[0] is landed:
+                self._settle([landed], done)
+                return
+            # It goes elsewhere after all: so does what has come.
+            landed = landed[: self.received]
+            self.left += self.received
+            self.received = self._offset = 0
         first = buffers[0] if len(buffers) == 1 == len(self.sizes) else None
         if (
             type(first) is memoryview
@@ -155,9 +174,13 @@ class Payload(Incoming):
         else:
             views = fitting(self.sizes, buffers)
             views.reverse()
+        if landed is not None:
+            self._views = views
+            self.put(landed)
         self._settle(views, done)
 
     def discard(self, done: Callable[[Incoming], None] | None = None) -> None:
+        self._landed = None
         self._settle(None, done)
         self._untouched()
 

@@ -169,6 +169,8 @@ class Incoming(abc.ABC):
     lent_from: object = None
     """For ``Connection.lent``: where a payload of one region lies, if that is memory that this end
     gave away before, of which the other end only says where it is."""
+    told = False
+    """Whether the answer that ``Connection.expect`` was given is out."""
     takes_device = False
     """Whether the payload goes into the memory of a GPU without a detour through host memory of
     its size; a ``DeviceTarget`` may be given to :meth:`into` in any case."""
@@ -239,6 +241,8 @@ class Connection(abc.ABC):
     host's memory."""
     shared = False
     """Whether ``allocate`` gives memory that the other end sees too."""
+    expects = False
+    """Whether :meth:`expect` is of any use."""
     near = False
     """Whether messages go through a socket, and the way is so short that what they may bring at a
     time is granted again at once: then the frames of a payload cost more than some ten thousand
@@ -380,6 +384,26 @@ class Connection(abc.ABC):
         ProtocolError
             Bytes that are not this transport's framing.
         """
+
+    def expect(self, header: bytes, view: memoryview | None, answer: bytes) -> bool:
+        """The next message most likely has this header (its ack apart), and one region of exactly
+        ``view.nbytes``, which will go to ``view``. None: any message may come.
+
+        A hint, from the thread that receives. Bytes may be in place before anybody has looked at
+        the message then; :meth:`Incoming.into` is called all the same, and may say otherwise.
+
+        Parameters
+        ----------
+        answer : bytes
+            The header of a message that whoever takes it in may send at once when every byte
+            is in place (``Incoming.told``); empty: none.
+
+        Returns
+        -------
+        bool
+            Whether this connection takes hints.
+        """
+        return False
 
     def due(self) -> float | None:
         """Seconds until a step would make progress without the descriptor saying so."""

@@ -116,6 +116,7 @@ class ShmConnection(TcpConnection):
 
     name = "shm"
     shared = True
+    expects = False
 
     def __init__(
         self, sock: socket.socket, side: socket.socket, *, blocking: bool, limit: int = 0

@@ -471,6 +471,21 @@ class StreamConnection(Sender):
             self._rx_touching = 0
         self._account(target, count)
 
+    def _landed(
+        self, header: memoryview, view: memoryview, channel: int, placed: int, chunk: int
+    ) -> Payload:
+        """A message that was expected, of whose payload so much is in ``view``."""
+        payload = Payload(header, (view.nbytes,), channel, self._wait_untouched)
+        payload.landed(view, placed)
+        self.stats.payload_received += placed
+        if payload.left:
+            self._channels[channel] = payload
+            self._chunk = chunk
+            self._target = payload if chunk else None
+            self._question = payload
+        self._rest()
+        return payload
+
     def _whole(self, end: int) -> Message:
         return Message(self._rx[_PREFIX:end])
 
@@ -495,7 +510,7 @@ class StreamConnection(Sender):
 class TcpConnection(Stream, StreamConnection):
     """A connection over a stream socket; sent and received in C where that part is installed."""
 
-    _in_c = native is not None
+    _in_c = expects = native is not None
 
 
 def pair(blocking: bool = True) -> tuple[TcpConnection, TcpConnection]:

@@ -48,6 +48,8 @@ ACK_BYTES: Final = WINDOW_BYTES // 4
 ACK_MESSAGES: Final = 256
 """Messages after which it does."""
 
+MAX_METAS: Final = 1024
+"""Shapes and dtypes that a server has checked and remembers."""
 MAX_PLANS: Final = 16384
 """Plans that a session may have defined at a time."""
 
