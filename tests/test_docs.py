@@ -29,6 +29,7 @@ from gpuremote.transport import (
     _framing,
     _looking,
     _outgoing,
+    _pieces,
     _sending,
     _sockets,
     base,
@@ -387,6 +388,10 @@ SENTENCES = [
     ("transports", f"A result of {shm.LEAST_LED // KIB} KiB or more (up to"),
     ("transports", f"After {shm.PATIENCE // 1000} µs without news"),
     ("transports", f"say how much is there, every {shm.CHUNK // MIB} MiB"),
+    (
+        "transports",
+        f"goes through {_pieces.BLOCKS} blocks of {_pieces.PIECE // MIB} MiB instead",
+    ),
     ("transports", f"buffer is asked to hold {shm_setup.BUFFER // MIB} MiB"),
     ("transports", f"{shm.MAX_STAGED // MIB} MiB that would have to be copied there first"),
     ("transports", f"for up to {base.LONG_BURST // MIB} MiB, if the kernel takes them at once"),

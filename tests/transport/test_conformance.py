@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from gpuremote._clock import now
 from gpuremote.testing.conformance import Pair, TransportConformance
 from gpuremote.testing.driving import Ends
-from gpuremote.transport import shm
+from gpuremote.transport import _pieces, shm, tcp
 from gpuremote.transport.certificates import TlsClient, TlsServer
 from gpuremote.transport.emulated import EmulatedConnection
 from gpuremote.transport.lanes.connection import LanesConnection, tune_lane
@@ -87,6 +88,31 @@ class TestShmWithoutRoom(TransportConformance):
 
     def connection_pair(self) -> Pair:
         return shm.pair(limit=1)
+
+
+class ShmInPieces(TransportConformance):
+    """Every payload goes through a few small blocks, as a large one does through larger ones."""
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def small_blocks(cls) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shm, "MAX_STAGED", 0)
+            patch.setattr(shm, "LEAST_PIECE", 1000)
+            patch.setattr(tcp, "MAX_CHUNK", 64 << 10)
+            patch.setattr(shm, "PIECE", 64 << 10)
+            patch.setattr(_pieces, "PIECE", 64 << 10)
+            yield
+
+
+class TestShmInPiecesBlocking(ShmInPieces):
+    def connection_pair(self) -> Pair:
+        return shm.pair()
+
+
+class TestShmInPiecesNonBlocking(ShmInPieces):
+    def connection_pair(self) -> Pair:
+        return shm.pair(blocking=False)
 
 
 class TestShmEmulated(TransportConformance):

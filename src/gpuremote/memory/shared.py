@@ -368,6 +368,10 @@ class Arena:
         was not used for anything else."""
         return self._segments[place.segment].sent[place.block]
 
+    def back(self, place: Place) -> bool:
+        """Whether the other process does not have the block of a place that is held here."""
+        return not self._segments[place.segment].lent(place.block)
+
     def whole(self, place: Place) -> bool:
         """Whether it is all of a block that was not given away yet."""
         segment = self._segments[place.segment]

@@ -91,6 +91,7 @@ class Ends:
         if self.take is not None:
             self.take(connection, incoming)
         else:
+            incoming.header = memoryview(bytes(incoming.header))  # read when others have come
             self._arrived[id(connection)].append(incoming)
         return True
 

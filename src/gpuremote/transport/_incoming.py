@@ -8,12 +8,15 @@ from typing import Final
 
 from gpuremote.errors import InternalError, InvalidBuffer
 from gpuremote.memory.device import DeviceTarget
+from gpuremote.memory.host import copy_bytes
 from gpuremote.transport.base import Incoming, Target, flat_view
 
 __all__ = ["Message", "Payload", "fitting", "fitting_targets"]
 
 _IOV: Final = 256
 """Buffers of one receive call; fewer than the system's limit of 1024."""
+_LONG: Final = 1 << 20
+"""Bytes whose copy is worth letting go of the interpreter's lock."""
 
 
 def fitting(sizes: Sequence[int], buffers: Sequence[Target]) -> list[memoryview]:
@@ -265,8 +268,12 @@ class Payload(Incoming):
                 break
             before = put
             for target in targets:
-                target[:] = source[put : put + target.nbytes]
-                put += target.nbytes
+                size = target.nbytes
+                if size < _LONG:
+                    target[:] = source[put : put + size]
+                else:
+                    copy_bytes(target, source[put : put + size])
+                put += size
             self.advance(put - before)
         if put < source.nbytes:
             self.advance(source.nbytes - put)

@@ -18,7 +18,7 @@ from gpuremote.transport._framing import (
 )
 from gpuremote.transport.base import Region
 
-__all__ = ["CHUNK", "Buffer", "Outbox", "one_payload"]
+__all__ = ["CHUNK", "Buffer", "Flow", "Outbox", "one_payload"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Done: TypeAlias = Callable[[], None]
@@ -53,7 +53,7 @@ class _Piece(NamedTuple):
     done: Done | None = None
 
 
-class _Stream:
+class Flow:
     """Payload that waits to be sent on its channel."""
 
     __slots__ = ("channel", "chunk", "done", "head", "left", "offset", "views")
@@ -186,7 +186,7 @@ class Outbox:
         self._frames: deque[_Piece] = deque()
         self._joined = bytearray()  # small messages, behind the frames
         self._chunks: deque[_Piece] = deque()  # were cut, and then not taken by the kernel
-        self._streams: deque[_Stream] = deque()
+        self._streams: deque[Flow] = deque()
         self._run: list[_Piece] = []
         self._channel = 0
         self._used: set[int] = set()
@@ -263,7 +263,7 @@ class Outbox:
         self._frames.append(_Piece(parts, _PREFIX + length, done=None if views else done))
         if views:
             total = sum(view.nbytes for view in views)
-            self._streams.append(_Stream(channel, views, total, done))
+            self._streams.append(Flow(channel, views, total, done))
         self.pending = True
 
     def add_begun(
@@ -292,7 +292,7 @@ class Outbox:
         used.add(channel)
         return channel
 
-    def only(self) -> _Stream | None:
+    def only(self) -> Flow | None:
         """The stream that is all there is to send, if one view of it is left."""
         queued = self._frames or self._joined or self._chunks or self._begun is not None
         if queued or len(self._streams) != 1:
@@ -300,13 +300,13 @@ class Outbox:
         stream = self._streams[0]
         return stream if len(stream.views) == 1 else None
 
-    def pushed(self, stream: _Stream) -> list[Done]:
+    def pushed(self, stream: Flow) -> list[Done]:
         """After ``stream.push``: what is to be called, as it is out completely."""
         if stream.left:
             return []
         self._streams.clear()
         self._used.discard(stream.channel)
-        self.pending = False
+        self.pending = self._begun is not None
         return [stream.done] if stream.done is not None else []
 
     def fill(self) -> tuple[list[Buffer], int]:

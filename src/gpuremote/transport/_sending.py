@@ -13,7 +13,7 @@ from typing import Final
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost, LimitExceeded
 from gpuremote.transport._framing import MAX_HEADER
-from gpuremote.transport._outgoing import Outbox, one_payload
+from gpuremote.transport._outgoing import Flow, Outbox, one_payload
 from gpuremote.transport._sockets import broken
 from gpuremote.transport._stream import NOW, Line
 from gpuremote.transport.base import Connection, Region, flat_view
@@ -70,7 +70,7 @@ class Sender(Connection):
             len(regions) == 1
             and not (waiting or self._calling)
             and regions[0].nbytes > 0
-            and (self._in_c or regions[0].nbytes <= self._chunk_size)
+            and self._at_once(regions[0].nbytes)
         ):
             self._send_one(header, size, regions[0], done)
             return
@@ -84,6 +84,10 @@ class Sender(Connection):
         # long queue slow.
         if not waiting and not self._calling:
             self._pump()
+
+    def _at_once(self, nbytes: int) -> bool:
+        """Whether a payload of so many bytes goes out behind nothing else without a queue."""
+        return self._in_c or nbytes <= self._chunk_size
 
     def _send_one(
         self, header: BytesLike, size: int, region: Region, done: Callable[[], None] | None
@@ -186,16 +190,12 @@ class Sender(Connection):
             try:
                 if self._closed:
                     raise self._gone()
-                stream, calls = outbox.only(), 1
-                if stream is None:
+                flow, calls = outbox.only(), 1
+                if flow is None:
                     sent, payload, more, done = self._send_run(outbox)
                 else:
-                    size = self._chunk_size
-                    if not self._in_c:
-                        sent, payload, more = stream.push(self._line.sendmsg, NOW, size)
-                    else:
-                        sent, payload, more, calls = stream.push_natively(self._push, size, budget)
-                    done = outbox.pushed(stream)
+                    sent, payload, more, calls = self._push_flow(flow, budget)
+                    done = outbox.pushed(flow)
                 stats.sends += calls
                 self._pending = outbox.pending
             except BaseException as error:
@@ -211,8 +211,15 @@ class Sender(Connection):
                 self._call(done)
             if not more:
                 return not outbox.pending
-            budget -= sent
+            budget -= max(sent, payload)
         return not outbox.pending
+
+    def _push_flow(self, flow: Flow, budget: int) -> tuple[int, int, bool, int]:
+        """Of the only payload that is left, up to ``budget`` bytes: the bytes that went out in all
+        and of the payload, whether the kernel may take more, and the calls."""
+        if self._in_c:
+            return flow.push_natively(self._push, self._chunk_size, budget)
+        return *flow.push(self._line.sendmsg, NOW, self._chunk_size), 1
 
     def _send_run(self, outbox: Outbox) -> tuple[int, int, bool, list[Callable[[], None]]]:
         """Messages and chunks of several payloads, many in one call."""

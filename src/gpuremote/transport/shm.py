@@ -6,15 +6,18 @@
                   offset u64) | bytes that are there u64 | header
     kind FILLED   body = bytes that are there by now u64; on the channel of the SHARED
     kind DROPPED  body = segment u32, which the sender no longer uses
+    kind PIECE    body = segment u32, block u32, offset u64, bytes u64; on the channel of an OPEN
 
 The top bit of a place's segment (``YOURS``) says that the memory is the receiver's own, which it
 gave away before. That payload is only lent, and there is nothing to give back. The next bit
 (``LED``), of a payload of one region, says that the sender writes how much is there into a counter
 as well, in the first page of the segment. A receiver that looks there copies right behind it.
 
-These frames come among those of ``transport.tcp`` (a payload for which there is no room in
-shared memory goes through the socket as there). A place of an empty region is all zeros. New
-segments come with their descriptors over a second socket, before the frame that names them.
+These frames come among those of ``transport.tcp``: a payload for which there is no room in shared
+memory as a whole is sent as there, and the bytes of a PIECE stand for those of a DATA frame where
+the sender has a block for them, of a few that it uses again and again. A place of an empty region
+is all zeros. New segments come with their descriptors over a second socket, before the frame that
+names them.
 
 What a program has in ordinary memory is copied once, by the sender. Memory from ``allocate`` that
 is sent whole is not copied at all: it is given away. The receiver keeps it where it lies
@@ -35,7 +38,7 @@ from typing import Final, NamedTuple
 
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost, ProtocolError
-from gpuremote.memory.host import host_memory
+from gpuremote.memory.host import copy_bytes, host_memory
 from gpuremote.memory.shared import Arena, Loans, Place, SegmentInfo
 from gpuremote.transport._filling import Fill, Pair
 from gpuremote.transport._framing import (
@@ -48,7 +51,10 @@ from gpuremote.transport._framing import (
     encode_sizes,
 )
 from gpuremote.transport._loan import SharedPayload
+from gpuremote.transport._outgoing import Flow
+from gpuremote.transport._pieces import PIECE, Window
 from gpuremote.transport._sending import BURST
+from gpuremote.transport._stream import NOW
 from gpuremote.transport.base import Incoming, Region
 from gpuremote.transport.tcp import TcpConnection
 
@@ -57,16 +63,19 @@ __all__ = ["ShmConnection", "pair"]
 SHARED: Final = 16
 FILLED: Final = 17
 DROPPED: Final = 18
+PIECE_AT: Final = 19
 
 CHUNK: Final = 4 << 20
 """Bytes that are copied before the receiver is told of them, so that both copy at a time."""
 LEAST_LED: Final = 256 << 10
 """Bytes of a payload of one region from which on the receiver is told of it before it is copied."""
+LEAST_PIECE: Final = 256 << 10
+"""Bytes that are worth a block, of a payload that goes through a few of them."""
 PATIENCE: Final = 200_000
 """Nanoseconds without news from the sender after which the receiver waits for a frame."""
 MAX_STAGED: Final = 64 << 20
-"""Bytes of a payload that are copied into shared memory. Of a larger one a second copy would have
-to be there as a whole, so it goes through the socket."""
+"""Bytes of a payload that are copied into shared memory as a whole. Of a larger one that would be a
+second copy, so it goes through a few blocks, or through the socket."""
 YOURS: Final = 1 << 31
 LED: Final = 1 << 30
 ALIGNMENT: Final = 64
@@ -79,10 +88,12 @@ _ONE: Final = struct.Struct("<IBBHHQIIQQ")
 _NOTHING: Final = bytes(4)
 _SEGMENT: Final = struct.Struct("<IQI")
 _DROPPED: Final = struct.Struct("<I")
+_PIECE: Final = struct.Struct("<IIQQ")
 _LONGEST: Final = {
     SHARED: MAX_OPEN + _PLACE.size * MAX_REGIONS + _NUMBER.size,
     FILLED: _NUMBER.size,
     DROPPED: _DROPPED.size,
+    PIECE_AT: _PIECE.size,
 }
 """Bytes of the body of each kind of frame."""
 
@@ -131,6 +142,7 @@ class ShmConnection(TcpConnection):
         self._filling: dict[int, SharedPayload] = {}  # not there completely yet
         self._copying: deque[SharedPayload] = deque()  # there, but not in place yet
         self._next_channel = 0
+        self._window: Window | None = None  # of the payload under way
         self.stats.extra.update(shared_sent=0, shared_received=0, copied_in=0, copied_out=0)
 
     def describe(self) -> dict[str, object]:
@@ -185,6 +197,7 @@ class ShmConnection(TcpConnection):
         super()._release()
         if not self._tx_busy:
             self._fills.clear()
+            self._window = None
             self._arena.close()
         if not self._rx_busy:
             for payload in (*self._filling.values(), *self._copying):
@@ -405,6 +418,40 @@ class ShmConnection(TcpConnection):
         self._pending = self._outbox.pending or bool(self._fills)
         return not self._pending
 
+    def _at_once(self, nbytes: int) -> bool:
+        return nbytes <= MAX_STAGED and super()._at_once(nbytes)
+
+    def _push_flow(self, flow: Flow, budget: int) -> tuple[int, int, bool, int]:
+        if self._window is None:
+            self._window = Window(self._arena, PATIENCE if self.looks else 0)
+        found = None if flow.chunk or flow.left < LEAST_PIECE else self._window.take()
+        if found is None:  # one chunk through the socket: meanwhile a block may come back
+            gone = super()._push_flow(flow, min(budget, self._chunk_size))
+        else:
+            gone = self._push_piece(flow, *found)
+        if not flow.left:
+            self._window = None
+        return gone
+
+    def _push_piece(
+        self, flow: Flow, block: memoryview, place: Place
+    ) -> tuple[int, int, bool, int]:
+        offset, size = flow.offset, min(flow.left, PIECE)
+        copy_bytes(block[:size], flow.views[0][offset : offset + size])
+        self._arena.lend(place, given=False)
+        flow.offset, flow.left = offset + size, flow.left - size
+        self.stats.extra["copied_in"] += size
+        self.stats.extra["shared_sent"] += size
+        body = _PIECE.pack(place.segment, place.block, place.offset, size)
+        frame = _frame(PIECE_AT, flow.channel, body)
+        try:
+            sent = self._line.send(frame, NOW)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(frame):
+            self._outbox.add_begun_frame(memoryview(frame)[sent:])
+        return sent, size, sent == len(frame), 1
+
     def flush(self) -> bool:
         if self._fills and self._tx_failure is None and not self._closed:
             return self._pump()
@@ -469,6 +516,9 @@ class ShmConnection(TcpConnection):
             if kind == FILLED:
                 self._filled(channel, *_NUMBER.unpack(body))
                 return None
+            if kind == PIECE_AT:
+                self._piece(channel, *_PIECE.unpack(body))
+                return None
             if kind == DROPPED:
                 (ident,) = _DROPPED.unpack(body)
                 if ident not in self._loans:
@@ -523,6 +573,23 @@ class ShmConnection(TcpConnection):
         self.stats.messages_received += 1
         self._question = payload
         return payload
+
+    def _piece(self, channel: int, segment: int, block: int, offset: int, size: int) -> None:
+        """The next bytes of a payload that goes through the socket lie in shared memory."""
+        target = self._channels.get(channel)
+        if target is None or not 0 < size <= target.left:
+            raise ProtocolError(f"a piece of {size} bytes on channel {channel}")
+        if segment not in self._loans:
+            self._take_segments()
+        view = self._loans.view(Place(segment, block, offset, size))
+        self._rx_touching = get_ident()
+        try:
+            self.stats.extra["copied_out"] += target.put(view)
+        finally:
+            self._rx_touching = 0
+        self.stats.extra["shared_received"] += size
+        self._chunk = size
+        self._account(target, size)
 
     def _look(self, place: Place) -> memoryview:
         try:
