@@ -6,6 +6,7 @@ import random
 import select
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from gpuremote import _clock
 from gpuremote.transport.base import Connection, Incoming
@@ -91,7 +92,7 @@ class Ends:
         if self.take is not None:
             self.take(connection, incoming)
         else:
-            incoming.header = memoryview(bytes(incoming.header))  # read when others have come
+            _keep_header(incoming)
             self._arrived[id(connection)].append(incoming)
         return True
 
@@ -107,6 +108,11 @@ class Ends:
             if due is not None:
                 seconds = min(seconds, due)
         poll.poll(seconds * 1000)
+
+
+def _keep_header(incoming: Any) -> None:
+    """It is read when others have come."""
+    incoming.header = memoryview(bytes(incoming.header))
 
 
 def random_parts(sizes: Sequence[int]) -> list[bytes]:

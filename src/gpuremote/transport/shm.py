@@ -26,9 +26,7 @@ is sent whole is not copied at all: it is given away. The receiver keeps it wher
 
 from __future__ import annotations
 
-import array
 import contextlib
-import os
 import socket
 import struct
 from collections import deque
@@ -39,7 +37,7 @@ from typing import Final, NamedTuple
 from gpuremote._types import BytesLike
 from gpuremote.errors import ConnectionLost, ProtocolError
 from gpuremote.memory.host import copy_bytes, host_memory
-from gpuremote.memory.shared import Arena, Loans, Place, SegmentInfo
+from gpuremote.memory.shared import Arena, Loans, Place
 from gpuremote.transport._filling import Fill, Pair
 from gpuremote.transport._framing import (
     FRAME,
@@ -54,6 +52,7 @@ from gpuremote.transport._loan import SharedPayload
 from gpuremote.transport._outgoing import Flow
 from gpuremote.transport._pieces import PIECE, Window
 from gpuremote.transport._sending import BURST
+from gpuremote.transport._side import Side
 from gpuremote.transport._stream import NOW
 from gpuremote.transport.base import Incoming, Region
 from gpuremote.transport.tcp import TcpConnection
@@ -86,7 +85,6 @@ _NUMBER: Final = struct.Struct("<Q")
 _ONE: Final = struct.Struct("<IBBHHQIIQQ")
 """A SHARED frame with one region, up to its header."""
 _NOTHING: Final = bytes(4)
-_SEGMENT: Final = struct.Struct("<IQI")
 _DROPPED: Final = struct.Struct("<I")
 _PIECE: Final = struct.Struct("<IIQQ")
 _LONGEST: Final = {
@@ -133,10 +131,9 @@ class ShmConnection(TcpConnection):
         self, sock: socket.socket, side: socket.socket, *, blocking: bool, limit: int = 0
     ) -> None:
         super().__init__(sock, blocking=blocking, reason="shared memory, proved by a number in it")
-        side.setblocking(False)
-        self._side = side
+        self._side = Side(side)
         most = int(SHARE * host_memory())
-        self._arena = Arena(min(limit, most) if limit else most, self._pass, self._drop)
+        self._arena = Arena(min(limit, most) if limit else most, self._side.send, self._drop)
         self._loans = Loans()
         self._fills: deque[Fill] = deque()
         self._filling: dict[int, SharedPayload] = {}  # not there completely yet
@@ -210,37 +207,9 @@ class ShmConnection(TcpConnection):
 
     # -- segments --------------------------------------------------------------------------------
 
-    def _pass(self, info: SegmentInfo, fd: int) -> bool:
-        message = _SEGMENT.pack(info.ident, info.block, info.blocks)
-        rights = array.array("i", [fd])
-        try:
-            self._side.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-        except OSError:
-            return False  # the other end is slow to take them, or gone
-        return True
-
     def _drop(self, ident: int) -> None:
         self._outbox.add_frame(DROPPED, 0, [_DROPPED.pack(ident)])
         self._pending = True
-
-    def _take_segments(self) -> None:
-        """Take in what has come over the second socket."""
-        while True:
-            try:
-                message, fds, flags, _ = socket.recv_fds(self._side, _SEGMENT.size, 1)
-            except BlockingIOError:
-                return
-            if not message and not fds:
-                return  # the other end is gone; what it had passed before is here
-            try:
-                if flags & socket.MSG_CTRUNC and not fds:
-                    raise ConnectionLost("this process can't open any more files")
-                if len(message) != _SEGMENT.size or len(fds) != 1:
-                    raise ProtocolError("a malformed segment of shared memory")
-                self._loans.add(SegmentInfo(*_SEGMENT.unpack(message)), fds[0])
-            finally:
-                for fd in fds:
-                    os.close(fd)
 
     # -- sending ---------------------------------------------------------------------------------
 
@@ -522,7 +491,7 @@ class ShmConnection(TcpConnection):
             if kind == DROPPED:
                 (ident,) = _DROPPED.unpack(body)
                 if ident not in self._loans:
-                    self._take_segments()  # it may wait there, never used
+                    self._side.take(self._loans)  # it may wait there, never used
                 self._loans.drop(ident)
                 return None
         except struct.error as error:
@@ -552,7 +521,7 @@ class ShmConnection(TcpConnection):
                 lent.append(_Lent(self._arena, place, self._arena.times(place)))
             else:
                 if place.segment not in self._loans:
-                    self._take_segments()
+                    self._side.take(self._loans)
                 views.append(self._loans.view(place))
                 if segment & LED and self._in_c and len(sizes) == 1:
                     counter = self._loans.written(place)
@@ -580,7 +549,7 @@ class ShmConnection(TcpConnection):
         if target is None or not 0 < size <= target.left:
             raise ProtocolError(f"a piece of {size} bytes on channel {channel}")
         if segment not in self._loans:
-            self._take_segments()
+            self._side.take(self._loans)
         view = self._loans.view(Place(segment, block, offset, size))
         self._rx_touching = get_ident()
         try:
