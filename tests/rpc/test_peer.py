@@ -51,6 +51,9 @@ class End:
         self.payloads.append(b"".join(token))
         return self.patient
 
+    def on_landed(self, number: int, view: memoryview) -> bool | None:
+        return None
+
     def on_payload_cancelled(self, token: object) -> None:
         self.cancelled.append(token)
 

@@ -213,9 +213,10 @@ def test_hints_that_make_no_sense(
 class Waiting:
     """An end that expects one payload, after a message that announced it."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, shortly: bool = True) -> None:
         self.peer = Peer(self, threading.RLock())
         self.place = place
+        self.shortly = shortly
         self.arrived = 0
         self.told_before = -1
 
@@ -226,9 +227,19 @@ class Waiting:
     def on_payload(
         self, kind: int, arg: int, body: memoryview, incoming: Incoming
     ) -> tuple[Sequence[memoryview], object]:
+        self._note()
+        return [self.place.view], None
+
+    def on_landed(self, number: int, view: memoryview) -> bool | None:
+        assert (number, view) == (9, self.place.view)
+        if not self.shortly:
+            return None
+        self._note()
+        return self.on_payload_done(None)
+
+    def _note(self) -> None:
         assert self.peer.connection is not None
         self.told_before = self.peer.connection.stats.messages_sent
-        return [self.place.view], None
 
     def on_payload_done(self, token: object) -> bool:
         self.arrived += 1
@@ -243,17 +254,22 @@ class Waiting:
         return 41
 
 
-def exchange(place: Place, region: bytes, number: int = 9) -> tuple[Waiting, list[bytes]]:
+def exchange(place: Place, *, number: int = 9, shortly: bool = True) -> tuple[Waiting, list[bytes]]:
     """The end that got it, and what it sent."""
     here, there = pair()
     try:
-        sender, receiver = Peer(Waiting(place), threading.RLock()), Waiting(place)
+        sender, receiver = Peer(Waiting(place), threading.RLock()), Waiting(place, shortly)
         sender.connection, receiver.peer.connection = here, there
         sender.post(Kind.BATCH, b"announced")
         assert receiver.peer.take(there, 1.0)
-        sender.post_payload(Kind.PAYLOAD, NUMBER.pack(number), [Region(region)])
+        sender.post_payload(Kind.PAYLOAD, NUMBER.pack(number), [Region(place.data)])
         while not receiver.arrived:
             receiver.peer.take(there, 1.0)
+        assert there.stats.payload_received == SIZE
+        assert receiver.peer.messages_received == 2
+        assert not receiver.peer.arriving
+        sender.post(Kind.BATCH, b"another")  # goes on as ever
+        assert receiver.peer.take(there, 1.0)
         sent = []
         while (incoming := here.receive()) is not None:
             sent.append(bytes(incoming.header))
@@ -263,9 +279,10 @@ def exchange(place: Place, region: bytes, number: int = 9) -> tuple[Waiting, lis
         there.abort()
 
 
-def test_it_is_told_once_and_before_it_is_looked_at() -> None:
+@pytest.mark.parametrize("shortly", [True, False])
+def test_it_is_told_once_and_before_it_is_looked_at(shortly: bool) -> None:
     place = Place()
-    receiver, sent = exchange(place, place.data)
+    receiver, sent = exchange(place, shortly=shortly)
     assert place.memory == place.data
     assert [HEADER.unpack_from(message)[0] for message in sent] == [Kind.ACK]
     ack = decode_ack(sent[0][HEADER.size :])
@@ -273,11 +290,11 @@ def test_it_is_told_once_and_before_it_is_looked_at() -> None:
     assert ack.executed == 41
     assert receiver.told_before == (0 if native is None else 1)
     assert not receiver.peer.owing
-    assert receiver.peer.receipt().seen == 2
+    assert receiver.peer.receipt().seen == 3
 
 
 def test_another_payload_is_told_when_it_has_been_taken_in() -> None:
     place = Place()
-    receiver, sent = exchange(place, place.data, number=10)
+    receiver, sent = exchange(place, number=10)
     assert receiver.told_before == 0
     assert [decode_ack(message[HEADER.size :]).delivered for message in sent] == [(2,)]

@@ -27,6 +27,7 @@ from gpuremote.errors import (
 )
 from gpuremote.testing.driving import Ends, place, random_parts
 from gpuremote.transport._framing import MAX_CHUNK, MAX_HEADER, MAX_REGIONS
+from gpuremote.transport._incoming import Payload
 from gpuremote.transport.base import Incoming, Region
 from gpuremote.transport.tcp import TcpConnection, pair, tune
 
@@ -547,3 +548,15 @@ def test_works_on_after_long_use(ends: Pair) -> None:
         assert not end._outbox._streams
         assert end._target is None
         assert end._large is None
+
+
+def test_what_has_no_place_any_more_does_not_count_as_received() -> None:
+    """Another thread has aborted the connection: the next one brings it from there on."""
+    payload = Payload(memoryview(b""), (10,), 0, lambda: None)
+    target = bytearray(10)
+    payload.into([memoryview(target)])
+    assert payload.put(memoryview(b"0123")) == 4
+    payload.release()
+    assert payload.put(memoryview(b"4567")) == 0
+    assert (payload.received, payload.left) == (4, 6)
+    assert target == b"0123" + bytes(6)

@@ -196,7 +196,8 @@ class Core(Uploader):
                 and not wait.done
             ):
                 wait.into = into = into.cast("B")
-                self.peer.expect(Kind.RESULT, NUMBER.pack(wait.number), into, tell=False)
+                body = NUMBER.pack(wait.number)
+                self.peer.expect(Kind.RESULT, body, into, arg=ResultForm.PAYLOAD)
 
     def note_near(self, handle: int, place: object, writes: float) -> None:
         """The answer to a GET was that array ``handle`` lies in memory of this process; the GET was
@@ -317,13 +318,23 @@ class Core(Uploader):
 
     def on_payload_done(self, token: object) -> bool:
         assert isinstance(token, Wait)
-        self._waits.pop(token.number, None)
-        token.finish(token.value)
+        return self._result_is_here(token)
+
+    def on_landed(self, number: int, view: memoryview) -> bool | None:
+        wait = self._waits.get(number)
+        if wait is None or wait.cancelled or wait.into is not view:
+            return None
+        return self._result_is_here(wait)
+
+    def _result_is_here(self, wait: Wait) -> bool:
+        """Whether it is soon enough to tell the server with the next message."""
+        self._waits.pop(wait.number, None)
+        wait.finish(wait.value)
         if (
-            token.number != self._next - 1  # an op behind it may want to write there
+            wait.number != self._next - 1  # an op behind it may want to write there
             or self.on_buffered is None
-            or token.into is None
-            or token.into.nbytes > LATE
+            or wait.into is None
+            or wait.into.nbytes > LATE
         ):
             return False
         self.on_buffered()

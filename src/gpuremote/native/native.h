@@ -83,14 +83,15 @@ typedef struct {
     char roams, same_host;
     Looking room; /* looking whether the kernel takes more */
     long long moved; /* when it last went to another processor */
-    long long sends, receives, messages_sent, messages_received, bytes_sent, bytes_received;
+    long long sends, receives, messages_sent, messages_received, bytes_sent, bytes_received,
+        payload_received;
 } Stream;
 
 /* Names of attributes and methods, as Python objects: name_append, name_done, ... */
 #define NAMES(X) \
     X(_admits) X(_broken) X(_ended) X(_failed) X(_finish) X(_flush_by_time) X(_follow_up) X(_gone) \
     X(_input) X(_known) X(_landed) X(_left) X(_prepare) X(_receive) X(_release) X(_renewed) \
-    X(_report_if_due) X(_send) X(_settle) X(_settle_up_to) X(_shared) X(_slots) X(_take_in) X(_take_origin) X(_whole) \
+    X(_report_if_due) X(_send) X(_settle) X(_settle_up_to) X(_shared) X(_slots) X(_take_in) X(_take_origin) X(_take_whole) X(_whole) \
     X(_written) X(abort) X(acquire) X(append) X(base) X(check_result) X(checks) X(device) X(dispatch) X(done) \
     X(dtype) X(expected) X(f) X(failed) X(form) X(function) X(i) X(id) X(inplace) X(inputs) \
     X(isdisjoint) X(left) X(lost) X(n_out) X(nbytes) X(numbers) X(on_executed) X(on_message) X(ops_executed) X(out) \
@@ -172,6 +173,11 @@ int receiving_land(Stream *stream, double wait);
 
 /* Then: it as a transport.base.Incoming, or NULL. */
 PyObject *receiving_landed(Stream *stream);
+
+/* Or, where all of it is in place: its header, and the size of that; it was taken in. */
+const char *receiving_header(Stream *stream);
+Py_ssize_t receiving_header_size(Stream *stream);
+void receiving_taken(Stream *stream);
 
 /* Stream._push and Stream._send_payload, see sending.c. */
 PyObject *sending_push(PyObject *self, PyObject *args);

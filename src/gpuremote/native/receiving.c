@@ -265,3 +265,21 @@ PyObject *receiving_landed(Stream *s)
     Py_DECREF(place);
     return incoming;
 }
+
+const char *receiving_header(Stream *s)
+{
+    return PyBytes_AS_STRING(s->landing.frame) + OPEN_HEADER;
+}
+
+Py_ssize_t receiving_header_size(Stream *s)
+{
+    return PyBytes_GET_SIZE(s->landing.frame) - OPEN_HEADER;
+}
+
+void receiving_taken(Stream *s)
+{
+    s->payload_received += s->landing.placed;
+    s->plain = 1; /* nothing is under way: the buffer is empty */
+    Py_CLEAR(s->landing.frame);
+    Py_CLEAR(s->landing.place);
+}

@@ -358,7 +358,8 @@ static PyObject *stream_get_stats(PyObject *self, void *unused)
         || add_to(s->stats, "messages_sent", &s->messages_sent)
         || add_to(s->stats, "messages_received", &s->messages_received)
         || add_to(s->stats, "bytes_sent", &s->bytes_sent)
-        || add_to(s->stats, "bytes_received", &s->bytes_received))
+        || add_to(s->stats, "bytes_received", &s->bytes_received)
+        || add_to(s->stats, "payload_received", &s->payload_received))
         return NULL;
     return Py_NewRef(s->stats);
 }

@@ -42,6 +42,10 @@ class Sink(Protocol):
         with whatever else it says (``Peer.owing``).
         """
 
+    def on_landed(self, number: int, view: memoryview) -> bool | None:
+        """A payload that was expected (``Peer.expect``) is in ``view``, all of it, and nothing was
+        asked before: as :meth:`on_payload` and :meth:`on_payload_done` in one. None: ask those."""
+
     def on_payload_cancelled(self, token: object) -> None:
         """The rest of the payload will not come."""
 

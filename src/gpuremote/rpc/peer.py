@@ -263,10 +263,12 @@ class Peer(Lane):
 
     # -- receiving ------------------------------------------------------------------------------
 
-    def expect(self, kind: Kind, body: bytes, view: memoryview, *, tell: bool) -> None:
+    def expect(
+        self, kind: Kind, body: bytes, view: memoryview, *, arg: int = 0, tell: bool = False
+    ) -> None:
         """The next message most likely brings the bytes of ``view``, as the only region, and it
-        is as ``post_payload`` makes it of ``kind`` and ``body``. A hint, from the thread that
-        takes messages in.
+        is as ``post_payload`` makes it of ``kind``, ``body`` and ``arg``. A hint, from the thread
+        that takes messages in.
 
         Parameters
         ----------
@@ -281,7 +283,25 @@ class Peer(Lane):
         if tell:
             executed = self._sink.executed()
             answer = _pack_arrived(_ACK, 0, 0, 0, 0, self._complete, self._granted, executed, seq)
-        connection.expect(_pack(kind, 0, 0, 0, seq, 0) + body, view, answer)
+        connection.expect(_pack(kind, 0, 0, arg, seq, 0) + body, view, answer)
+
+    def _take_whole(self, number: int, view: memoryview, told: bool) -> bool:
+        """What was expected is in ``view``, all of it; ``number`` is its body. False: it has to be
+        taken in as any other payload. As :meth:`_reliable`, and what follows from that."""
+        seq = self._seen + 1
+        self._owing = -1 if told else self.sent
+        later = self._sink.on_landed(number, view)
+        if later is None:
+            return False
+        self._seen = self._complete = seq
+        self._got += _PREFIX + NUMBER.size
+        self._unreported += 1
+        self.messages_received += 1
+        if told or later:
+            self._report_if_due()
+        else:
+            self.acknowledge()
+        return True
 
     def charge(self, nbytes: int) -> None:
         """A message that is taken in stands for so many more bytes: they need credit as well."""

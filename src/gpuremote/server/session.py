@@ -224,6 +224,12 @@ class WorkerSession:
         self.ordering.stir()
         return False  # the client waits for that
 
+    def on_landed(self, number: int, view: memoryview) -> bool | None:
+        arrival = self._arriving.get(number)
+        if arrival is None or not arrival.placed or arrival.target is not view:
+            return None
+        return self.on_payload_done(Upload([number]))
+
     def arriving(self, number: int) -> Arrival | None:
         """What is to be the array ``number``, if it is still waited for."""
         return self._arriving.get(number)

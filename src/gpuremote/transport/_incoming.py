@@ -107,6 +107,7 @@ class Payload(Incoming):
         "_lock",
         "_offset",
         "_placed",
+        "_released",
         "_reported",
         "_untouched",
         "_views",
@@ -133,6 +134,7 @@ class Payload(Incoming):
         self.left = sum(sizes)
         self.undecided = self.left > 0
         self._placed = False
+        self._released = False
         # Views not filled yet, last first; None: what comes is dropped.
         self._views: list[memoryview] | None = None
         self._offset = 0
@@ -209,9 +211,12 @@ class Payload(Incoming):
         return self._views is None
 
     def release(self) -> None:
-        """Let go of the buffers and the callback."""
-        self._views = None
-        self._done = None
+        """Let go of the buffers and the callback: the connection is over. Bytes that another thread
+        has at hand are not counted as received, as they have no place any more."""
+        with self._lock:
+            self._released = True
+            self._views = None
+            self._done = None
 
     def head(self) -> tuple[memoryview, int] | None:
         """The view that is being filled, and where its next byte goes; None if they are dropped."""
@@ -247,8 +252,9 @@ class Payload(Incoming):
                 offset -= views.pop().nbytes
             self._offset = offset
         with self._lock:
-            self.received += count
-            self.left -= count
+            if not self._released:
+                self.received += count
+                self.left -= count
 
     def report(self) -> None:
         """Every byte arrived: say so, once."""
