@@ -97,7 +97,9 @@ def test_an_upload_that_finds_no_room_is_refused_and_the_next_one_is_not(
         kept = device.put(np.ones(5 * MIB, np.uint8))
         with pytest.raises(OutOfDeviceMemory):
             device.put(np.ones(5 * MIB, np.uint8))
-        assert np.array_equal(device.put(np.arange(MIB) % 7)[:9].get(), np.arange(9) % 7)
+        assert np.array_equal(
+            device.put((np.arange(MIB) % 7).astype(np.uint8))[:9].get(), np.arange(9) % 7
+        )
         assert kept.get().min() == 1
 
 
