@@ -16,7 +16,7 @@ import pytest
 from gpuremote._speed import NATIVE, native
 from gpuremote.client import recording
 from gpuremote.client.issuing import NEVER
-from gpuremote.client.origin import take
+from gpuremote.client.origin import OWN, take
 from gpuremote.ops.catalogue import find
 from gpuremote.ops.meta import MetaTable
 from gpuremote.ops.plan import define
@@ -42,6 +42,10 @@ class Parts:
                 self._buffer = bytearray()
                 self._origins: list[Any] = []
                 self._next = 5
+                self._last = 0
+                self._named = 0
+                self._full = 1 << 20
+                self._own = OWN
                 self._oldest = 0
                 self._depth = 2
                 self._special = False
@@ -57,6 +61,9 @@ class Parts:
 
             def _flush_by_time(self) -> None:
                 self.called.append("flush")
+
+            def flush(self) -> None:
+                self.called.append("full")
 
             def _renewed(self, plan: Any) -> bytes:
                 return b"\x07\x00\x00\x00"
@@ -97,6 +104,64 @@ class Parts:
 )
 def parts(request: pytest.FixtureRequest) -> Parts:
     return Parts(*request.param)
+
+
+def test_a_record_is_appended(parts: Parts) -> None:
+    core = parts.core
+    told: list[int] = []
+    core.on_buffered = lambda: told.append(len(core._buffer))
+    assert core._append(b"abc") == 5
+    assert core._append(b"", "put") == 6
+    assert core._append(b"de", "put") == 7
+    assert core._buffer == b"abcde"
+    assert (core._next, core._last, core._named) == (8, 7, 2)
+    here = test_a_record_is_appended.__code__
+    assert [origin[:3] for origin in core._origins] == [(6, "put", here), (7, "put", here)]
+    assert all(len(origin) == 6 for origin in core._origins)
+    assert (told, core._told, core.called) == ([3], True, [])
+    core._full = 6
+    core._special = True
+    core._append(b"f")
+    assert core.called == ["prepare", "full"]
+    core._full = 1 << 20
+    core.flush_after = 0
+    core._append(b"g")
+    assert core.called == ["prepare", "full", "prepare", "flush"]
+    assert told == [3]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 5])
+def test_an_origin_is_the_program_s(parts: Parts, depth: int) -> None:
+    """Frames of the package are left out."""
+    parts.core._depth = depth
+    inside: dict[str, Any] = {}
+    source = "def put(core): return core._append(b'x', 'put')"
+    exec(compile(source, f"{OWN}client/device.py", "exec"), inside)
+    inside["put"](parts.core)
+    (origin,) = parts.core._origins
+    assert origin[:2] == (5, "put")
+    assert len(origin) == 2 + 2 * depth
+    if depth:
+        assert origin[2] is test_an_origin_is_the_program_s.__code__
+    inside["put"](parts.core)
+    assert parts.core._last == 6
+
+
+def test_a_record_that_can_t_be_appended_lets_go_of_the_lock(parts: Parts) -> None:
+    core = parts.core
+
+    def fails() -> None:
+        raise KeyError("of the hook")
+
+    core.on_buffered = fails
+    with pytest.raises(KeyError, match="hook"):
+        core._append(b"abc", "put")
+    assert core._buffer == b"abc"
+    free: list[bool] = []
+    thread = threading.Thread(target=lambda: free.append(core.lock.acquire(timeout=5)))
+    thread.start()
+    thread.join()
+    assert free == [True]
 
 
 def test_ops_become_records(parts: Parts) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 
 from gpuremote._clock import now_ns
 from gpuremote.client.current import current_stream
-from gpuremote.client.origin import Origin, caller, take
+from gpuremote.client.origin import OWN, Origin, caller, take
 from gpuremote.client.recording import Recorder
 from gpuremote.client.stats import SessionStats
 from gpuremote.errors import GpuRemoteError, LimitExceeded
@@ -157,6 +157,8 @@ class Issuer(Recorder):
         self._pause = FLUSH_NS
         self._told = False
         self._named = 0
+        self._full = FLUSH_BYTES
+        self._own = OWN
         self._staged: list[tuple[int, memoryview]] = []
         """Arrays whose records are out or in the buffer, and where their bytes lie: memory that
         the server sees too, of which it has not been told."""
@@ -209,27 +211,6 @@ class Issuer(Recorder):
             else blob_record(op, *values, blob=pack_info(blob))
         )
         return self._append(encoded, name)
-
-    def _append(self, encoded: bytes, name: str = "") -> int:
-        with self.lock:
-            if self._special:
-                self._prepare()
-            number = self._next
-            self._next = number + 1
-            self._last = number
-            self._buffer += encoded
-            if name:
-                self._named += 1
-                frame = caller(sys._getframe(1))
-                self._origins.append(take(number, name, frame, self._depth))
-            if len(self._buffer) >= FLUSH_BYTES:
-                self.flush()
-            elif now_ns() >= self.flush_after:
-                self._flush_by_time()
-            elif not self._told and self.on_buffered is not None:
-                self._told = True
-                self.on_buffered()
-        return number
 
     def plan(
         self,

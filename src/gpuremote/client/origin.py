@@ -7,19 +7,20 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, Final
 
-__all__ = ["Origin", "caller", "describe", "take"]
+__all__ = ["OWN", "Origin", "caller", "describe", "take"]
 
 Origin = tuple[Any, ...]
 """Record number, plan or name of the op, then code object and instruction offset of each frame,
 innermost first."""
 
-_OWN: Final = str(Path(__file__).parent.parent) + os.sep
+OWN: Final = str(Path(__file__).parent.parent) + os.sep
+"""How the names of files of this package begin."""
 
 
 def caller(frame: FrameType) -> FrameType:
     """The innermost frame outside this package."""
     found: FrameType | None = frame
-    while found is not None and found.f_code.co_filename.startswith(_OWN):
+    while found is not None and found.f_code.co_filename.startswith(OWN):
         found = found.f_back
     return found if found is not None else frame
 
@@ -43,7 +44,7 @@ def describe(origin: Origin) -> str:
     """Lines as in a traceback, innermost last; frames of this package left out."""
     lines = []
     for code, offset in zip(origin[2::2], origin[3::2], strict=True):
-        if not code.co_filename.startswith(_OWN):
+        if not code.co_filename.startswith(OWN):
             line = _line_of(code, offset)
             lines.append(f'  File "{code.co_filename}", line {line}, in {code.co_qualname}')
     return "\n".join(reversed(lines))

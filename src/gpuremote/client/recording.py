@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gpuremote._clock import now_ns
 from gpuremote._speed import native
-from gpuremote.client.origin import Origin, take
+from gpuremote.client.origin import Origin, caller, take
 from gpuremote.ops.meta import Meta
 from gpuremote.ops.plan import Plan
 from gpuremote.ops.spec import OpSpec
@@ -35,10 +36,37 @@ class PythonRecorder:
     _buffer: bytearray
     _origins: list[Origin]
     _next: int
+    _last: int
+    _named: int
+    _full: int
+    _own: str
     _oldest: int
     _depth: int
     _special: bool
     _told: bool
+
+    def _append(self, encoded: bytes, name: str = "", /) -> int:
+        """Issue a record that is packed already; its number. With ``name``, that of an op, it is
+        noted where the program called."""
+        with self.lock:
+            if self._special:
+                self._prepare()
+            number = self._next
+            self._next = number + 1
+            self._last = number
+            self._buffer += encoded
+            if name:
+                self._named += 1
+                frame = caller(sys._getframe(1))
+                self._origins.append(take(number, name, frame, self._depth))
+            if len(self._buffer) >= self._full:
+                self.flush()
+            elif now_ns() >= self.flush_after:
+                self._flush_by_time()
+            elif not self._told and self.on_buffered is not None:
+                self._told = True
+                self.on_buffered()
+        return number
 
     def issue(self, plan: Plan, record: bytes, frame: FrameType) -> int:
         """Issue a plan call that is packed already; the number that names its first result.
@@ -88,6 +116,9 @@ class PythonRecorder:
             raise NotImplementedError
 
         def _flush_by_time(self) -> None:
+            raise NotImplementedError
+
+        def flush(self) -> None:
             raise NotImplementedError
 
 

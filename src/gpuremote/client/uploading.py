@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuremote.client.issuing import FLUSH_BYTES, NEVER, Issuer
-from gpuremote.client.origin import caller, take
 from gpuremote.client.waits import Wait
 from gpuremote.memory.host import copy_bytes, fits
 from gpuremote.ops.meta import Meta
@@ -203,17 +202,12 @@ class Uploader(Issuer):
         try:
             with self.lock:
                 self._before_staged(record)
-                # No call stands between what gives it a number and what makes that known.
-                number = self._last = self._next
-                self._next = number + 1
-                self._buffer += record
-                self._named += 1
-                frame = caller(sys._getframe(2))
-                self._origins.append(take(number, "put", frame, self._depth))
-                self._staged.append((number, found.block))
-                if not self._told and self.on_buffered is not None:
-                    self._told = True
-                    self.on_buffered()
+                due, self.flush_after = self.flush_after, NEVER
+                try:
+                    number = self._append(record, "put")
+                    self._staged.append((number, found.block))
+                finally:
+                    self.flush_after = due
             if self._stalled:
                 self._relieve()
         except BaseException:

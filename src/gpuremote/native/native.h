@@ -93,7 +93,7 @@ typedef struct {
     X(_input) X(_known) X(_landed) X(_left) X(_prepare) X(_receive) X(_release) X(_renewed) \
     X(_report_if_due) X(_send) X(_settle) X(_settle_up_to) X(_shared) X(_slots) X(_take_in) X(_take_origin) X(_take_whole) X(_whole) \
     X(_written) X(abort) X(acquire) X(append) X(base) X(check_result) X(checks) X(device) X(dispatch) X(done) \
-    X(dtype) X(expected) X(f) X(failed) X(form) X(function) X(i) X(id) X(inplace) X(inputs) \
+    X(dtype) X(expected) X(f) X(flush) X(failed) X(form) X(function) X(i) X(id) X(inplace) X(inputs) \
     X(isdisjoint) X(left) X(lost) X(n_out) X(nbytes) X(numbers) X(on_executed) X(on_message) X(ops_executed) X(out) \
     X(pending_output) X(popleft) X(quota) X(receive) X(release) X(reserve) X(result) X(run) \
     X(run_otherwise) X(scratch) X(send) X(set_result) X(shape) X(simple) X(slot) X(special) \

@@ -12,7 +12,8 @@ PyTypeObject *Handle_Type, *Recorder_Type;
 typedef struct {
     PyObject_HEAD
     PyObject *lock, *acquire, *release, *dropped, *drop, *plans, *buffer, *origins, *on_buffered;
-    long long next, oldest, flush_after;
+    PyObject *own; /* how the names of files of this package begin */
+    long long next, last, named, oldest, full, flush_after;
     double writes;
     int depth;
     char special, told;
@@ -38,6 +39,7 @@ static int recorder_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(r->buffer);
     Py_VISIT(r->origins);
     Py_VISIT(r->on_buffered);
+    Py_VISIT(r->own);
     return 0;
 }
 
@@ -53,6 +55,7 @@ static int recorder_clear(PyObject *self)
     Py_CLEAR(r->buffer);
     Py_CLEAR(r->origins);
     Py_CLEAR(r->on_buffered);
+    Py_CLEAR(r->own);
     return 0;
 }
 
@@ -153,6 +156,36 @@ static int number_of(PyObject *plan, PyObject *name, long long *number)
     return *number == -1 && PyErr_Occurred() ? -1 : 0;
 }
 
+/* Release the lock; an exception that is set stays. -1: one is. */
+static int let_go(Recorder *r, int failed)
+{
+    PyObject *type, *error, *traceback;
+    if (failed)
+        PyErr_Fetch(&type, &error, &traceback);
+    PyObject *answer = PyObject_CallNoArgs(r->release);
+    Py_XDECREF(answer);
+    if (failed) {
+        if (answer == NULL)
+            PyErr_Clear();
+        PyErr_Restore(type, error, traceback);
+    }
+    return failed || answer == NULL ? -1 : 0;
+}
+
+/* A record is in the buffer: send it if it is time, or say that it is there. */
+static int see_to_it(Recorder *r)
+{
+    if (now_ns() >= r->flush_after)
+        return tell((PyObject *)r, name__flush_by_time, NULL);
+    if (!r->told && r->on_buffered != NULL && r->on_buffered != Py_None) {
+        r->told = 1;
+        PyObject *answer = PyObject_CallNoArgs(r->on_buffered);
+        Py_XDECREF(answer);
+        return answer == NULL ? -1 : 0;
+    }
+    return 0;
+}
+
 /* The steps of an issue that the lock guards. 0: done. */
 static int append(Recorder *r, PyObject *plan, const char *record, Py_ssize_t size,
                   PyObject *frame, long long *number)
@@ -207,15 +240,79 @@ static int append(Recorder *r, PyObject *plan, const char *record, Py_ssize_t si
     Py_XDECREF(origin);
     if (failed)
         return -1;
-    if (now_ns() >= r->flush_after)
-        return tell((PyObject *)r, name__flush_by_time, NULL);
-    if (!r->told && r->on_buffered != NULL && r->on_buffered != Py_None) {
-        r->told = 1;
-        PyObject *answer = PyObject_CallNoArgs(r->on_buffered);
-        Py_XDECREF(answer);
-        return answer == NULL ? -1 : 0;
+    return see_to_it(r);
+}
+
+/* As client.origin.caller, from where Python called. */
+static PyFrameObject *caller(Recorder *r)
+{
+    PyFrameObject *first = PyEval_GetFrame(), *frame = (PyFrameObject *)Py_XNewRef(first);
+    while (frame != NULL && r->own != NULL && PyUnicode_Check(r->own)) {
+        PyCodeObject *code = PyFrame_GetCode(frame);
+        Py_ssize_t own = PyUnicode_Tailmatch(code->co_filename, r->own, 0, PY_SSIZE_T_MAX, -1);
+        Py_DECREF(code);
+        if (own <= 0)
+            break;
+        PyFrameObject *back = PyFrame_GetBack(frame);
+        Py_DECREF(frame);
+        frame = back;
     }
-    return 0;
+    return frame != NULL ? frame : (PyFrameObject *)Py_XNewRef(first);
+}
+
+/* The steps of _append that the lock guards. 0: done. */
+static int append_record(Recorder *r, PyObject *record, PyObject *name, PyObject **number)
+{
+    if (r->special && tell((PyObject *)r, name__prepare, NULL) < 0)
+        return -1;
+    Py_ssize_t size = PyBytes_GET_SIZE(record);
+    if (r->buffer == NULL || !PyByteArray_Check(r->buffer) || r->origins == NULL
+        || !PyList_Check(r->origins)) {
+        PyErr_SetString(PyExc_TypeError, "there is nothing to append a record to");
+        return -1;
+    }
+    Py_ssize_t before = PyByteArray_GET_SIZE(r->buffer);
+    *number = PyLong_FromLongLong(r->next);
+    if (*number == NULL || PyByteArray_Resize(r->buffer, before + size) < 0)
+        return -1;
+    memcpy(PyByteArray_AS_STRING(r->buffer) + before, PyBytes_AS_STRING(record), (size_t)size);
+    r->last = r->next++;
+    if (PyUnicode_GET_LENGTH(name)) {
+        r->named++;
+        PyFrameObject *frame = caller(r);
+        PyObject *origin =
+            frame == NULL ? NULL : take_origin(r, *number, name, (PyObject *)frame);
+        Py_XDECREF(frame);
+        int failed = origin == NULL ? -1 : PyList_Append(r->origins, origin);
+        Py_XDECREF(origin);
+        if (failed)
+            return -1;
+    }
+    if (PyByteArray_GET_SIZE(r->buffer) >= r->full)
+        return tell((PyObject *)r, name_flush, NULL);
+    return see_to_it(r);
+}
+
+/* _append(encoded, name='', /) */
+static PyObject *recorder_append(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    Recorder *r = (Recorder *)self;
+    static PyObject *nameless;
+    if (nameless == NULL && (nameless = PyUnicode_FromString("")) == NULL)
+        return NULL;
+    if (count < 1 || count > 2 || !PyBytes_Check(args[0])
+        || (count == 2 && !PyUnicode_Check(args[1])) || r->acquire == NULL) {
+        PyErr_SetString(PyExc_TypeError, "_append() takes a record and the name of an op");
+        return NULL;
+    }
+    PyObject *number = NULL, *held = PyObject_CallNoArgs(r->acquire);
+    if (held == NULL)
+        return NULL;
+    Py_DECREF(held);
+    int failed = append_record(r, args[0], count == 2 ? args[1] : nameless, &number);
+    if (let_go(r, failed) < 0)
+        Py_CLEAR(number);
+    return number;
 }
 
 static int issue(Recorder *r, PyObject *plan, const char *record, Py_ssize_t size, PyObject *frame,
@@ -229,19 +326,7 @@ static int issue(Recorder *r, PyObject *plan, const char *record, Py_ssize_t siz
     if (answer == NULL)
         return -1;
     Py_DECREF(answer);
-    int failed = append(r, plan, record, size, frame, number);
-    PyObject *type, *error, *traceback;
-    if (failed)
-        PyErr_Fetch(&type, &error, &traceback);
-    answer = PyObject_CallNoArgs(r->release);
-    Py_XDECREF(answer);
-    if (failed) {
-        if (answer == NULL)
-            PyErr_Clear();
-        PyErr_Restore(type, error, traceback);
-        return -1;
-    }
-    if (answer == NULL)
+    if (let_go(r, append(r, plan, record, size, frame, number)) < 0)
         return -1;
     return r->special ? tell((PyObject *)r, name__follow_up, NULL) : 0;
 }
@@ -454,6 +539,10 @@ static PyMemberDef recorder_members[] = {
     {"writes", T_DOUBLE, offsetof(Recorder, writes), 0, NULL},
     {"flush_after", T_LONGLONG, offsetof(Recorder, flush_after), 0, NULL},
     {"_next", T_LONGLONG, offsetof(Recorder, next), 0, NULL},
+    {"_last", T_LONGLONG, offsetof(Recorder, last), 0, NULL},
+    {"_named", T_LONGLONG, offsetof(Recorder, named), 0, NULL},
+    {"_full", T_LONGLONG, offsetof(Recorder, full), 0, NULL},
+    {"_own", T_OBJECT, offsetof(Recorder, own), 0, NULL},
     {"_oldest", T_LONGLONG, offsetof(Recorder, oldest), 0, NULL},
     {"_depth", T_INT, offsetof(Recorder, depth), 0, NULL},
     {"_special", T_BOOL, offsetof(Recorder, special), 0, NULL},
@@ -468,6 +557,7 @@ static PyGetSetDef recorder_getset[] = {
 };
 
 static PyMethodDef recorder_methods[] = {
+    {"_append", (PyCFunction)(void (*)(void))recorder_append, METH_FASTCALL, NULL},
     {"issue", (PyCFunction)(void (*)(void))recorder_issue, METH_FASTCALL, NULL},
     {NULL},
 };
