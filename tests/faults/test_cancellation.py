@@ -422,12 +422,23 @@ CTRL_C = """
 
 
 @pytest.mark.parametrize(
-    ("what", "rounds"), [("op", 4), ("get", 40), ("small get", 40), ("put", 40), ("ops", 40)]
+    ("what", "rounds", "query"),
+    [
+        ("op", 4, ""),
+        ("get", 40, ""),
+        ("get", 80, "?transport=tcp"),
+        ("small get", 40, ""),
+        ("put", 40, ""),
+        ("put", 40, "?transport=tcp"),
+        ("ops", 40, ""),
+    ],
 )
-def test_ctrl_c_in_a_blocking_session(server: RunningServer, what: str, rounds: int) -> None:
+def test_ctrl_c_in_a_blocking_session(
+    server: RunningServer, what: str, rounds: int, query: str
+) -> None:
     """KeyboardInterrupt comes out of the call, wherever that is, and the session is as good as
     before: nothing is lost, applied twice, or written to later."""
-    program = [sys.executable, "-c", textwrap.dedent(CTRL_C), what, server.url, str(rounds)]
+    program = [sys.executable, "-c", textwrap.dedent(CTRL_C), what, server.url + query, str(rounds)]
     ended = subprocess.run(program, capture_output=True, text=True, timeout=50)
     assert ended.stdout == "done\n", ended.stderr
 

@@ -195,16 +195,44 @@ def test_an_end_in_the_middle(ends: tuple[TcpConnection, TcpConnection]) -> None
 @needs_c
 @pytest.mark.parametrize(
     "bad",
-    [(b"short", 10), (header(), 0), (header(), -1), ("text", 10)],
-    ids=["header", "empty", "read-only", "type"],
+    [(b"short", b""), (header(), bytes(5000)), ("text", b""), (header(), "text")],
+    ids=["header", "answer", "type", "type of answer"],
 )
 def test_hints_that_make_no_sense(
-    ends: tuple[TcpConnection, TcpConnection], bad: tuple[bytes, int]
+    ends: tuple[TcpConnection, TcpConnection], bad: tuple[bytes, bytes]
 ) -> None:
-    text, size = bad
-    view = memoryview(b"read-only") if size < 0 else memoryview(bytearray(size))
+    text, answer = bad
     with pytest.raises((TypeError, ValueError), match="expect"):
-        ends[1].expect(text, view, b"")
+        ends[1].expect(text, memoryview(bytearray(10)), answer)
+
+
+@needs_c
+def test_hints_that_are_of_no_use(ends: tuple[TcpConnection, TcpConnection]) -> None:
+    for view in (memoryview(b""), memoryview(b"read-only"), memoryview(bytearray(8))[::2]):
+        assert not ends[1].expect(header(), view, b"")
+
+
+@needs_c
+def test_what_came_with_what_announced_it_is_not_expected_any_more(
+    ends: tuple[TcpConnection, TcpConnection],
+) -> None:
+    here, there = ends
+    array = np.zeros(SIZE, np.uint8)
+    view, gone = array.data, weakref.ref(array)
+    with here.together():
+        here.send(HEADER.pack(Kind.BATCH, 0, 0, 0, 4, 0))
+        here.send(header(), [Region(bytes(SIZE))])
+    assert HEADER.unpack(take(there).header)[0] == Kind.BATCH
+    assert there.expect(header(), view, b"")
+    incoming = take(there)
+    done: list[object] = []
+    incoming.into([view], done.append)
+    while not done:
+        there.receive(1.0)
+    del array, view, incoming
+    done.clear()
+    gc.collect()
+    assert gone() is None
 
 
 # -- told at once ---------------------------------------------------------------------------------
@@ -298,3 +326,41 @@ def test_another_payload_is_told_when_it_has_been_taken_in() -> None:
     receiver, sent = exchange(place, number=10)
     assert receiver.told_before == 0
     assert [decode_ack(message[HEADER.size :]).delivered for message in sent] == [(2,)]
+
+
+@needs_c
+@pytest.mark.parametrize("where", ["on_landed", "on_payload", "on_payload_done"])
+def test_an_interruption_while_it_is_taken_in(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes are gone from the socket: the connection is given up, and the next one brings
+    them again if they were not counted as here."""
+
+    class Interrupted(Waiting):
+        pass
+
+    def interrupts(self: Waiting, *args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Interrupted, where, interrupts)
+    array = np.zeros(SIZE, np.uint8)
+    place = Place()
+    place.view, gone = array.data, weakref.ref(array)
+    here, there = pair()
+    try:
+        sender = Peer(Waiting(place), threading.RLock())
+        receiver = Interrupted(place, shortly=where == "on_landed")
+        sender.connection, receiver.peer.connection = here, there
+        sender.post(Kind.BATCH, b"announced")
+        assert receiver.peer.take(there, 1.0)
+        sender.post_payload(Kind.PAYLOAD, NUMBER.pack(9), [Region(place.data)])
+        with pytest.raises(KeyboardInterrupt):
+            receiver.peer.take(there, 1.0)
+        assert there.closed
+        if where == "on_landed":
+            assert receiver.peer.receipt().seen == 1
+        receiver.peer.forget()
+    finally:
+        here.abort()
+        there.abort()
+    del array, place.view, receiver
+    gc.collect()
+    assert gone() is None

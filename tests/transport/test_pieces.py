@@ -17,7 +17,9 @@ from gpuremote.memory import shared
 from gpuremote.memory.shared import PAGE
 from gpuremote.testing.driving import Ends, place
 from gpuremote.transport import _pieces, shm, tcp
+from gpuremote.transport._outgoing import Outbox
 from gpuremote.transport._pieces import BLOCKS, Window
+from gpuremote.transport.base import Region
 from gpuremote.transport.shm import ShmConnection
 from tests.transport.test_shm import MIB, Side, frame
 
@@ -33,6 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shm, "MAX_STAGED", MIB)
     monkeypatch.setattr(shm, "LEAST_PIECE", 4 * KIB)
     monkeypatch.setattr(tcp, "MAX_CHUNK", PIECE)
+    monkeypatch.setattr(shared, "SLAB", PIECE)
     for module in (shm, _pieces):
         monkeypatch.setattr(module, "PIECE", PIECE)
 
@@ -76,7 +79,7 @@ def test_every_byte_arrives_and_a_few_blocks_are_enough(pair: Pair, size: int) -
     here, there = pair
     for _ in range(3):
         assert threaded(here, there, data(size)) == data(size)
-    assert here._arena.nbytes <= BLOCKS * (PIECE + PAGE) + shared.SLAB
+    assert here._arena.nbytes <= BLOCKS * (PIECE + PAGE)
     through = here.stats.extra["shared_sent"]
     assert 0 < through <= 3 * size
     assert there.stats.extra["shared_received"] == through
@@ -167,6 +170,60 @@ def test_an_end_in_the_middle(pair: Pair, who: str) -> None:
         ends.until(here.flush)
 
 
+@pytest.mark.parametrize("ends_with", ["a piece", "a message"])
+def test_the_blocks_are_let_go_of_with_the_payload(pair: Pair, ends_with: str) -> None:
+    here, there = pair
+    ends = Ends(here, there)
+    here.send(b"", [here.register(data(8 * MIB))])
+    incoming = ends.receive(there)
+    done: list[object] = []
+    incoming.into([memoryview(bytearray(8 * MIB))], done.append)
+    while not done:
+        ends.step()
+        if ends_with == "a message" and here.pending_output:
+            here.send(b"behind it, and in the same call as a chunk")
+    ends.until(lambda: not here.pending_output)
+    here._arena.collect()
+    assert all(not any(s.used) for s in here._arena._segments.values())
+
+
+def test_a_segment_that_is_dropped_meanwhile_is_told_of(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a frame, which the last piece must not leave behind."""
+    here, there = pair
+    ends = Ends(here, there)
+    assert here.allocate(MIB) is not None  # and dropped at once
+    monkeypatch.setattr(shared, "KEPT", 0.0)
+    trim = here._arena.trim
+    monkeypatch.setattr(here._arena, "trim", lambda kept=0.0: trim(0.0))
+    size = MIB + PIECE
+    here.send(b"", [here.register(data(size))])
+    (target,) = place(ends, ends.receive(there))
+    assert target == data(size)
+    ends.until(lambda: not here.pending_output)
+    assert not here._outbox._frames
+    here.send(b"next")
+    assert bytes(ends.receive(there).header) == b"next"
+    assert set(there._loans._segments) == set(here._arena._segments)
+
+
+def test_what_is_queued_by_the_last_step_of_a_payload_is_not_forgotten() -> None:
+    outbox = Outbox()
+    outbox.add_payload(b"", 0, [Region(data(10))], None)
+    outbox.sent(outbox.fill()[1])
+    outbox.add_payload(b"", 0, [Region(data(5 * MIB))], None)
+    outbox.fill()
+    outbox.sent(10)  # the OPEN is out, and nothing of the payload
+    while (flow := outbox.only()) is None:
+        outbox.sent(outbox.fill()[1])
+    outbox.add_frame(18, 0, [b"dropped"])
+    flow.left = 0
+    outbox.pushed(flow)
+    assert outbox.pending
+    assert b"".join(outbox.fill()[0]).endswith(b"dropped")
+
+
 class Played:
     """A receiver whose sender is played by hand: 1000 bytes on their way on channel 3, and one
     segment of 64 KiB."""
@@ -236,6 +293,23 @@ def test_a_window_waits_for_a_block_and_not_for_long() -> None:
     timer.start()
     assert window.take() is not None
     timer.join()
+
+
+def test_a_window_asks_for_another_block_once() -> None:
+    side = Side(limit=2 * (PIECE + PAGE))
+    window = Window(side.arena, 1_000_000)
+    views = []
+    for _ in range(2):
+        taken = window.take()
+        assert taken is not None
+        side.arena.lend(taken[1], given=False)
+        views.append(side.loans.view(taken[1]))
+    assert window.take() is None
+    tried = side.arena._next
+    assert window.take() is None
+    assert side.arena._next == tried
+    del views
+    assert window.take() is not None
 
 
 def test_without_room_all_of_it_goes_through_the_socket() -> None:

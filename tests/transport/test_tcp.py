@@ -560,3 +560,32 @@ def test_what_has_no_place_any_more_does_not_count_as_received() -> None:
     assert payload.put(memoryview(b"4567")) == 0
     assert (payload.received, payload.left) == (4, 6)
     assert target == b"0123" + bytes(6)
+
+
+def test_an_abort_by_another_thread_before_bytes_are_put_in_their_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What came behind them is not looked at: it is the connection that ended."""
+    here, there = pair()
+    try:
+        for name in (b"first", b"second"):
+            here.send(name, [Region(bytes(1000))])
+        incoming = there.receive(1.0)
+        assert incoming is not None
+        incoming.into([memoryview(bytearray(1000))])
+        known = Payload.put
+
+        def late(payload: Payload, source: memoryview) -> int:
+            there._rx_touching = 0  # it has not begun yet
+            thread = threading.Thread(target=there.abort)
+            thread.start()
+            thread.join()
+            return known(payload, source)
+
+        monkeypatch.setattr(Payload, "put", late)
+        with pytest.raises(ConnectionLost):
+            there.receive(1.0)
+        assert incoming.received == 0
+    finally:
+        here.abort()
+        there.abort()

@@ -179,6 +179,9 @@ const char *receiving_header(Stream *stream);
 Py_ssize_t receiving_header_size(Stream *stream);
 void receiving_taken(Stream *stream);
 
+/* Or, where the connection is given up: let go of the memory. */
+void receiving_forget(Stream *stream);
+
 /* Stream._push and Stream._send_payload, see sending.c. */
 PyObject *sending_push(PyObject *self, PyObject *args);
 PyObject *sending_payload(PyObject *self, PyObject *args);

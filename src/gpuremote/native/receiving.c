@@ -175,10 +175,12 @@ PyObject *receiving_expect(PyObject *self, PyObject *const *args, Py_ssize_t cou
         Py_RETURN_TRUE;
     const Py_buffer *view = PyMemoryView_GET_BUFFER(args[1]);
     Py_ssize_t size = PyBytes_GET_SIZE(args[0]);
-    if (size < HEADER || size > SMALL || !is_place(view) || view->len <= 0) {
-        PyErr_SetString(PyExc_ValueError, "expect() takes a whole header and a place for bytes");
+    if (size < HEADER || size > SMALL || PyBytes_GET_SIZE(args[2]) > SMALL - FRAME) {
+        PyErr_SetString(PyExc_ValueError, "expect() takes a whole header, and a short answer");
         return NULL;
     }
+    if (!is_place(view) || view->len <= 0)
+        Py_RETURN_FALSE;
     PyObject *frame = PyBytes_FromStringAndSize(NULL, OPEN_HEADER + size);
     if (frame == NULL)
         return NULL;
@@ -226,7 +228,7 @@ int receiving_land(Stream *s, double wait)
         Py_UNREACHABLE();
     const char *rx = PyMemoryView_GET_BUFFER(s->rx)->buf;
     PyObject *frame = s->expected;
-    s->landing.place = s->place;
+    Py_XSETREF(s->landing.place, s->place);
     s->place = NULL;
     memcpy(PyBytes_AS_STRING(frame) + OPEN_ACK, rx + OPEN_ACK, 8);
     s->expected = NULL;
@@ -237,7 +239,7 @@ int receiving_land(Stream *s, double wait)
     s->bytes_received += run.bytes;
     s->messages_received++;
     s->plain = 0; /* until _landed has looked */
-    s->landing.frame = frame;
+    Py_XSETREF(s->landing.frame, frame);
     s->landing.channel = run.channel;
     s->landing.placed = run.placed, s->landing.left = run.left, s->landing.chunk = run.chunk;
     return failed;
@@ -280,6 +282,11 @@ void receiving_taken(Stream *s)
 {
     s->payload_received += s->landing.placed;
     s->plain = 1; /* nothing is under way: the buffer is empty */
+    receiving_forget(s);
+}
+
+void receiving_forget(Stream *s)
+{
     Py_CLEAR(s->landing.frame);
     Py_CLEAR(s->landing.place);
 }

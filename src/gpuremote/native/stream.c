@@ -18,6 +18,8 @@ static int stream_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(s->expected);
     Py_VISIT(s->place);
     Py_VISIT(s->answer);
+    Py_VISIT(s->landing.frame);
+    Py_VISIT(s->landing.place);
     return 0;
 }
 
@@ -29,8 +31,7 @@ static int stream_clear_references(PyObject *self)
     Py_CLEAR(s->expected);
     Py_CLEAR(s->place);
     Py_CLEAR(s->answer);
-    Py_CLEAR(s->landing.frame);
-    Py_CLEAR(s->landing.place);
+    receiving_forget(s);
     return 0;
 }
 
@@ -142,6 +143,8 @@ enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **othe
         *other = seconds == NULL ? NULL : PyObject_CallMethodOneArg(self, name__receive, seconds);
         Py_XDECREF(seconds);
         found = *other == NULL ? FAILED : OTHER;
+        if (found == OTHER && *other != Py_None)
+            receiving_expect_none(s); /* it was behind what said where it goes */
         goto over;
     }
     if (s->rx == NULL || !PyMemoryView_Check(s->rx)) {

@@ -290,6 +290,14 @@ static int take_landed(PyObject *self, PyObject *connection)
     return quiet;
 }
 
+/* As stream_undo; what has landed is let go of. */
+static void undo(PyObject *connection, enum taken found)
+{
+    stream_undo(connection);
+    if (found == LANDED)
+        receiving_forget((Stream *)connection);
+}
+
 /* take(connection, wait=0.0, looks=0, /) */
 PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
@@ -352,21 +360,24 @@ PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
         PyObject *held = PyObject_CallNoArgs(l->acquire);
         if (held == NULL) {
             /* Ctrl-C in the wait for the lock: the message comes again over the next one. */
-            stream_undo(connection);
+            undo(connection, found);
             Py_XDECREF(incoming);
             return NULL;
         }
         Py_DECREF(held);
         if (PyErr_CheckSignals() < 0) {
-            stream_undo(connection);
+            undo(connection, found);
             Py_XDECREF(incoming);
             let_go(l);
             return NULL;
         }
         if (found == MESSAGE)
             quiet = take_in(self, connection, total);
-        else if (found == LANDED)
+        else if (found == LANDED) {
             quiet = take_landed(self, connection);
+            if (quiet < 0)
+                undo(connection, found); /* Ctrl-C: its bytes are gone from the socket */
+        }
         else
             quiet = ask_whether(self, name_dispatch, incoming, connection, NULL);
         Py_XDECREF(incoming);

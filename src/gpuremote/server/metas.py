@@ -38,10 +38,11 @@ class ToldMetas:
             It has more elements than any array.
         DTypeError
         """
-        try:
-            return self._known[tuple(shape), dtype, device]  # nearly every one
-        except (KeyError, TypeError):
-            pass
+        if type(shape) is list and type(dtype) is str and type(device) is int:
+            try:
+                return self._known[tuple(shape), dtype, device]  # nearly every one
+            except (KeyError, TypeError):
+                pass
         if (
             not isinstance(shape, list)
             or len(shape) > 64

@@ -403,6 +403,7 @@ class WorkerSession:
         connection, arrival = self.peer.connection, self._arriving.get(number)
         if (
             arrival is not None
+            and arrival.meta.nbytes
             and connection is not None
             and connection.expects
             and self.place(number, arrival, "put")

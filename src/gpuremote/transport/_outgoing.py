@@ -56,7 +56,7 @@ class _Piece(NamedTuple):
 class Flow:
     """Payload that waits to be sent on its channel."""
 
-    __slots__ = ("channel", "chunk", "done", "head", "left", "offset", "views")
+    __slots__ = ("channel", "chunk", "done", "head", "left", "offset", "views", "window")
 
     def __init__(self, channel: int, views: list[memoryview], left: int, done: Done | None) -> None:
         self.channel = channel
@@ -67,6 +67,7 @@ class Flow:
         # Of a chunk that was sent in part by ``push``: bytes left, and what is left of its frame.
         self.chunk = 0
         self.head = b""
+        self.window: object = None  # what a transport keeps for it as long as it is under way
 
     def push(
         self, sendmsg: Callable[[list[Buffer], tuple[()], int], int], flags: int, chunk: int
@@ -306,7 +307,8 @@ class Outbox:
             return []
         self._streams.clear()
         self._used.discard(stream.channel)
-        self.pending = self._begun is not None
+        # What it was sent by may have queued something, and a part of a frame may be left.
+        self.pending = bool(self._begun or self._frames or self._joined or self._chunks)
         return [stream.done] if stream.done is not None else []
 
     def fill(self) -> tuple[list[Buffer], int]:

@@ -30,22 +30,26 @@ class Window:
     def __init__(self, arena: Arena, patience: int) -> None:
         self._arena = arena
         self._patience = patience
+        self._most = BLOCKS
         self._blocks: list[tuple[memoryview, Place]] = []
 
     def take(self) -> tuple[memoryview, Place] | None:
         """A block that the other end does not have, to be lent; None: there is none now."""
-        until = 0
-        while True:
-            for found in self._blocks:
-                if self._arena.back(found[1]):
-                    return found
-            if len(self._blocks) < BLOCKS:
-                taken = self._arena.take(PIECE)
-                if taken is not None:
-                    self._blocks.append(taken)
-                    return taken
-            now = now_ns()
-            until = until or now + self._patience
-            if now >= until:
-                return None
+        found = self._back()
+        if found is None and len(self._blocks) < self._most:
+            found = self._arena.take(PIECE)
+            if found is None:
+                self._most = len(self._blocks)  # to ask again would cost others what is kept
+            else:
+                self._blocks.append(found)
+        until = now_ns() + self._patience if self._blocks else 0
+        while found is None and now_ns() < until:
             os.sched_yield()
+            found = self._back()
+        return found
+
+    def _back(self) -> tuple[memoryview, Place] | None:
+        for found in self._blocks:
+            if self._arena.back(found[1]):
+                return found
+        return None

@@ -139,7 +139,6 @@ class ShmConnection(TcpConnection):
         self._filling: dict[int, SharedPayload] = {}  # not there completely yet
         self._copying: deque[SharedPayload] = deque()  # there, but not in place yet
         self._next_channel = 0
-        self._window: Window | None = None  # of the payload under way
         self.stats.extra.update(shared_sent=0, shared_received=0, copied_in=0, copied_out=0)
 
     def describe(self) -> dict[str, object]:
@@ -194,7 +193,6 @@ class ShmConnection(TcpConnection):
         super()._release()
         if not self._tx_busy:
             self._fills.clear()
-            self._window = None
             self._arena.close()
         if not self._rx_busy:
             for payload in (*self._filling.values(), *self._copying):
@@ -391,16 +389,13 @@ class ShmConnection(TcpConnection):
         return nbytes <= MAX_STAGED and super()._at_once(nbytes)
 
     def _push_flow(self, flow: Flow, budget: int) -> tuple[int, int, bool, int]:
-        if self._window is None:
-            self._window = Window(self._arena, PATIENCE if self.looks else 0)
-        found = None if flow.chunk or flow.left < LEAST_PIECE else self._window.take()
+        window = flow.window
+        if not isinstance(window, Window):
+            window = flow.window = Window(self._arena, PATIENCE if self.looks else 0)
+        found = None if flow.chunk or flow.left < LEAST_PIECE else window.take()
         if found is None:  # one chunk through the socket: meanwhile a block may come back
-            gone = super()._push_flow(flow, min(budget, self._chunk_size))
-        else:
-            gone = self._push_piece(flow, *found)
-        if not flow.left:
-            self._window = None
-        return gone
+            return super()._push_flow(flow, min(budget, self._chunk_size))
+        return self._push_piece(flow, *found)
 
     def _push_piece(
         self, flow: Flow, block: memoryview, place: Place

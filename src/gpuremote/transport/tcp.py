@@ -188,6 +188,7 @@ class StreamConnection(Sender):
         for payload in list(self._channels.values()):
             payload.release()
         if not self._rx_busy:
+            self.expect(b"", None, b"")
             self._channels = {}
             self._large = self._target = self._question = None
         if not self._tx_busy and not self._rx_busy:
@@ -398,10 +399,10 @@ class StreamConnection(Sender):
             return
         self._target = None
         if not target.left:
-            del self._channels[target.channel]
+            self._channels.pop(target.channel, None)
             target.report()
-            if self._closed:
-                raise self._gone()
+        if self._closed:  # then what is left of it did not count: nothing behind it makes sense
+            raise self._gone()
 
     def _parse(self) -> Incoming | None:
         """Take in what the buffer holds, up to the next header."""
