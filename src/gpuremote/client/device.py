@@ -181,13 +181,7 @@ class Device(Generic[A]):
         """Upload an array that lies in ``block``; it is the device's from now on."""
         core = self._core
         meta = core.metas.get(value.shape, value.dtype, self.index)
-        value.flags.writeable = False
-        try:
-            number = core.put_staged(meta, block)
-        except BaseException:
-            value.flags.writeable = True
-            raise
-        return self._array_type(core, number, meta)
+        return self._array_type(core, core.give_block(value, meta, block), meta)
 
     def _offering(self, hosts: Sequence[HostArray]) -> Steps[A] | None:
         """The steps of an upload of which the server may have bytes already; None: they are not
