@@ -13,6 +13,7 @@ import pytest
 
 from gpuremote.errors import ConnectionLost, ProtocolError
 from gpuremote.rpc.peer import Peer
+from gpuremote.transport._incoming import Payload
 from gpuremote.transport._looking import MISSES, REST, WITHIN, Looking
 from gpuremote.transport.base import Incoming, Region
 from gpuremote.transport.tcp import TcpConnection, pair
@@ -449,3 +450,47 @@ def test_what_a_new_connection_says_is_not_owed_any_more() -> None:
     assert not b.peer.owing
     assert a.peer.bulk_in_flight == 0
     close(a, b)
+
+
+@pytest.mark.parametrize("where", ["on_payload", "into"])
+def test_an_interruption_where_a_payload_begins(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C: the connection is given up, and the next one brings what is missing."""
+    a, b = End(), End()
+    here, there = pair()
+    a.peer.connection, b.peer.connection = here, there
+    data = random.Random(1).randbytes(100_000)
+    a.peer.post(Kind.BATCH, b"before")
+    assert b.peer.take(there, 1.0)
+    a.peer.post_payload(Kind.PAYLOAD, b"12345678", [Region(data)])
+
+    def interrupts(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if where == "on_payload":
+            patch.setattr(b, where, interrupts)
+        else:
+            patch.setattr(Payload, where, interrupts)
+        with pytest.raises(KeyboardInterrupt):
+            b.peer.take(there, 1.0)
+    assert there.closed
+    for end in (a, b):
+        end.peer.lost(ConnectionLost("interrupted"))
+    here, there = pair()
+    try:
+        receipts = a.peer.receipt(), b.peer.receipt()
+        a.peer.attach(here, receipts[1])
+        b.peer.attach(there, receipts[0])
+        while not b.payloads:
+            b.peer.take(there, 1.0)
+            here.flush()
+        assert b.payloads == [data]
+        a.peer.post(Kind.BATCH, b"behind")
+        while len(b.messages) < 2:
+            b.peer.take(there, 1.0)
+        assert [body for _, _, body in b.messages] == [b"before", b"behind"]
+    finally:
+        here.abort()
+        there.abort()

@@ -290,6 +290,23 @@ static int take_landed(PyObject *self, PyObject *connection)
     return quiet;
 }
 
+/* Whether the exception that is set is one of the package's own, not Ctrl-C. */
+static int is_known(void)
+{
+    static PyObject *known;
+    if (known == NULL) {
+        PyObject *type, *error, *traceback;
+        PyErr_Fetch(&type, &error, &traceback);
+        PyObject *module = PyImport_ImportModule("gpuremote.errors");
+        known = module == NULL ? NULL : PyObject_GetAttrString(module, "GpuRemoteError");
+        Py_XDECREF(module);
+        if (known == NULL)
+            PyErr_Clear();
+        PyErr_Restore(type, error, traceback);
+    }
+    return known != NULL && PyErr_ExceptionMatches(known);
+}
+
 /* As stream_undo; what has landed is let go of. */
 static void undo(PyObject *connection, enum taken found)
 {
@@ -378,8 +395,11 @@ PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
             if (quiet < 0)
                 undo(connection, found); /* Ctrl-C: its bytes are gone from the socket */
         }
-        else
+        else {
             quiet = ask_whether(self, name_dispatch, incoming, connection, NULL);
+            if (quiet < 0 && !is_known())
+                undo(connection, found); /* the same: nobody may have said where its bytes go */
+        }
         Py_XDECREF(incoming);
         if (let_go(l) < 0 || quiet < 0)
             return NULL;

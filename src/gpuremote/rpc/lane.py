@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from gpuremote import _clock
 from gpuremote._speed import native
 from gpuremote._types import BytesLike
-from gpuremote.errors import ConnectionLost
+from gpuremote.errors import ConnectionLost, GpuRemoteError
 from gpuremote.transport._looking import WITHIN, Looking
 from gpuremote.transport.base import Connection, Incoming, Target
 from gpuremote.wire.frames import HEADER, Kind
@@ -216,7 +216,14 @@ class PythonLane:
             if incoming is None:
                 return False
             with self.lock:
-                quiet = self.dispatch(incoming, connection)
+                try:
+                    quiet = self.dispatch(incoming, connection)
+                except GpuRemoteError:
+                    raise
+                except BaseException:
+                    if incoming.sizes:
+                        connection.abort()  # Ctrl-C: nobody may have said where its bytes go
+                    raise
         return True
 
     def _receive(self, connection: Connection, wait: float, looks: int) -> Incoming | None:

@@ -367,14 +367,14 @@ class Peer(Lane):
         body: memoryview,
         incoming: Incoming,
     ) -> None:
-        self._seen = seq
-        self._got += len(header)
-        self._unreported += 1
         if incoming.sizes:
             if len(self.arriving) >= MAX_BULK:
                 raise LimitExceeded(f"more than {MAX_BULK} payloads on their way at a time")
             self._begin(kind, arg, seq, body, incoming)
         else:
+            self._seen = seq
+            self._got += len(header)
+            self._unreported += 1
             # Counted as complete first, so that an answer sent from within carries the ack.
             self._finish(seq)
             if kind in _KINDS:
@@ -395,7 +395,13 @@ class Peer(Lane):
         total = sum(incoming.sizes)
         taken = self._sink.on_payload(kind, arg, body, incoming)
         buffers, token = taken if taken is not None else (None, None)
-        arriving = self.arriving[seq] = Arriving(seq, token, buffers, total)
+        arriving = Arriving(seq, token, buffers, total)
+        # No call stands between these lines: Ctrl-C comes before all of them, and then the message
+        # again, or behind them, and then what is missing of it.
+        self.arriving[seq] = arriving
+        self._seen = seq
+        self._got += _PREFIX + len(body)
+        self._unreported += 1
         self._place(arriving, incoming, buffers)
 
     def _place(
