@@ -8,7 +8,9 @@ import time
 
 import pytest
 
+from benchmarks.network import private_network
 from gpuremote.errors import ConnectionFailed, ConnectionLost
+from gpuremote.server.daemon import _listen
 from gpuremote.transport import congestion
 from gpuremote.transport.tcp import TcpConnection, join_address, open_tcp, pair, tune
 
@@ -100,6 +102,23 @@ def test_congestion_control(monkeypatch: pytest.MonkeyPatch) -> None:
     assert congestion.round_trip(here) is None
     assert congestion.unacknowledged(here) == 0
     assert congestion.choose(here)[0] == ""
+
+
+def test_no_connection_begins_paced() -> None:
+    """Where ``bbr`` is the default, what was set afterwards did not end the pacing."""
+    with private_network("bbr") as why:
+        if why:
+            pytest.skip(f"no network whose default is bbr: {why}")
+        plain = socket.create_server(("127.0.0.1", 0))
+        host, port = plain.getsockname()
+        other = socket.create_connection((host, port))
+        assert congestion.current(other) == "bbr"
+        prepared = _listen("127.0.0.1", 0)
+        here = open_tcp(*prepared.getsockname(), 5.0)
+        there, _ = prepared.accept()
+        assert [congestion.current(sock) for sock in (prepared, here, there)] == ["reno"] * 3
+        for sock in (plain, other, prepared, here, there):
+            sock.close()
 
 
 def test_addresses() -> None:

@@ -34,6 +34,7 @@ from gpuremote.server.greeting import Caller
 from gpuremote.server.options import ServerOptions
 from gpuremote.server.processes import WorkerProcess
 from gpuremote.server.stock import ATTEMPTS, Stock
+from gpuremote.transport import congestion
 from gpuremote.transport.certificates import TlsServer
 from gpuremote.transport.select import choose, probe
 from gpuremote.wire.hello import Attach, Hello, Opened, Route, Starting, choose_version
@@ -410,6 +411,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConnectionFailed(f"can't listen on {_join(host, port)}: {error}") from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        congestion.prepare(sock)
         sock.bind(address)
         sock.listen(256)
         sock.setblocking(False)

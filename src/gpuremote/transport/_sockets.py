@@ -236,6 +236,7 @@ def _connect(
     sock = socket.socket(family, kind, protocol)
     try:
         sock.settimeout(timeout)
+        congestion.prepare(sock)
         sock.connect(address)
     except BaseException:
         sock.close()

@@ -7,6 +7,7 @@ nearly half of the throughput (and of the CPU per byte) inside one host or one r
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import socket
 import struct
@@ -15,11 +16,12 @@ import termios
 from pathlib import Path
 from typing import Final
 
-__all__ = ["available", "choose", "current", "round_trip", "unacknowledged"]
+__all__ = ["available", "choose", "current", "prepare", "round_trip", "unacknowledged"]
 
 SHORT_WAY: Final = 0.005
 """Seconds of round trip below which both ends are taken to be in one network."""
 
+_PACES: Final = "bbr"
 _TCP_CONGESTION: Final[int | None] = getattr(socket, "TCP_CONGESTION", None)
 _TCP_INFO: Final[int | None] = getattr(socket, "TCP_INFO", None)
 # Offset of tcpi_rtt (u32, microseconds) in Linux's struct tcp_info.
@@ -68,6 +70,18 @@ def current(sock: socket.socket) -> str:
     except OSError:
         return ""
     return name.split(b"\0", 1)[0].decode("ascii", "replace")
+
+
+def prepare(sock: socket.socket) -> None:
+    """Before a socket is connected, or listens: have its connections begin without ``bbr``.
+
+    Where that is the system's default, a connection is paced from its first moment on, and stays
+    so whatever :func:`choose` sets later: ``bbr`` has the kernel pace the socket as it takes it on
+    (``bbr_init`` in Linux' net/ipv4/tcp_bbr.c), and nothing takes that back. Never fails.
+    """
+    if _TCP_CONGESTION is not None and current(sock).startswith(_PACES):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, _TCP_CONGESTION, b"reno")
 
 
 def choose(sock: socket.socket) -> tuple[str, str]:
