@@ -494,3 +494,31 @@ def test_an_interruption_where_a_payload_begins(
     finally:
         here.abort()
         there.abort()
+
+
+def test_an_interruption_where_a_payload_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the thread that receives: whoever waits for the payload is told all the same, as it
+    does not come again."""
+    a, b = End(), End()
+    here, there = pair()
+    a.peer.connection, b.peer.connection = here, there
+    data = random.Random(1).randbytes(100_000)
+    a.peer.post_payload(Kind.PAYLOAD, b"12345678", [Region(data)])
+    done = b.on_payload_done
+
+    def interrupted(token: object) -> bool:
+        monkeypatch.setattr(b, "on_payload_done", done)
+        raise KeyboardInterrupt
+
+    def take_all() -> None:
+        while True:
+            b.peer.take(there, 1.0)
+
+    monkeypatch.setattr(b, "on_payload_done", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        take_all()
+    assert b.payloads == [data]
+    assert not b.peer.arriving
+    receipt = b.peer.receipt()
+    assert (receipt.seen, receipt.partial) == (1, [])
+    close(a, b)

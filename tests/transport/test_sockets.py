@@ -84,7 +84,7 @@ def test_congestion_control(monkeypatch: pytest.MonkeyPatch) -> None:
     rtt = congestion.round_trip(here)
     assert rtt is not None
     assert 0 < rtt < 1
-    monkeypatch.setattr(congestion, "_same_host", lambda _: False)
+    monkeypatch.setattr(congestion, "same_host", lambda _: False)
     monkeypatch.setattr(congestion, "round_trip", lambda _: 0.0005)
     algorithm, why = congestion.choose(here)
     assert why.endswith("0.50 ms, short")
@@ -114,7 +114,7 @@ def test_no_connection_begins_paced() -> None:
         other = socket.create_connection((host, port))
         assert congestion.current(other) == "bbr"
         prepared = _listen("127.0.0.1", 0)
-        here = open_tcp(*prepared.getsockname(), 5.0)
+        here = open_tcp("127.0.0.1", prepared.getsockname()[1], 5.0)
         there, _ = prepared.accept()
         assert [congestion.current(sock) for sock in (prepared, here, there)] == ["reno"] * 3
         for sock in (plain, other, prepared, here, there):

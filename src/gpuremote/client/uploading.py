@@ -6,9 +6,9 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ from gpuremote.wire.batch import Op, blob_record
 from gpuremote.wire.frames import NUMBER, Kind, pack_info
 
 __all__ = ["GROUP", "STAGED", "Made", "Uploader"]
+
+T = TypeVar("T")
 
 GROUP: Final = 4096
 """Arrays of one message."""
@@ -277,56 +279,54 @@ class Uploader(Issuer):
         """Upload several arrays, up to ``GROUP`` of them as the payload of one message. The server
         may keep some of them for other sessions. With ``lent`` nobody waits: what fails is kept for
         the next wait for anything."""
-        wait = Wait(self._next, "put")
-        entries: list[Entry] = []
-        wait.entries = entries
-        with self.lock:
-            self._begin_put(wait, lent)
+
+        def post(wait: Wait, entries: list[Entry]) -> list[int]:
             numbers = []
-            try:
-                for start in range(0, len(items), GROUP):
-                    group = items[start : start + GROUP]
-                    numbers += self._put_group(group, kept[start:], wait, entries)
-            except BaseException:
-                self.cancel(wait)
-                raise
-            self._posted()
-        if self._stalled:
-            self._relieve()
-        return numbers, wait
+            for start in range(0, len(items), GROUP):
+                group = items[start : start + GROUP]
+                numbers += self._put_group(group, kept[start:], wait, entries)
+            return numbers
+
+        return self._upload(post, lent)
 
     def _put_one(self, record: bytes, view: memoryview, lent: bool) -> tuple[int, Wait]:
         """As :meth:`put_many`, of one array."""
+
+        def post(wait: Wait, entries: list[Entry]) -> int:
+            due, self.flush_after = self.flush_after, NEVER
+            try:
+                number = self._append(record, "put")
+                self._waits[number] = wait
+            finally:
+                self.flush_after = due
+            self.flush()
+            self._send_group([number], [view], wait, entries)
+            return number
+
+        return self._upload(post, lent)
+
+    def _upload(self, post: Callable[[Wait, list[Entry]], T], lent: bool = False) -> tuple[T, Wait]:
+        """Post the messages of an upload: what ``post`` gives, and what to wait for."""
         wait = Wait(self._next, "put")
         entries: list[Entry] = []
         wait.entries = entries
         with self.lock:
-            self._begin_put(wait, lent)
+            if lent:
+                self.lent.add(wait)
+            else:
+                self.trips["put"] = self.trips.get("put", 0) + 1
+            # The server makes room for it when it is announced, not in its turn.
+            while self.dropped:
+                self._free_dropped()
             try:
-                due, self.flush_after = self.flush_after, NEVER
-                try:
-                    number = self._append(record, "put")
-                    self._waits[number] = wait
-                finally:
-                    self.flush_after = due
-                self.flush()
-                self._send_group([number], [view], wait, entries)
+                made = post(wait, entries)
             except BaseException:
                 self.cancel(wait)
                 raise
             self._posted()
         if self._stalled:
             self._relieve()
-        return number, wait
-
-    def _begin_put(self, wait: Wait, lent: bool) -> None:
-        if lent:
-            self.lent.add(wait)
-        else:
-            self.trips["put"] = self.trips.get("put", 0) + 1
-        # The server makes room for it when it is announced, not in its turn.
-        while self.dropped:
-            self._free_dropped()
+        return made, wait
 
     def free_dropped(self) -> None:
         """Before an upload: the server makes room for it when it is announced, not in its turn."""
@@ -336,23 +336,14 @@ class Uploader(Issuer):
 
     def bring(self, numbers: Sequence[int], views: Sequence[memoryview]) -> Wait:
         """Send the bytes of arrays that were offered, and that the server does not have."""
-        wait = Wait(numbers[0], "put")
-        entries: list[Entry] = []
-        wait.entries = entries
-        with self.lock:
-            self.trips["put"] = self.trips.get("put", 0) + 1
-            try:
-                for start in range(0, len(numbers), GROUP):
-                    group = list(numbers[start : start + GROUP])
-                    self._waits.update(dict.fromkeys(group, wait))
-                    self._send_group(group, views[start : start + GROUP], wait, entries)
-            except BaseException:
-                self.cancel(wait)
-                raise
-            self._posted()
-        if self._stalled:
-            self._relieve()
-        return wait
+
+        def post(wait: Wait, entries: list[Entry]) -> None:
+            for start in range(0, len(numbers), GROUP):
+                group = list(numbers[start : start + GROUP])
+                self._waits.update(dict.fromkeys(group, wait))
+                self._send_group(group, views[start : start + GROUP], wait, entries)
+
+        return self._upload(post)[1]
 
     def withdraw(self, numbers: Sequence[int]) -> None:
         """Offered arrays will not be brought."""

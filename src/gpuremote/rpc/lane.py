@@ -39,7 +39,7 @@ class Sink(Protocol):
         """Every byte of the payload is in place.
 
         True if the other end need not hear of it before the next message, which tells it along
-        with whatever else it says (``Peer.owing``).
+        with whatever else it says (``Peer.owing``). Called once more where Ctrl-C ended it.
         """
 
     def on_landed(self, number: int, view: memoryview) -> bool | None:

@@ -418,16 +418,24 @@ class Peer(Lane):
         with self.lock:
             if arriving.incoming is not incoming:
                 return  # the connection was given up meanwhile; the next one goes on from a receipt
-            del self.arriving[arriving.seq]
-            self._finish(arriving.seq)
-            # Before the sink tells whoever is to look after that.
-            self._owing = -1 if incoming.told else self.sent
-            wanted = arriving.buffers is not None
-            later = wanted and self._sink.on_payload_done(arriving.token) and not self.arriving
+            try:
+                later = self._done(arriving, incoming.told) and not self.arriving
+            except KeyboardInterrupt:
+                # It does not come again, and another thread may be waiting for it.
+                self._done(arriving, incoming.told)
+                raise
             if later or incoming.told:
                 return
             self._delivered.append(arriving.seq)
             self.acknowledge()
+
+    def _done(self, arriving: Arriving, told: bool) -> bool:
+        """Every byte is in place: what the sink said of it."""
+        self.arriving.pop(arriving.seq, None)
+        self._finish(arriving.seq)
+        # Before the sink tells whoever is to look after that.
+        self._owing = -1 if told else self.sent
+        return arriving.buffers is not None and self._sink.on_payload_done(arriving.token)
 
     @property
     def owing(self) -> bool:
@@ -436,10 +444,7 @@ class Peer(Lane):
 
     def _finish(self, seq: int) -> None:
         """``seq`` is here completely; move the cumulative number."""
-        if not self.arriving:
-            self._complete = self._seen
-        else:
-            self._complete = min(self.arriving) - 1
+        self._complete = min(self.arriving) - 1 if self.arriving else self._seen
 
     def _continued(self, seq: int, flags: int, body: memoryview, incoming: Incoming) -> None:
         arriving = self.arriving.get(seq)

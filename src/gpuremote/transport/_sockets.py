@@ -77,13 +77,8 @@ def _text(address: object) -> str:
 
 
 def same_host(sock: socket.socket) -> bool:
-    """Whether both ends of a connected socket have the same address."""
-    if sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return True
-    try:
-        return bool(sock.getsockname()[0] == sock.getpeername()[0])
-    except OSError:
-        return False
+    """Whether both ends of a connected socket are on one host, as far as their addresses tell."""
+    return sock.family not in (socket.AF_INET, socket.AF_INET6) or congestion.same_host(sock)
 
 
 def near(sock: socket.socket) -> bool:

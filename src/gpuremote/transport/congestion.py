@@ -16,7 +16,7 @@ import termios
 from pathlib import Path
 from typing import Final
 
-__all__ = ["available", "choose", "current", "prepare", "round_trip", "unacknowledged"]
+__all__ = ["available", "choose", "current", "prepare", "round_trip", "same_host", "unacknowledged"]
 
 SHORT_WAY: Final = 0.005
 """Seconds of round trip below which both ends are taken to be in one network."""
@@ -115,7 +115,7 @@ def choose(sock: socket.socket) -> tuple[str, str]:
 
 
 def _wanted(sock: socket.socket) -> tuple[str, str]:
-    if _same_host(sock):
+    if same_host(sock):
         return "reno", "same host"
     rtt = round_trip(sock)
     if rtt is None:
@@ -124,7 +124,8 @@ def _wanted(sock: socket.socket) -> tuple[str, str]:
     return ("reno", f"{text}, short") if rtt < SHORT_WAY else ("bbr", f"{text}, long")
 
 
-def _same_host(sock: socket.socket) -> bool:
+def same_host(sock: socket.socket) -> bool:
+    """Whether both ends of a connected TCP socket have the same address."""
     try:
         here, there = sock.getsockname(), sock.getpeername()
     except OSError:
