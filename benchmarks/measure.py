@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.contenders.base import Bytes, Contender
-from benchmarks.workloads import MIB, Kind, Workload
+from benchmarks.workloads import FIRST, MIB, Kind, Workload
 
 __all__ = ["perform"]
 
@@ -68,6 +68,7 @@ def _transfer(contender: Contender, workload: Workload) -> dict[str, float]:
     size, moved = workload.size, workload.size * workload.repeat
     values = {
         "gb_per_s": size / median(times),
+        "first_gb_per_s": size / median(times[:FIRST]),
         "client_cpu_s_per_gb": here / moved * 1e9,
         "peer_cpu_s_per_gb": there / moved * 1e9,
         "wire_bytes_per_byte": wire / moved,

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.check import Verdict
-from benchmarks.workloads import DISTANCES, LINE, MIB, WINDOW
+from benchmarks.workloads import DISTANCES, FIRST, LINE, MIB, WINDOW
 
 __all__ = ["Figure", "figures", "print_report", "print_verdicts"]
 
@@ -62,6 +62,14 @@ _TABLES: Final[tuple[tuple[str, _Columns], ...]] = (
         [
             (f"{kind} {size} MiB", f"{kind}/{size}MiB", "gb_per_s")
             for size in (1, 8, 16, 64, 256)
+            for kind in ("put", "get")
+        ],
+    ),
+    (
+        f"GB/s of the first {FIRST} after a pause",
+        [
+            (f"{kind} {size} MiB", f"{kind}/{size}MiB", "first_gb_per_s")
+            for size in (1, 16)
             for kind in ("put", "get")
         ],
     ),
