@@ -45,11 +45,14 @@ def test_a_result_lands(session: Session, size: int) -> None:
     found = landings(session)
     x = session.devices[0].put(np.arange(size, dtype=np.uint8))
     out = np.empty(size, np.uint8)
-    for k in range(4):
+    for k in range(200):
         (x + np.uint8(k)).get(out=out)
         assert np.array_equal(out, np.arange(size, dtype=np.uint8) + np.uint8(k))
-    # One that the kernel hands over in parts comes the other way.
-    assert size in [nbytes for _, nbytes in found]
+        # One that the kernel hands over in parts comes the other way: on a busy machine most do.
+        if k >= 3 and size in [nbytes for _, nbytes in found]:
+            break
+    else:
+        pytest.fail("none of them landed")
     assert session.stats().payload_copied == 0
 
 

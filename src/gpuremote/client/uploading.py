@@ -245,8 +245,7 @@ class Uploader(Issuer):
             self._prepare()
         if len(self._staged) >= MOST_STAGED or len(self._buffer) + len(record) >= ALMOST_FULL:
             self.flush()
-        while self.dropped:  # the server makes room for a PUT when it comes
-            self._free_dropped()
+        self.free_dropped()
 
     def _take_back(self, number: int) -> None:
         """Ctrl-C: nobody will have the array of PUT ``number`` (0: there is none yet)."""
@@ -315,9 +314,7 @@ class Uploader(Issuer):
                 self.lent.add(wait)
             else:
                 self.trips["put"] = self.trips.get("put", 0) + 1
-            # The server makes room for it when it is announced, not in its turn.
-            while self.dropped:
-                self._free_dropped()
+            self.free_dropped()
             try:
                 made = post(wait, entries)
             except BaseException:

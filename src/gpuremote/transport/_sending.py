@@ -142,13 +142,7 @@ class Sender(Connection):
         try:
             if self._closed:
                 raise self._gone()
-            try:
-                sent = self._line.send(frame, NOW)
-            except BlockingIOError:
-                sent = 0
-            if sent < len(frame):
-                self._outbox.add_begun_frame(memoryview(frame)[sent:])
-                self._pending = True
+            sent = self._try_frame(frame)
         except BaseException as error:
             raise self._broken(error) from None
         finally:
@@ -157,6 +151,17 @@ class Sender(Connection):
                 self._release()
         self.stats.sends += 1
         self.stats.bytes_sent += sent
+
+    def _try_frame(self, frame: bytes) -> int:
+        """The same in a step that is under way; the bytes that went out."""
+        try:
+            sent = self._line.send(frame, NOW)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(frame):
+            self._outbox.add_begun_frame(memoryview(frame)[sent:])
+            self._pending = True
+        return sent
 
     def _left(self, header: BytesLike, sent: int) -> None:
         self._outbox.add_rest(header, len(header), sent, None)

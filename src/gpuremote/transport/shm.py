@@ -53,7 +53,6 @@ from gpuremote.transport._outgoing import Flow
 from gpuremote.transport._pieces import PIECE, Window
 from gpuremote.transport._sending import BURST
 from gpuremote.transport._side import Side
-from gpuremote.transport._stream import NOW
 from gpuremote.transport.base import Incoming, Region
 from gpuremote.transport.tcp import TcpConnection
 
@@ -408,12 +407,7 @@ class ShmConnection(TcpConnection):
         self.stats.extra["shared_sent"] += size
         body = _PIECE.pack(place.segment, place.block, place.offset, size)
         frame = _frame(PIECE_AT, flow.channel, body)
-        try:
-            sent = self._line.send(frame, NOW)
-        except BlockingIOError:
-            sent = 0
-        if sent < len(frame):
-            self._outbox.add_begun_frame(memoryview(frame)[sent:])
+        sent = self._try_frame(frame)
         return sent, size, sent == len(frame), 1
 
     def flush(self) -> bool:
