@@ -44,18 +44,25 @@ def test_many_steps_leave_nothing(device: torch.device) -> None:
         worker = psutil.Process(_homes.home().session.worker_pid)
         return len(HELD), psutil.Process().memory_info().rss, worker.memory_info().rss
 
-    # Until queues have been as long as they get: what they took then the C library keeps.
+    def growth() -> tuple[int, int]:
+        """Bytes here and in the worker, of a thousand steps of some 60 ops."""
+        held, here, there = sizes()
+        steps(1000)
+        again = sizes()
+        # What a step leaves to the next one may differ.
+        assert again[0] < held + 50
+        return again[1] - here, again[2] - there
+
     steps(600)
-    held, here, there = sizes()
     memory = REMOTE.memory_allocated()
-    steps(1000)
-    again = sizes()
-    # Of a thousand steps of some 60 ops; what a step leaves to the next one may differ.
-    assert again[0] < held + 50
+    # A queue may be longer than ever, and what it took then the C library keeps: once. What steps
+    # leave behind is there after every thousand of them.
+    grown = [growth()]
+    while max(grown[-1]) >= 8 << 20 and len(grown) < 3:
+        grown.append(growth())
+    assert max(grown[-1]) < 8 << 20, grown
     assert REMOTE.memory_allocated() < memory + 50_000
     assert REMOTE.mem_get_info()[1] > REMOTE.max_memory_allocated() >= memory
-    assert again[1] - here < 8 << 20
-    assert again[2] - there < 8 << 20
 
 
 def test_more_memory_than_there_is(device: torch.device) -> None:
