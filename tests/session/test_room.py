@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpuremote.client.issuing import NEVER
 from gpuremote.errors import OutOfDeviceMemory
 from gpuremote.testing.servers import RunningServer, device_server
 from tests.faults.sides import Side
@@ -52,6 +53,25 @@ def test_a_small_one_too(side: Side, server: RunningServer) -> None:
         assert side.do(small[-1].sum().get()) == 199_000
         assert side.do(total.get()) != 0
         side.do(session.synchronize())
+        del kept
+
+
+def test_a_small_one_behind_what_was_dropped_in_the_same_batch(
+    side: Side, server: RunningServer
+) -> None:
+    """To make room for it the server runs the ops before it: they may have what was dropped."""
+    with side.session(server.url) as session:
+        device = session.devices[0]
+        arrays = [device.zeros(10 * MIB // 8) for _ in range(3)]
+        kept = device.zeros(9 * MIB // 8)
+        side.do(session.synchronize())
+        session._core.flush_after = NEVER  # all of it in one batch
+        last = arrays.pop()
+        arrays.clear()
+        negative = -last
+        small = side.do(device.put(np.arange(1000)))
+        assert side.do(negative.sum().get()) == 0
+        assert side.do(small[-1].get()) == 999
         del kept
 
 

@@ -117,6 +117,7 @@ class Uploader(Issuer):
                 self._prepare()
             if len(self._buffer) + len(record) > caps.MAX_BATCH // 2:
                 self.flush()
+            self.free_dropped()
             number = self._append(record, "put")
         if self._stalled:
             self._relieve()
@@ -326,7 +327,8 @@ class Uploader(Issuer):
         return made, wait
 
     def free_dropped(self) -> None:
-        """Before an upload: the server makes room for it when it is announced, not in its turn."""
+        """Before an upload: the server makes room for it when it is announced, not in its turn, and
+        for that may run the ops before it."""
         with self.lock:
             while self.dropped:
                 self._free_dropped()
