@@ -337,6 +337,7 @@ class Uploader(Issuer):
         """Send the bytes of arrays that were offered, and that the server does not have."""
 
         def post(wait: Wait, entries: list[Entry]) -> None:
+            self.flush()
             for start in range(0, len(numbers), GROUP):
                 group = list(numbers[start : start + GROUP])
                 self._waits.update(dict.fromkeys(group, wait))

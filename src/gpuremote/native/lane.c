@@ -115,20 +115,25 @@ static void put_header(char *at, unsigned kind, unsigned flags, uint32_t arg, ui
     memcpy(at + 16, &ack, 8);
 }
 
-int lane_survive(PyObject *self)
+int lane_raised(PyObject **kind, const char *name)
 {
-    static PyObject *lost;
-    if (lost == NULL) {
+    if (*kind == NULL) {
         PyObject *type, *error, *traceback;
         PyErr_Fetch(&type, &error, &traceback);
         PyObject *module = PyImport_ImportModule("gpuremote.errors");
-        lost = module == NULL ? NULL : PyObject_GetAttrString(module, "ConnectionLost");
+        *kind = module == NULL ? NULL : PyObject_GetAttrString(module, name);
         Py_XDECREF(module);
-        if (lost == NULL)
+        if (*kind == NULL)
             PyErr_Clear();
         PyErr_Restore(type, error, traceback);
     }
-    if (lost == NULL || !PyErr_ExceptionMatches(lost))
+    return *kind != NULL && PyErr_ExceptionMatches(*kind);
+}
+
+int lane_survive(PyObject *self)
+{
+    static PyObject *lost;
+    if (!lane_raised(&lost, "ConnectionLost"))
         return -1;
     PyObject *type, *error, *traceback;
     PyErr_Fetch(&type, &error, &traceback);

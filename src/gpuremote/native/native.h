@@ -217,6 +217,9 @@ void lane_drop(Lane *lane, unsigned long long ack);
    more; 0: see to it; -1: error. */
 int lane_send(PyObject *lane, unsigned kind, PyObject *body, unsigned arg, unsigned flags);
 
+/* Whether the exception that is set is a gpuremote.errors.``name``, which ``kind`` keeps. */
+int lane_raised(PyObject **kind, const char *name);
+
 /* An exception of a send is set: if the connection broke, the message is kept for the next one.
    -1: it is another one, and stays set. */
 int lane_survive(PyObject *lane);

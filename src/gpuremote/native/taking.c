@@ -169,7 +169,7 @@ static int take_in(PyObject *self, PyObject *connection, Py_ssize_t total)
     l->unreported++;
     if (PyDict_GET_SIZE(l->arriving) == 0)
         l->complete = seq;
-    else if (tell_number(self, name__finish, seq) < 0)
+    else if (tell(self, name__finish, NULL) < 0)
         return -1;
     int quiet = 0, other = 1;
     if (kind == RESULT && arg == BYTES) {
@@ -290,23 +290,6 @@ static int take_landed(PyObject *self, PyObject *connection)
     return quiet;
 }
 
-/* Whether the exception that is set is one of the package's own, not Ctrl-C. */
-static int is_known(void)
-{
-    static PyObject *known;
-    if (known == NULL) {
-        PyObject *type, *error, *traceback;
-        PyErr_Fetch(&type, &error, &traceback);
-        PyObject *module = PyImport_ImportModule("gpuremote.errors");
-        known = module == NULL ? NULL : PyObject_GetAttrString(module, "GpuRemoteError");
-        Py_XDECREF(module);
-        if (known == NULL)
-            PyErr_Clear();
-        PyErr_Restore(type, error, traceback);
-    }
-    return known != NULL && PyErr_ExceptionMatches(known);
-}
-
 /* As stream_undo; what has landed is let go of. */
 static void undo(PyObject *connection, enum taken found)
 {
@@ -397,7 +380,8 @@ PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
         }
         else {
             quiet = ask_whether(self, name_dispatch, incoming, connection, NULL);
-            if (quiet < 0 && !is_known())
+            static PyObject *known;
+            if (quiet < 0 && !lane_raised(&known, "GpuRemoteError")) /* Ctrl-C, say */
                 undo(connection, found); /* the same: nobody may have said where its bytes go */
         }
         Py_XDECREF(incoming);

@@ -350,7 +350,7 @@ class Peer(Lane):
         elif flags & CANCELLED:
             self._seen = seq
             self._got += len(header)
-            self._finish(seq)
+            self._finish()
             if incoming.sizes:
                 raise ProtocolError("a cancelled message with a payload")
         else:
@@ -376,7 +376,7 @@ class Peer(Lane):
             self._got += len(header)
             self._unreported += 1
             # Counted as complete first, so that an answer sent from within carries the ack.
-            self._finish(seq)
+            self._finish()
             if kind in _KINDS:
                 self._sink.on_message(kind, arg, body)
             elif not flags & IGNORABLE:
@@ -432,7 +432,7 @@ class Peer(Lane):
     def _done(self, arriving: Arriving, told: bool) -> bool:
         """Every byte is in place: what the sink said of it."""
         self.arriving.pop(arriving.seq, None)
-        self._finish(arriving.seq)
+        self._finish()
         # Before the sink tells whoever is to look after that.
         self._owing = -1 if told else self.sent
         return arriving.buffers is not None and self._sink.on_payload_done(arriving.token)
@@ -442,8 +442,8 @@ class Peer(Lane):
         """Whether a payload arrived, and no message has told the other end since."""
         return self._owing == self.sent
 
-    def _finish(self, seq: int) -> None:
-        """``seq`` is here completely; move the cumulative number."""
+    def _finish(self) -> None:
+        """A message is here completely: move the cumulative number."""
         self._complete = min(self.arriving) - 1 if self.arriving else self._seen
 
     def _continued(self, seq: int, flags: int, body: memoryview, incoming: Incoming) -> None:
@@ -452,7 +452,7 @@ class Peer(Lane):
             raise ProtocolError(f"message {seq} goes on and was not interrupted")
         if flags & CANCELLED:
             del self.arriving[seq]
-            self._finish(seq)
+            self._finish()
             if arriving.buffers is not None:
                 self._sink.on_payload_cancelled(arriving.token)
             self._delivered.append(seq)
