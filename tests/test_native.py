@@ -28,6 +28,7 @@ from gpuremote.rpc.peer import Peer
 from gpuremote.server.storage import Failure, PythonSlot, Slot
 from gpuremote.transport._framing import FRAME, MESSAGE
 from gpuremote.transport._stream import PythonStream, Stream
+from gpuremote.transport.base import Incoming, Region
 from gpuremote.transport.tcp import pair
 from gpuremote.wire.batch import Op
 from gpuremote.wire.frames import HEADER, Kind, ResultForm
@@ -380,6 +381,31 @@ def test_counters_of_a_connection() -> None:
         assert (here.stats.messages_sent, here.stats.bytes_sent) == (4, 3 * 13 + 5008)
         assert (there.stats.messages_received, there.stats.bytes_received) == (4, 3 * 13 + 5008)
         assert there.stats is there.stats
+    finally:
+        here.abort()
+        there.abort()
+
+
+def test_chunks_of_a_payload_go_to_the_kernel_in_one_call() -> None:
+    """The gaps between two calls are a few percent of a large upload within a host."""
+    if native is None:
+        pytest.skip(f"_native: {NATIVE}")
+    here, there = pair(blocking=False)
+    here._chunk_size = 40 << 10
+    data = bytes(range(256)) * 400  # in three frames
+    place = memoryview(bytearray(len(data)))
+    try:
+        here.send(b"header", [Region(data)])
+        assert here.stats.sends == 1
+        incoming = there.receive()
+        assert incoming is not None
+        placed: list[Incoming] = []
+        incoming.into([place], placed.append)
+        while not placed:
+            here.flush()
+            assert there.receive() is None
+        assert place == data
+        assert here.stats.bytes_sent == there.stats.bytes_received > len(data) + 4 * FRAME.size
     finally:
         here.abort()
         there.abort()

@@ -49,7 +49,7 @@
 #define DATA 3
 #define MAX_CHUNK (4 << 20)
 #define BURST ((Py_ssize_t)8 << 20)       /* transport._sending */
-#define LONG_BURST ((Py_ssize_t)32 << 20) /* transport.base */
+#define LONG_BURST ((Py_ssize_t)64 << 20) /* transport.base */
 #define BATCH 1  /* wire.frames.Kind */
 #define RESULT 3
 #define ACK 5

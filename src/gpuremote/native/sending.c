@@ -8,6 +8,9 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
+/* DATA frames of one call. */
+#define FRAMES 16
+
 /* A run of bytes that goes out in DATA frames, behind what leads it in. */
 typedef struct {
     const char *lead; /* what is left of the frames before the payload's */
@@ -21,23 +24,59 @@ typedef struct {
     Py_ssize_t bytes, payload, calls;
 } Run;
 
-/* One call. 1: the kernel took all that it was given; 0: it takes no more; -1: error. */
-static int send_some(Stream *s, Run *run, Py_ssize_t size)
+/* Begin the next DATA frame, if none is under way. */
+static void begin_frame(Run *run, Py_ssize_t size)
 {
     if (!run->chunk) {
         run->chunk = run->left < size ? run->left : size;
         run->head = FRAME;
     }
-    char frame[FRAME] = {0};
-    uint32_t length = (uint32_t)run->chunk; /* of all of it, as long as any of the head is left */
-    memcpy(frame, &length, 4);
-    frame[4] = DATA;
-    memcpy(frame + 6, &run->channel, 2);
-    struct iovec parts[3] = {{(char *)run->lead, (size_t)run->lead_left},
-                             {frame + FRAME - run->head, (size_t)run->head},
-                             {(char *)run->from, (size_t)run->chunk}};
-    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 3};
-    Py_ssize_t count, given = run->lead_left + run->head + run->chunk;
+}
+
+static Py_ssize_t take(Py_ssize_t *count, Py_ssize_t *from)
+{
+    Py_ssize_t taken = *count < *from ? *count : *from;
+    *count -= taken, *from -= taken;
+    return taken;
+}
+
+/* ``count`` bytes went out. */
+static void sent(Run *run, Py_ssize_t count, Py_ssize_t size)
+{
+    run->bytes += count;
+    run->lead += take(&count, &run->lead_left);
+    while (count) {
+        begin_frame(run, size);
+        take(&count, &run->head);
+        Py_ssize_t of_chunk = take(&count, &run->chunk);
+        run->from += of_chunk, run->left -= of_chunk, run->payload += of_chunk;
+    }
+}
+
+/* One call, of about ``most`` bytes. 1: the kernel took all that it was given; 0: it takes no more;
+   -1: error. */
+static int send_some(Stream *s, Run *run, Py_ssize_t size, Py_ssize_t most)
+{
+    char heads[FRAMES][FRAME];
+    struct iovec parts[1 + 2 * FRAMES] = {{(char *)run->lead, (size_t)run->lead_left}};
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 1};
+    begin_frame(run, size);
+    Run next = *run;
+    Py_ssize_t given = run->lead_left;
+    for (int k = 0; k < FRAMES && next.left > 0 && (k == 0 || given < most); k++) {
+        begin_frame(&next, size);
+        uint32_t length = (uint32_t)next.chunk; /* of all of it, as long as any of the head is left */
+        memset(heads[k], 0, FRAME);
+        memcpy(heads[k], &length, 4);
+        heads[k][4] = DATA;
+        memcpy(heads[k] + 6, &run->channel, 2);
+        parts[message.msg_iovlen++] =
+            (struct iovec){heads[k] + FRAME - next.head, (size_t)next.head};
+        parts[message.msg_iovlen++] = (struct iovec){(char *)next.from, (size_t)next.chunk};
+        given += next.head + next.chunk;
+        next.from += next.chunk, next.left -= next.chunk, next.chunk = 0;
+    }
+    Py_ssize_t count;
     int reason;
     do {
         Py_BEGIN_ALLOW_THREADS;
@@ -48,24 +87,18 @@ static int send_some(Stream *s, Run *run, Py_ssize_t size)
         if (PyErr_CheckSignals() < 0)
             return -1; /* the connection is given up */
     } while (count < 0 && reason == EINTR);
-    if (count < 0) {
-        if (reason != EAGAIN && reason != EWOULDBLOCK) {
-            errno = reason;
-            PyErr_SetFromErrno(PyExc_OSError);
-            return -1;
-        }
-        if (run->head == FRAME)
-            run->head = run->chunk = 0; /* nothing of it is out: other messages may come first */
-        return 0;
+    if (count >= 0) {
+        sent(run, count, size);
+        return count == given;
     }
-    run->bytes += count;
-    int whole = count == given;
-    Py_ssize_t of_lead = count < run->lead_left ? count : run->lead_left;
-    run->lead += of_lead, run->lead_left -= of_lead, count -= of_lead;
-    Py_ssize_t of_head = count < run->head ? count : run->head;
-    run->head -= of_head, count -= of_head;
-    run->chunk -= count, run->from += count, run->left -= count, run->payload += count;
-    return whole;
+    if (reason != EAGAIN && reason != EWOULDBLOCK) {
+        errno = reason;
+        PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
+    }
+    if (run->head == FRAME)
+        run->head = run->chunk = 0; /* nothing of it is out: other messages may come first */
+    return 0;
 }
 
 /* Send in frames of ``size`` bytes until ``burst`` bytes are out, or the kernel takes no more, nor
@@ -76,7 +109,7 @@ static int send_run(Stream *s, Run *run, Py_ssize_t size, Py_ssize_t burst)
     int more = 1;
     Py_ssize_t before = -1; /* bytes that were out at the latest look */
     while (run->left > 0 && run->bytes < burst && !s->closed) {
-        more = send_some(s, run, size);
+        more = send_some(s, run, size, burst - run->bytes);
         if (more < 0)
             return -1;
         if (more)

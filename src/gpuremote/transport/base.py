@@ -24,7 +24,7 @@ from gpuremote.memory.device import DeviceMemory, DeviceTarget
 
 __all__ = ["LONG_BURST", "Connection", "Incoming", "Region", "Target", "TransportStats"]
 
-LONG_BURST: Final = 32 << 20
+LONG_BURST: Final = 64 << 20
 """Bytes that one step sends where a thread has little else to do: some milliseconds on a fast way,
 in which other threads of the session wait."""
 
