@@ -45,7 +45,7 @@ def test_a_block_in_use_by_a_view_or_an_export_is_not() -> None:
     export.release()
     del export
     gc.collect()
-    assert [address(memory) for memory in pool.spare] == [where]
+    assert [memory.address for memory in pool.spare] == [where]
 
 
 def test_a_request_that_none_fits_drops_the_spare_ones() -> None:

@@ -17,7 +17,8 @@ from gpuremote.ops.meta import MetaTable
 from gpuremote.server.calls import python_take_calls, take_calls
 from gpuremote.server.execute import form_of
 from gpuremote.server.storage import Slot
-from gpuremote.wire.batch import FIRST_PLAN, Op, fixed_record
+from gpuremote.wire import caps
+from gpuremote.wire.batch import FIRST_PLAN, Op, fixed_record, free_record
 
 META = MetaTable().get((2, 3), np.dtype("f4"), 0)
 VALUES: dict[str, tuple[Any, ...]] = {
@@ -73,6 +74,7 @@ class Batch:
         self.table: dict[int, Any] = {7: Slot(), 8: Slot(), (1 << 63) + 1: Slot()}
         self.queue: deque[Any] = deque()
         self.asked: list[int] = []
+        self.arriving: dict[int, Any] = {}
         self.session = types.SimpleNamespace(slot=self.missing)
 
     def missing(self, handle: int) -> str:
@@ -88,8 +90,9 @@ class Batch:
     def take(
         self, take: Take, offset: int = 8, number: int = 100, most: int = 1 << 20
     ) -> tuple[int, int]:
-        body = memoryview(bytes(self.body))
-        return take(self.session, body, offset, number, self.plans, self.table, self.queue, most)
+        body, table = memoryview(bytes(self.body)), self.table
+        what = self.session, body, offset, number, self.plans, table, self.queue, most
+        return take(*what, self.arriving)
 
 
 @takers
@@ -171,6 +174,57 @@ def test_what_is_left_to_who_calls(take: Take, what: str) -> None:
 
 
 @takers
+@pytest.mark.parametrize("far", [False, True], ids=["FREE_NEAR", "FREE"])
+def test_handles_that_are_freed(take: Take, far: bool) -> None:
+    batch = Batch({FIRST_PLAN: Plan([META], 1)})
+    last = 7 + 0xFFFF + far
+    batch.table[last] = Slot()
+    batch.call(FIRST_PLAN, 7)
+    batch.body += free_record([last, 7, 9, 7, 8])
+    batch.call(FIRST_PLAN, 7)
+    batch.body += free_record([100])
+    assert batch.take(take) == (len(batch.body), 104)
+    (_, _, (_, _, first, _)), (_, _, (_, _, second, _)) = batch.queue
+    assert isinstance(first[0], Slot)
+    assert second == ["missing 7"]
+    assert set(batch.table) == {(1 << 63) + 1, 102}
+
+
+def frees(case: str) -> bytes:
+    whole = free_record([7, 8])
+    match case:
+        case "cut":
+            return whole[:-1]
+        case "head":
+            return whole[:10]
+        case "many":
+            return struct.pack("<IIQ", Op.FREE_NEAR, caps.MAX_FREES + 1, 7) + bytes(1 << 18)
+        case _:
+            return whole
+
+
+@takers
+@pytest.mark.parametrize("case", ["cut", "head", "many", "arriving", "no number"])
+def test_what_is_freed_and_left_to_who_calls(take: Take, case: str) -> None:
+    batch = Batch({})
+    batch.body += frees(case)
+    if case == "arriving":
+        batch.arriving[7] = object()
+    assert batch.take(take, most=case != "no number") == (8, 100)
+    assert len(batch.table) == 3
+
+
+@takers
+def test_handles_beyond_every_number(take: Take) -> None:
+    batch = Batch({})
+    batch.table[0] = Slot()
+    batch.body += struct.pack("<IIQI", Op.FREE, 1, (1 << 64) - 1, 1)
+    taken = batch.take(take)
+    assert taken in {(8, 100), (len(batch.body), 101)}
+    assert 0 in batch.table
+
+
+@takers
 @pytest.mark.parametrize("n_out", [0, 1, 3])
 def test_no_more_than_it_is_told(take: Take, n_out: int) -> None:
     """A record of 4 bytes may ask for thousands of results."""
@@ -211,7 +265,9 @@ def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="offset"):
         batch.take(native.take_calls, -1)
     with pytest.raises(TypeError):
-        native.take_calls(batch.session, "text", 0, 0, {}, {}, batch.queue, 1)
+        native.take_calls(batch.session, "text", 0, 0, {}, {}, batch.queue, 1, {})
+    with pytest.raises(TypeError):
+        native.take_calls(batch.session, b"", 0, 0, {}, {}, batch.queue, 1, [])
     batch.plans[FIRST_PLAN].n_out = -1
     batch.call(FIRST_PLAN, 7)
     with pytest.raises(ValueError, match="results"):

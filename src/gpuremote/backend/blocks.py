@@ -8,7 +8,7 @@ like.
 from __future__ import annotations
 
 import threading
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,13 @@ def aligned(nbytes: int) -> npt.NDArray[np.uint8]:
     return memory[begin : begin + nbytes]
 
 
+class _Memory(NamedTuple):
+    """What a block is made of, and where that begins: to ask NumPy takes as long as the rest."""
+
+    array: npt.NDArray[np.uint8]
+    address: int
+
+
 class _Block:
     """Memory that goes back to its pool when the last array or view over it is gone.
 
@@ -40,13 +47,13 @@ class _Block:
 
     __slots__ = ("__array_interface__", "_memory", "_pool")
 
-    def __init__(self, memory: npt.NDArray[np.uint8], nbytes: int, pool: BlockPool) -> None:
+    def __init__(self, memory: _Memory, nbytes: int, pool: BlockPool) -> None:
         self._memory = memory
         self._pool = pool
         self.__array_interface__ = {
             "shape": (nbytes,),
             "typestr": "|u1",
-            "data": memory.__array_interface__["data"],
+            "data": (memory.address, False),
             "version": 3,
         }
 
@@ -68,12 +75,13 @@ class BlockPool:
 
     Attributes
     ----------
-    spare : list of numpy.ndarray
+    spare : list
+        Of memory and its address.
     """
 
     def __init__(self, keep: int = 2, largest: int = 1 << 30) -> None:
         self.keep = keep
-        self.spare: list[npt.NDArray[np.uint8]] = []
+        self.spare: list[_Memory] = []
         self._largest = largest
         self._lock = threading.Lock()
 
@@ -86,13 +94,13 @@ class BlockPool:
             if memory is None:
                 self.spare.clear()
         if memory is None:
-            memory = aligned(nbytes)
-        flat = np.asarray(_Block(memory, nbytes, self))
-        return flat.view(dtype).reshape(shape)
+            fresh = aligned(nbytes)
+            memory = _Memory(fresh, fresh.ctypes.data)
+        return np.ndarray(shape, dtype, np.asarray(_Block(memory, nbytes, self)))
 
-    def _take(self, nbytes: int) -> npt.NDArray[np.uint8] | None:
+    def _take(self, nbytes: int) -> _Memory | None:
         for position, memory in enumerate(self.spare):
-            if nbytes <= memory.nbytes <= nbytes + nbytes // 8:
+            if nbytes <= memory.array.nbytes <= nbytes + nbytes // 8:
                 # Finalisers append at the end only, so the position still holds.
                 return self.spare.pop(position)
         return None

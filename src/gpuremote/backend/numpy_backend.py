@@ -121,7 +121,8 @@ class NumpyBackend(ArrayNamespaceBackend):
         return array.copy()
 
     def receive_view(self, array: Any) -> memoryview:
-        if not array.flags.c_contiguous or not array.flags.writeable:
+        flags = array.flags
+        if not (flags.c_contiguous and flags.writeable):
             raise InvalidBuffer("bytes can be received into writable C-contiguous arrays only")
         if not array.nbytes:
             return memoryview(bytearray())

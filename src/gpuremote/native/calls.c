@@ -1,4 +1,5 @@
-/* take_calls: from the bytes of a batch into the queue of a stream. Twin: gpuremote.server.calls. */
+/* take_calls: from the bytes of a batch into the queue of a stream, and handles that are freed out of
+   the table. Twin: gpuremote.server.calls. */
 
 #include "native.h"
 
@@ -124,16 +125,48 @@ static int enqueue(PyObject *append, unsigned long long number, PyObject *sessio
     return done == NULL ? -1 : 0;
 }
 
-/* One call of up to ``most`` numbers: the bytes that it takes; 0: nothing that is taken here; -1:
+/* A FREE or FREE_NEAR record, as ``take``. */
+static Py_ssize_t take_free(PyObject *table, const char *record, Py_ssize_t left, int width)
+{
+    uint32_t count;
+    uint64_t base;
+    if (left < HEAD + 12)
+        return 0;
+    memcpy(&count, record + HEAD, 4);
+    memcpy(&base, record + HEAD + 4, 8);
+    Py_ssize_t size = HEAD + 12 + (Py_ssize_t)width * count;
+    if (count > MAX_FREES || size > left || base > UINT64_MAX - UINT32_MAX)
+        return 0;
+    for (const char *at = record + HEAD + 12; at < record + size; at += width) {
+        uint32_t offset = 0;
+        memcpy(&offset, at, (size_t)width); /* the lower bytes come first */
+        PyObject *key = PyLong_FromUnsignedLongLong(base + offset);
+        PyObject *slot = key == NULL ? NULL : PyDict_GetItemWithError(table, key);
+        int failed = slot == NULL ? PyErr_Occurred() != NULL : PyDict_DelItem(table, key) < 0;
+        Py_XDECREF(key);
+        if (failed)
+            return -1;
+    }
+    return size;
+}
+
+/* One record of up to ``most`` numbers: the bytes that it takes; 0: nothing that is taken here; -1:
    error. */
 static Py_ssize_t take(PyObject *session, PyObject *plans, PyObject *table, PyObject *append,
-                       const char *record, Py_ssize_t left, unsigned long long *number,
-                       Py_ssize_t most)
+                       PyObject *arriving, const char *record, Py_ssize_t left,
+                       unsigned long long *number, Py_ssize_t most)
 {
     uint32_t ident;
     if (left < HEAD)
         return 0;
     memcpy(&ident, record, HEAD);
+    if (ident == FREE || ident == FREE_NEAR) {
+        if (most < 1 || PyDict_GET_SIZE(arriving) > 0)
+            return 0;
+        Py_ssize_t freed = take_free(table, record, left, ident == FREE ? 4 : 2);
+        *number += freed > 0;
+        return freed;
+    }
     PyObject *key = PyLong_FromUnsignedLong(ident);
     PyObject *plan = key == NULL ? NULL : Py_XNewRef(PyDict_GetItemWithError(plans, key));
     Py_XDECREF(key);
@@ -165,9 +198,10 @@ static Py_ssize_t take(PyObject *session, PyObject *plans, PyObject *table, PyOb
 
 PyObject *calls_take(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
-    if (count != 8 || !PyDict_CheckExact(args[4]) || !PyDict_CheckExact(args[5])) {
+    if (count != 9 || !PyDict_CheckExact(args[4]) || !PyDict_CheckExact(args[5])
+        || !PyDict_CheckExact(args[8])) {
         PyErr_SetString(PyExc_TypeError, "take_calls() takes session, body, offset, number, plans, "
-                                         "table, queue and most");
+                                         "table, queue, most and arriving");
         return NULL;
     }
     Py_ssize_t offset = PyLong_AsSsize_t(args[2]);
@@ -179,7 +213,7 @@ PyObject *calls_take(PyObject *module, PyObject *const *args, Py_ssize_t count)
     PyObject *append = PyObject_GetAttr(args[6], name_append);
     Py_ssize_t taken = append == NULL || offset < 0 ? -1 : 1;
     while (taken > 0) {
-        taken = take(args[0], args[4], args[5], append, (const char *)body.buf + offset,
+        taken = take(args[0], args[4], args[5], append, args[8], (const char *)body.buf + offset,
                      body.len - offset, &number, most - (Py_ssize_t)(number - first));
         if (taken > 0)
             offset += taken;

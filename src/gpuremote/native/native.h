@@ -55,7 +55,10 @@
 #define ACK 5
 #define MAX_LIMIT ((uint64_t)1 << 62) /* rpc.peer */
 #define BYTES 0  /* wire.frames.ResultForm */
-#define GET 2    /* wire.batch.Op */
+#define FREE 1   /* wire.batch.Op */
+#define GET 2
+#define FREE_NEAR 24
+#define MAX_FREES 65536 /* wire.caps */
 #define KINDS 9
 
 /* How far what was expected has come. */

@@ -1,20 +1,24 @@
 """Calls of plans, from the bytes of a batch into the queue of a stream.
 
-Most records are such calls, and an op that is small costs the server less to run than to read. So
-``take_calls`` is written in C as well (``native/calls.c``) and takes what stands one behind the
-other; what it leaves, :func:`wire.batch.read` reads and :func:`enqueue` takes.
+Most records are such calls, and the handles of their results that are given back. An op that is
+small costs the server less to run than to read. So ``take_calls`` is written in C as well
+(``native/calls.c``) and takes what stands one behind the other; what it leaves,
+:func:`wire.batch.read` reads, and :func:`enqueue` takes if it is a call.
 """
 
 from __future__ import annotations
 
 import struct
 from collections import deque
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from gpuremote._speed import native
 from gpuremote._types import BytesLike
+from gpuremote.errors import LimitExceeded, ProtocolError
 from gpuremote.server.execute import Executable
 from gpuremote.server.storage import Slot
+from gpuremote.wire.batch import FREES, read
 
 if TYPE_CHECKING:
     from gpuremote.server.session import WorkerSession
@@ -60,8 +64,10 @@ def python_take_calls(
     table: dict[int, Slot],
     queue: deque[Any],
     most: int,
+    arriving: Mapping[int, object],
 ) -> tuple[int, int]:
-    """Queue the calls that stand one behind the other in a batch.
+    """Queue the calls that stand one behind the other in a batch, and forget the handles that are
+    freed among them.
 
     Parameters
     ----------
@@ -75,6 +81,8 @@ def python_take_calls(
         By id; those without ``form`` are left to who calls.
     most : int
         Numbers that they may use. (Nothing else runs in the worker while C queues them.)
+    arriving : mapping
+        Unless it is empty, what is freed is left to who calls: it may be what is on its way.
 
     Returns
     -------
@@ -84,7 +92,17 @@ def python_take_calls(
     """
     size, end = len(body), number + most
     while size - offset >= _KIND.size:
-        plan = plans.get(_KIND.unpack_from(body, offset)[0])
+        kind: int = _KIND.unpack_from(body, offset)[0]
+        if kind in FREES and number < end and not arriving:
+            try:
+                _, handles, offset = read(body, offset, number, plans)
+            except (ProtocolError, LimitExceeded):
+                break
+            for handle in handles:
+                table.pop(handle, None)
+            number += 1
+            continue
+        plan = plans.get(kind)
         if (
             plan is None
             or plan.form is None

@@ -77,10 +77,11 @@ class Ordering:
         """The number up to which every record has run, of ``issued`` ones."""
         done = issued - self._making_room  # for that record
         for stream in (self.default, *list(self.streams.values())):
+            queue = stream.queue
             try:
-                done = min(done, stream.queue[0][0] - 1)
+                done = min(done, queue[0][0] - 1) if queue else done
             except IndexError:
-                continue  # empty
+                continue  # its thread has just taken the last one
         return done
 
     def run_default(self, until: float = math.inf) -> bool:
@@ -144,7 +145,10 @@ class Ordering:
     @property
     def backlog(self) -> int:
         """Items that wait."""
-        return len(self.default.queue) + sum(len(s.queue) for s in list(self.streams.values()))
+        waiting = len(self.default.queue)
+        if self.streams:
+            waiting += sum(len(stream.queue) for stream in list(self.streams.values()))
+        return waiting
 
     def wake_threads(self) -> None:
         """Something was queued."""

@@ -42,7 +42,7 @@ from gpuremote.server.torch_graph import GraphExecutable
 from gpuremote.server.torch_run import TorchExecutable
 from gpuremote.transport.base import Incoming, Target
 from gpuremote.wire import caps
-from gpuremote.wire.batch import FIRST_PLAN, Op, begin, read
+from gpuremote.wire.batch import FIRST_PLAN, FREES, Op, begin, read
 from gpuremote.wire.frames import NUMBER, SEPARATE, Kind
 from gpuremote.wire.repeats import Expander
 
@@ -122,7 +122,7 @@ class WorkerSession:
         self._devices = len(backend.devices())
         self._records: dict[int, Callable[..., object]] = {
             Op.DEFINE: self._define,
-            **dict.fromkeys((Op.FREE, Op.FREE_NEAR), self._free),
+            **dict.fromkeys(FREES, self._free),
             Op.GET: self._get,
             Op.PUT: self._put,
             Op.PUT_INLINE: self._put_inline,
@@ -146,8 +146,8 @@ class WorkerSession:
 
     def on_message(self, kind: int, arg: int, body: memoryview) -> bool:
         if kind == _BATCH:
-            self._batch(self._expander.expand(body, arg) if arg else body)
-        elif kind == Kind.GOODBYE:
+            return self._batch(self._expander.expand(body, arg) if arg else body)
+        if kind == Kind.GOODBYE:
             self.default.queue.append((self.peer.turn, self._say_goodbye, ()))
         else:
             raise ProtocolError(f"a client does not send messages of kind {kind}")
@@ -221,7 +221,8 @@ class WorkerSession:
             if arrival is not None:
                 arrival.fill(self.backend)
                 self.sharing.keep(arrival)
-        self.ordering.stir()
+        if self.default.queue or self.streams:
+            self.ordering.stir()
         return False  # the client waits for that
 
     def on_landed(self, number: int, view: memoryview) -> bool | None:
@@ -267,7 +268,8 @@ class WorkerSession:
 
     # -- records --------------------------------------------------------------------------------
 
-    def _batch(self, body: memoryview) -> None:
+    def _batch(self, body: memoryview) -> bool:
+        """Take in records; whether nothing is to be done before what comes next."""
         peer, plans, table, records = self.peer, self._plans, self._table, self._records
         number, offset = begin(body)
         if number != peer.turn:
@@ -276,7 +278,9 @@ class WorkerSession:
         while offset < size:
             queue, start = self.ordering.current.queue, offset
             most = min(_AT_ONCE, caps.MAX_HANDLES - len(table))
-            offset, number = take_calls(self, body, offset, number, plans, table, queue, most)
+            offset, number = take_calls(
+                self, body, offset, number, plans, table, queue, most, self._arriving
+            )
             # Until now whoever asked heard of too few, never of too many.
             peer.turn = number
             if offset != start:
@@ -290,14 +294,16 @@ class WorkerSession:
                 peer.turn += 1
                 records[op](number, *values)  # type: ignore[index]
             number = peer.turn
-        if number == self._put_last + 1:
-            self._bytes_follow(number - 1)  # as the bytes follow
+        follows = number == self._put_last + 1 and self._bytes_follow(number - 1)
         _check_handles(len(table))
         if self.streams:
             self.ordering.wake_threads()
             self.regulate()
         elif len(self.default.queue) > caps.MAX_BACKLOG or self.peer.credit <= 0:
             self.regulate()
+        else:
+            return follows and not self.default.queue
+        return False
 
     def failed(self, number: int, op: str, error: Exception) -> Failure:
         """Tell the client that record ``number`` failed, and give what poisons its results."""
@@ -398,8 +404,8 @@ class WorkerSession:
             return False
         return True
 
-    def _bytes_follow(self, number: int) -> None:
-        """What comes next are the bytes of PUT ``number``."""
+    def _bytes_follow(self, number: int) -> bool:
+        """What comes next are the bytes of PUT ``number``. Whether nothing else is to be sent."""
         connection, arrival = self.peer.connection, self._arriving.get(number)
         if (
             arrival is not None
@@ -410,6 +416,8 @@ class WorkerSession:
             and isinstance(arrival.target, memoryview)
         ):
             self.peer.expect(Kind.PAYLOAD, _HANDLES.pack(number), arrival.target, tell=True)
+            return not connection.pending_output
+        return False
 
     def _put(self, number: int, blob: Any) -> None:
         match blob:

@@ -21,6 +21,7 @@ from gpuremote.wire.frames import unpack_info
 
 __all__ = [
     "FIRST_PLAN",
+    "FREES",
     "FREE_SPAN",
     "PREFIX",
     "Layout",
@@ -106,6 +107,8 @@ _BLOB: Final = struct.Struct("<I")
 _FREE: Final = struct.Struct("<IQ")
 _OFFSETS: Final = {int(Op.FREE): ("I", 4), int(Op.FREE_NEAR): ("H", 2)}
 """Of the handles that a record frees."""
+FREES: Final = frozenset(_OFFSETS)
+"""Kinds of the records that free handles."""
 _FIXED: Final[dict[int, struct.Struct]] = {
     Op.DEFINE: struct.Struct("<"),
     Op.GET: struct.Struct("<Q"),
