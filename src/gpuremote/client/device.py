@@ -162,7 +162,8 @@ class Device(Generic[A]):
         """Memory that the server sees too, to be filled with the bytes of ``host`` (its own view
         if they lie there already); None if there is none, or it does not pay."""
         core = self._core
-        if core.inlines(host.view.nbytes):
+        connection = core.peer.connection
+        if connection is None or not connection.shared or core.inlines(host.view.nbytes):
             return None
         owns = type(value) is not np.ndarray or value.base is None  # as most do
         if not owns and core.gives(host.view) and _alone(value):

@@ -453,7 +453,7 @@ class Issuer(Recorder):
             self._merge()  # before a number is given here
         dropped = self.dropped
         handles = [dropped.popleft() for _ in range(min(len(dropped), _FREES))]
-        if max(handles) - min(handles) >= FREE_SPAN:
+        if len(handles) > 1 and max(handles) - min(handles) >= FREE_SPAN:
             end = min(handles) + FREE_SPAN
             dropped.extend([handle for handle in handles if handle >= end])
             handles = [handle for handle in handles if handle < end]

@@ -105,6 +105,7 @@ ALL_STREAMS: Final = 0xFFFFFFFF
 _KIND: Final = struct.Struct("<I")
 _BLOB: Final = struct.Struct("<I")
 _FREE: Final = struct.Struct("<IQ")
+_FREE_ONE: Final = struct.Struct("<IIQH")
 _OFFSETS: Final = {int(Op.FREE): ("I", 4), int(Op.FREE_NEAR): ("H", 2)}
 """Of the handles that a record frees."""
 FREES: Final = frozenset(_OFFSETS)
@@ -175,6 +176,8 @@ def _most(op: int) -> int:
 def free_record(handles: list[int]) -> bytes:
     """Encode a FREE or FREE_NEAR record; at most ``MAX_FREES`` handles, less than ``FREE_SPAN``
     apart."""
+    if len(handles) == 1:
+        return _FREE_ONE.pack(Op.FREE_NEAR, 1, handles[0], 0)
     base = min(handles)
     offsets = [handle - base for handle in handles]
     op = Op.FREE_NEAR if max(offsets) <= 0xFFFF else Op.FREE
