@@ -89,7 +89,7 @@ class PythonLane:
     small : int
         Bytes up to which an array may travel inside a message.
     direct : bool
-        A small array may be sent at once while the queue is empty: the part in C does.
+        An array may be sent at once while the queue is empty: a small one by the part in C.
     copied : int
         Bytes that it has put in place so.
     """

@@ -157,10 +157,11 @@ class Ordering:
                 stream.wake()
 
     def stir(self) -> None:
-        """Something changed that a stalled stream may wait for."""
+        """Something changed that a stalled stream may wait for, or the client's credit."""
         for stream in list(self.streams.values()):
             stream.wake()
-        self._wake()
+        if self.default.queue or self._session.peer.held:
+            self._wake()
 
     def _queue(self, number: int, function: Callable[..., Any], *arguments: Any) -> None:
         self.current.queue.append((number, function, arguments))

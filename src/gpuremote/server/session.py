@@ -221,8 +221,7 @@ class WorkerSession:
             if arrival is not None:
                 arrival.fill(self.backend)
                 self.sharing.keep(arrival)
-        if self.default.queue or self.streams:
-            self.ordering.stir()
+        self.ordering.stir()
         return False  # the client waits for that
 
     def on_landed(self, number: int, view: memoryview) -> bool | None:
@@ -365,8 +364,12 @@ class WorkerSession:
     def _get(self, number: int, handle: int) -> None:
         slot = self._table.get(handle) or self.slot(handle)
         stream = self.ordering.current
-        if stream is self.default and not stream.queue and self.answers.send_small(number, slot):
-            return
+        if stream is self.default and not stream.queue:
+            answers = self.answers
+            if answers.send_small(number, slot):
+                return
+            if self.peer.direct and answers.send_array(number, slot) is None:
+                return
         stream.queue.append((number, self.answers.send_array, (slot,)))
 
     def _meta(self, number: int, handle: int) -> None:

@@ -208,7 +208,8 @@ class Sharing:
             del job  # and what it held
             with session.lock:
                 self.active -= 1
-            session.ordering.stir()  # there may be something to send, or to run
+            session.ordering.stir()
+            session.default.wake()  # there may be something to send
 
     def _ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """Ask the daemon: its answer, and the file that came with it (-1: none). Nothing at all
