@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import numpy as np
 import pytest
 
 from gpuremote.backend.numpy_backend import NumpyBackend
+from gpuremote.server.answers import MIDDLING
 from gpuremote.server.session import WorkerSession
 from gpuremote.server.storage import Failure, Slot, Storage
 from gpuremote.wire.batch import Op, fixed_record
-from gpuremote.wire.caps import INLINE_PAYLOAD, MAX_BULK
+from gpuremote.wire.caps import INLINE_PAYLOAD
 from gpuremote.wire.frames import NUMBER, Kind
 
 NBYTES = 4 * INLINE_PAYLOAD
@@ -27,15 +31,15 @@ class Bench:
     def wake(self) -> None:
         self.woken += 1
 
-    def fill(self) -> None:
+    def fill(self, nbytes: int = NBYTES) -> None:
         session = self.session
-        meta = session.metas.get((NBYTES,), np.dtype("u1"), 0)
-        self.slot.fill(np.zeros(NBYTES, "u1"), meta, Storage(session.quota, NBYTES))
+        meta = session.metas.get((nbytes,), np.dtype("u1"), 0)
+        self.slot.fill(np.zeros(nbytes, "u1"), meta, Storage(session.quota, nbytes))
 
-    def get(self) -> None:
+    def get(self, times: int = 1) -> None:
         """The client asks for it."""
         session = self.session
-        body = NUMBER.pack(session.peer.turn) + fixed_record(Op.GET, ARRAY)
+        body = NUMBER.pack(session.peer.turn) + times * fixed_record(Op.GET, ARRAY)
         session.on_message(Kind.BATCH, 0, memoryview(body))
 
     @property
@@ -78,22 +82,32 @@ def test_what_came_before_comes_first(bench: Bench) -> None:
     assert (bench.sent, bench.waiting, order) == (1, 0, [0])
 
 
-@pytest.mark.parametrize("what", ["credit", "bulk"])
-def test_a_client_that_does_not_read(bench: Bench, what: str) -> None:
+def test_one_at_a_time(bench: Bench) -> None:
+    """Whoever takes them in has the session's lock."""
     bench.fill()
-    if what == "credit":
-        bench.session.peer.credit = 0
-    else:
-        for _ in range(MAX_BULK):
-            bench.get()
-    before = bench.sent
+    bench.get(3)
+    assert (bench.sent, bench.waiting) == (1, 2)
+    bench.session.run_default()
+    assert (bench.sent, bench.waiting) == (3, 0)
+
+
+def test_a_large_array_takes_its_turn(bench: Bench) -> None:
+    bench.fill(MIDDLING + 1)
     bench.get()
-    assert (bench.sent, bench.waiting) == (before, 1)
+    assert (bench.sent, bench.waiting) == (0, 1)
+
+
+def test_a_client_without_credit(bench: Bench) -> None:
+    bench.fill()
+    bench.session.peer.credit = 0
+    bench.get()
+    assert (bench.sent, bench.waiting) == (0, 1)
 
 
 def test_what_failed_is_told(bench: Bench) -> None:
     bench.slot.poison(Failure(3, 1, "why", "add"))
     bench.get()
+    bench.session.run_default()
     assert (bench.sent, bench.waiting) == (0, 0)
     (_, kind, *_, body) = bench.session.peer.kept()[0]
     assert kind == Kind.FAILURE
@@ -106,6 +120,24 @@ def test_nobody_is_woken_in_vain(bench: Bench) -> None:
     bench.get()  # of what is still to come
     bench.session.ordering.stir()
     assert bench.woken == 1
+
+
+def test_what_a_stream_leaves_over_is_sent_by_the_main_thread(bench: Bench) -> None:
+    """Its answer may be more than the kernel takes."""
+    session, ordering = bench.session, bench.session.ordering
+    body = NUMBER.pack(session.peer.turn) + fixed_record(Op.STREAM_NEW, 1, 0)
+    session.on_message(Kind.BATCH, 0, memoryview(body))
+    stream = ordering.streams[1]
+    done = threading.Event()
+    stream.queue.append((9, lambda _: done.set(), ()))
+    stream.wake()
+    assert done.wait(5.0)
+    deadline = time.monotonic() + 5.0
+    while not bench.woken:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    stream.close()
+    stream._thread.join(5.0)
 
 
 def test_whoever_holds_credit_back_looks_again(bench: Bench) -> None:

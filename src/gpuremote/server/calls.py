@@ -80,7 +80,7 @@ def python_take_calls(
     plans : dict
         By id; those without ``form`` are left to who calls.
     most : int
-        Numbers that they may use. (Nothing else runs in the worker while C queues them.)
+        Numbers that they may use. (Little else runs in the worker while C queues them.)
     arriving : mapping
         Unless it is empty, what is freed is left to who calls: it may be what is on its way.
 

@@ -158,10 +158,18 @@ class Ordering:
 
     def stir(self) -> None:
         """Something changed that a stalled stream may wait for, or the client's credit."""
-        for stream in list(self.streams.values()):
-            stream.wake()
+        self._wake_streams()
         if self.default.queue or self._session.peer.held:
             self._wake()
+
+    def look(self) -> None:
+        """The same, and there may be something to send: what another thread left over."""
+        self._wake_streams()
+        self._wake()
+
+    def _wake_streams(self) -> None:
+        for stream in list(self.streams.values()):
+            stream.wake()
 
     def _queue(self, number: int, function: Callable[..., Any], *arguments: Any) -> None:
         self.current.queue.append((number, function, arguments))
@@ -197,7 +205,7 @@ class Ordering:
             native,
             self._waiting,
             lambda: self._session.backend.activate(native),
-            self.stir,
+            self.look,
             self._stream_ended,
         )
         self._direct()

@@ -363,14 +363,14 @@ class WorkerSession:
 
     def _get(self, number: int, handle: int) -> None:
         slot = self._table.get(handle) or self.slot(handle)
-        stream = self.ordering.current
-        if stream is self.default and not stream.queue:
-            answers = self.answers
-            if answers.send_small(number, slot):
-                return
-            if self.peer.direct and answers.send_array(number, slot) is None:
-                return
-        stream.queue.append((number, self.answers.send_array, (slot,)))
+        stream, answers = self.ordering.current, self.answers
+        if (
+            stream is self.default
+            and not stream.queue
+            and (answers.send_small(number, slot) or answers.send_now(number, slot))
+        ):
+            return
+        stream.queue.append((number, answers.send_array, (slot,)))
 
     def _meta(self, number: int, handle: int) -> None:
         self._queue(number, self.answers.send_meta, self.slot(handle))

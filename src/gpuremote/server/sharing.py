@@ -208,8 +208,7 @@ class Sharing:
             del job  # and what it held
             with session.lock:
                 self.active -= 1
-            session.ordering.stir()
-            session.default.wake()  # there may be something to send
+            session.ordering.look()
 
     def _ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """Ask the daemon: its answer, and the file that came with it (-1: none). Nothing at all
