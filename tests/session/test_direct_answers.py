@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpuremote.backend.numpy_backend import NumpyBackend
-from gpuremote.server.answers import MIDDLING
+from gpuremote.server.answers import SENT_AT_ONCE
 from gpuremote.server.session import WorkerSession
 from gpuremote.server.storage import Failure, Slot, Storage
 from gpuremote.wire.batch import Op, fixed_record
@@ -92,7 +92,7 @@ def test_one_at_a_time(bench: Bench) -> None:
 
 
 def test_a_large_array_takes_its_turn(bench: Bench) -> None:
-    bench.fill(MIDDLING + 1)
+    bench.fill(SENT_AT_ONCE + 1)
     bench.get()
     assert (bench.sent, bench.waiting) == (0, 1)
 

@@ -222,7 +222,6 @@ class TestOneLane(LanesConformance):
 
 class TestLanesEmulated(LanesConformance):
     limit = 40.0
-    overtaking = 16 << 20  # a step that was due before the message, and one under way
 
     def connection_pair(self) -> Pair:
         here, there = laned(connected("127.0.0.1", blocking=False), lines(2))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Answers"]
 
-MIDDLING: Final = 4 << 20
+SENT_AT_ONCE: Final = 4 << 20
 """Bytes up to which an array is sent by whoever takes in the question."""
 
 _pack_number = NUMBER.pack
@@ -83,7 +83,7 @@ class Answers:
         False if it has to queue. With the lock held, so it takes no longer than a copy of that."""
         meta = slot.meta
         peer = self._session.peer
-        if meta is None or meta.nbytes > MIDDLING or not peer.direct or peer.bulk_in_flight:
+        if meta is None or meta.nbytes > SENT_AT_ONCE or not peer.direct or peer.bulk_in_flight:
             return False
         return self.send_array(number, slot) is None
 
