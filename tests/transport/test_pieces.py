@@ -184,7 +184,9 @@ def test_the_blocks_are_let_go_of_with_the_payload(pair: Pair, ends_with: str) -
             here.send(b"behind it, and in the same call as a chunk")
     ends.until(lambda: not here.pending_output)
     here._arena.collect()
-    assert all(not any(s.used) for s in here._arena._segments.values())
+    segments = here._arena._segments.values()
+    assert segments
+    assert not any(s.used(index) for s in segments for index in range(s.blocks))
 
 
 def test_a_segment_that_is_dropped_meanwhile_is_told_of(

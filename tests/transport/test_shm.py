@@ -18,6 +18,7 @@ from gpuremote import _clock
 from gpuremote.errors import ConnectionLost, GpuRemoteError, ProtocolError, TransportUnavailable
 from gpuremote.memory import shared
 from gpuremote.memory.shared import Arena, Loans, Place, SegmentInfo
+from gpuremote.memory.shelves import SWEEP
 from gpuremote.testing.driving import Ends, place
 from gpuremote.transport import shm
 from gpuremote.transport.base import Incoming, Region
@@ -345,21 +346,15 @@ def test_an_abort_by_another_thread_is_no_breach(
         ends.receive(here)
 
 
-def test_a_great_many_blocks_that_are_kept_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_great_many_blocks_that_are_kept_there() -> None:
     """Not all of them are looked at each time, and each is found when it has come back."""
     side = Side(limit=1 << 30)
     views = [side.loans.view(side.lend(block(side, 64 << 10))) for _ in range(300)]
-    looks = 0
-    lent = shared._Segment.lent
-
-    def counted(segment: shared._Segment, index: int) -> bool:
-        nonlocal looks
-        looks += 1
-        return lent(segment, index)
-
-    monkeypatch.setattr(shared._Segment, "lent", counted)
+    shelf = side.arena.shelf(64 << 10)
+    assert shelf is not None
+    looks = shelf.looks
     kept = [block(side, 64 << 10) for _ in range(20)]
-    assert looks <= 20 * (shared.SWEEP + 2)
+    assert 20 <= shelf.looks - looks <= 20 * (SWEEP + 2)
     before = side.arena.nbytes
     views.clear()
     kept += [block(side, 64 << 10) for _ in range(300)]

@@ -173,8 +173,12 @@ class AsyncDevice(Device[AsyncArray]):
         OutOfDeviceMemory
         DeadlineExceeded
         """
-        if dtype is None and (given := self._given(value)) is not None:
-            return given
+        if dtype is None:
+            if (given := self._given(value)) is not None:
+                return given
+            made = self._core.put_at_hand(value, np.ndarray, self.index, self._array_type)
+            if made is not None:
+                return made
         await self._driver.room()
         host = self._host_array(value, dtype)
         if self._core.known.enabled and (steps := self._offering([host])) is not None:

@@ -153,8 +153,12 @@ class BlockingDevice(Device[BlockingArray]):
             Too late; the upload was taken back and the memory is free.
         """
         core = self._core
-        if dtype is None and core.made and (given := self._given(value)) is not None:
-            return given
+        if dtype is None:
+            if core.made and (given := self._given(value)) is not None:
+                return given
+            made = core.put_at_hand(value, np.ndarray, self.index, self._array_type)
+            if made is not None:
+                return made
         if core.peer.bulk_in_flight:
             self._driver.room()
         return self._put_host(value, self._host_array(value, dtype), timeout)

@@ -176,7 +176,10 @@ class Device(Generic[A]):
             return self._put_given(value, staged)
         core = self._core
         meta = core.metas.get(host.shape, host.dtype, self.index)
-        return self._array_type(core, core.put_staged(meta, staged), meta)
+        array = self._array_type(core, core.put_staged(meta, staged), meta)
+        if type(value) is np.ndarray and value.shape == host.shape and value.dtype == host.dtype:
+            core.note_kind(meta)
+        return array
 
     def _put_given(self, value: npt.NDArray[Any], block: memoryview) -> A:
         """Upload an array that lies in ``block``; it is the device's from now on."""

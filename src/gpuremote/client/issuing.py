@@ -159,7 +159,9 @@ class Issuer(Recorder):
         self._named = 0
         self._full = FLUSH_BYTES
         self._own = OWN
-        self._staged: list[tuple[int, memoryview]] = []
+        self._lane = self.peer
+        self._freed = 0
+        self._staged = []
         """Arrays whose records are out or in the buffer, and where their bytes lie: memory that
         the server sees too, of which it has not been told."""
         self._origins = []
@@ -459,7 +461,7 @@ class Issuer(Recorder):
             handles = [handle for handle in handles if handle < end]
         self._buffer += free_record(handles)
         self._next += 1
-        self.stats.freed += len(handles)
+        self._freed += len(handles)
 
     def _drop_streams(self) -> None:
         if self._tape is not None:

@@ -7,18 +7,24 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import numpy as np
 
 from gpuremote._clock import now_ns
 from gpuremote._speed import native
+from gpuremote._types import Shape
 from gpuremote.client.origin import Origin, caller, take
 from gpuremote.ops.meta import Meta
 from gpuremote.ops.plan import Plan
 from gpuremote.ops.spec import OpSpec
+from gpuremote.rpc.lane import Lane
 
 __all__ = ["Handle", "PythonHandle", "PythonRecorder", "Recorder", "known", "python_known"]
 
 _INT64: Final = 1 << 63
+
+A = TypeVar("A")
 
 
 class PythonRecorder:
@@ -34,6 +40,10 @@ class PythonRecorder:
     writes: float
     flush_after: int
     _buffer: bytearray
+    _staged: list[tuple[int, memoryview]]
+    _kinds: dict[tuple[Shape, np.dtype[Any], int], tuple[Meta, bytes, object]]
+    _lane: Lane
+    _freed: int
     _origins: list[Origin]
     _next: int
     _last: int
@@ -43,6 +53,7 @@ class PythonRecorder:
     _oldest: int
     _depth: int
     _special: bool
+    _stalled: bool
     _told: bool
 
     def _append(self, encoded: bytes, name: str = "", /) -> int:
@@ -97,6 +108,17 @@ class PythonRecorder:
         if self._special:
             self._follow_up()
         return number
+
+    def put_at_hand(
+        self, array: Any, kind: type, device: int, make: Callable[[Any, int, Meta], A], /
+    ) -> A | None:
+        """Upload an array where ``Uploader.note_kind`` has noted such ones, as ``Device.put`` does,
+        in one step; the array that ``make`` makes of it. None: it takes more steps, and nothing
+        was done. ``kind`` is ``numpy.ndarray``.
+
+        Here it always takes them.
+        """
+        return None
 
     if TYPE_CHECKING:
 

@@ -82,6 +82,7 @@ class Uploader(Issuer):
         """Bytes up to which the server takes an array inside a batch."""
         self._put_records: dict[Meta, bytes] = {}
         self._inline_heads: dict[Meta, bytes] = {}
+        self._kinds = {}
         self.lent: set[Wait] = set()
         """Uploads that are on their way and that nobody waits for."""
         self._copies = 0
@@ -239,6 +240,17 @@ class Uploader(Issuer):
             self._take_back(self._last)
             raise
         return number
+
+    def note_kind(self, meta: Meta) -> None:
+        """Arrays of this meta were copied to shared memory: ``put_at_hand`` may do that for the
+        next ones."""
+        connection = self.peer.connection
+        shelf = None if connection is None else connection.shelf(meta.nbytes)
+        if shelf is not None:
+            if len(self._kinds) >= MAX_RECORDS:
+                self._kinds.clear()
+            kind = meta, self._put_record(meta), shelf
+            self._kinds[meta.shape, meta.dtype, meta.device] = kind
 
     def _before_staged(self, record: bytes) -> None:
         """What has to be done before the record of an array in shared memory."""

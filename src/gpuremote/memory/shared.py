@@ -19,7 +19,7 @@ import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ import numpy.typing as npt
 from gpuremote import _clock
 from gpuremote._speed import native
 from gpuremote.errors import ProtocolError
+from gpuremote.memory.shelves import Segment, Shelf
 
 __all__ = ["Arena", "Loans", "Place", "SegmentInfo", "probe"]
 
@@ -41,9 +42,6 @@ SLAB: Final = 4 << 20
 """Bytes of a segment of several blocks."""
 AT_ONCE: Final = 32 << 20
 """Bytes of a segment whose pages are got in one call: some 10 ms, which a loop can spare."""
-SWEEP: Final = 32
-"""Blocks that are looked at, whether the other process has given them back, before there is a new
-segment."""
 KEPT: Final = 60.0
 """Seconds for which a segment is kept that nobody uses."""
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -139,12 +137,11 @@ class _Mapping:
 
     def __init__(self, fd: int, nbytes: int, populate: bool = True) -> None:
         self.nbytes = nbytes
-        self.address: int | None = None
         address = _libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
         if address == _MAP_FAILED:
             code = ctypes.get_errno()
             raise OSError(code, f"{nbytes} bytes can't be mapped: {os.strerror(code)}")
-        self.address = address
+        self.address: int = address
         self._content: npt.NDArray[np.uint8] = np.asarray(_Span(address, nbytes))
         # Where the kernel is too old for it pages come when they are touched.
         if populate and nbytes <= AT_ONCE:
@@ -197,35 +194,6 @@ if not TYPE_CHECKING and native is not None:
     address_of = native.address
 
 
-class _Segment:
-    """A segment of this process."""
-
-    def __init__(self, info: SegmentInfo, fd: int) -> None:
-        self.info = info
-        self.mapping = _Mapping(fd, info.nbytes)
-        self.returned = self.mapping.counters(info.blocks)
-        assert self.mapping.address is not None
-        self.base = self.mapping.address
-        self.sent = [0] * info.blocks
-        self.used = [0] * info.blocks  # bytes of the block that is out; 0: no reference here
-        self.given = [False] * info.blocks  # sent whole: no longer this process's own
-        self.left_at = _clock.now()
-
-    def free(self, index: int) -> bool:
-        return not self.used[index] and not self.lent(index)
-
-    def lent(self, index: int) -> bool:
-        """Whether the other process has the block."""
-        return (
-            0 <= index < self.info.blocks
-            and (self.sent[index] & 0xFFFFFFFF) != self.returned[index]
-        )
-
-
-_Block: TypeAlias = tuple[_Segment, int]
-_NONE: Final[deque[_Block]] = deque()
-
-
 class Arena:
     """The segments of one owner.
 
@@ -258,14 +226,9 @@ class Arena:
         self._announce = announce
         self._dropped = dropped
         self._next = 0
-        self._segments: dict[int, _Segment] = {}
+        self._segments: dict[int, Segment] = {}
         self._bases: list[tuple[int, int]] = []  # address and number, in order of the addresses
-        # Blocks of each size that nobody has, the latest last: it may be in the caches. And those
-        # to which nobody here refers, while the other process has not given them back.
-        self._idle: dict[int, list[_Block]] = {}
-        self._lent: dict[int, deque[_Block]] = {}
-        # Blocks whose last reference here is gone; finalisers only append.
-        self._gone: deque[tuple[_Segment, int]] = deque()
+        self._shelves: dict[int, Shelf] = {}  # by the size of their blocks
         self._closed = False
 
     def allocate(self, nbytes: int) -> memoryview | None:
@@ -277,34 +240,21 @@ class Arena:
         """The same, and where it is."""
         if self._closed or not 0 < nbytes <= MAX_BLOCK:
             return None
-        self.collect()
         size = _size_class(nbytes)
-        # The block that was left last, if it is back already; one that nobody has; any other.
-        if self._sweep(size, 1) or self._idle.get(size) or self._sweep(size, SWEEP):
-            return self._take(*self._idle[size].pop(), nbytes)
-        grown = self._grow(size)
-        return None if grown is None else self._take(grown, 0, nbytes)
+        shelf = self._shelves.get(size)
+        found = shelf and shelf.take(nbytes)
+        if not found and (shelf := self._grow(size)) is not None:
+            found = shelf.take(nbytes)
+        if not found:
+            return None
+        view, segment, index = found
+        return view, Place(segment.ident, index, 0, nbytes)
 
-    def _sweep(self, size: int, most: int) -> bool:
-        """Look at ``most`` blocks, the latest first, whether one of them came back."""
-        lent = self._lent.get(size, _NONE)
-        for _ in range(min(len(lent), most)):
-            if not lent[-1][0].lent(lent[-1][1]):
-                self._idle[size].append(lent.pop())
-                return True
-            if most > 1:
-                lent.rotate(1)  # each in its turn
-        return False
+    def shelf(self, nbytes: int) -> Shelf | None:
+        """Where blocks for so many bytes come from as long as some are left; None: nowhere yet."""
+        return self._shelves.get(_size_class(nbytes))
 
-    def _take(self, segment: _Segment, index: int, nbytes: int) -> tuple[memoryview, Place]:
-        segment.used[index] = nbytes
-        segment.given[index] = False
-        gone, block = self._gone, (segment, index)
-        offset = PAGE + index * segment.info.block
-        view = segment.mapping.memory(offset, nbytes, lambda: gone.append(block))
-        return view, Place(segment.info.ident, index, 0, nbytes)
-
-    def _grow(self, size: int) -> _Segment | None:
+    def _grow(self, size: int) -> Shelf | None:
         count = min(MAX_BLOCKS, max(1, SLAB // size))
         info = SegmentInfo(self._next, size, count)
         self._next += 1  # whatever becomes of it: the other process must not hear it twice
@@ -316,30 +266,30 @@ class Arena:
         except OSError:
             return None
         try:
-            segment = _Segment(info, fd)
+            mapping = _Mapping(fd, info.nbytes)
             if not self._announce(info, fd):
                 return None
         except (OSError, ValueError):
             return None  # no memory, or no address space
         finally:
             os.close(fd)
+        segment = Segment(info.ident, size, count, mapping, mapping.address, PAGE)
+        segment.left_at = _clock.now()
+        shelf = self._shelves.setdefault(size, Shelf())
+        shelf.add(segment)
         self._segments[info.ident] = segment
-        self._idle.setdefault(size, [])[:0] = [(segment, k) for k in range(count - 1, 0, -1)]
-        self._lent.setdefault(size, deque())
-        self._bases.append((segment.base, info.ident))
+        self._bases.append((mapping.address, info.ident))
         self._bases.sort()
         self.nbytes += info.nbytes
-        return segment
+        return shelf
 
     def find(self, view: memoryview) -> Place | None:
         """Where a flat view lies, if it lies in a block of this arena that is out."""
         if not view.nbytes or not self._bases:
             return None
         segments = self._segments
-        place = _place_at(
-            address_of(view), view.nbytes, self._bases, lambda ident: segments[ident].info
-        )
-        if place is None or place.offset + view.nbytes > segments[place.segment].used[place.block]:
+        place = _place_at(address_of(view), view.nbytes, self._bases, lambda ident: segments[ident])
+        if place is None or place.offset + view.nbytes > segments[place.segment].used(place.block):
             return None
         return place
 
@@ -354,9 +304,9 @@ class Arena:
             It has no such block.
         """
         segment = self._segments.get(place.segment)
-        if segment is None or not segment.lent(place.block) or not _fits(place, segment.info):
+        if segment is None or not _fits(place, segment) or not segment.lent(place.block):
             raise ProtocolError(f"the other end does not have {place}")
-        offset = PAGE + place.block * segment.info.block + place.offset
+        offset = PAGE + place.block * segment.block + place.offset
         return segment.mapping.look(offset, place.nbytes)
 
     def written(self, place: Place) -> memoryview:
@@ -366,7 +316,7 @@ class Arena:
     def times(self, place: Place) -> int:
         """How often the block of a place that the other process has was lent: while that stays, it
         was not used for anything else."""
-        return self._segments[place.segment].sent[place.block]
+        return self._segments[place.segment].times(place.block)
 
     def back(self, place: Place) -> bool:
         """Whether the other process does not have the block of a place that is held here."""
@@ -377,54 +327,42 @@ class Arena:
         segment = self._segments[place.segment]
         return (
             not place.offset
-            and place.nbytes == segment.used[place.block]
-            and not segment.given[place.block]
+            and place.nbytes == segment.used(place.block)
+            and not segment.given(place.block)
         )
 
     def lend(self, place: Place, *, given: bool) -> None:
         """The other process is told of it, and will give it back once for each time."""
-        segment = self._segments[place.segment]
-        segment.sent[place.block] += 1
-        if given:
-            segment.given[place.block] = True
+        self._segments[place.segment].lend(place.block, given)
 
     def collect(self) -> None:
         """Take note of the blocks that were dropped here."""
-        while self._gone:
-            segment, index = self._gone.popleft()
-            segment.used[index] = 0
-            segment.left_at = _clock.now()
-            size = segment.info.block
-            if segment.lent(index):
-                self._lent[size].append((segment, index))
-            else:
-                self._idle[size].append((segment, index))
+        for shelf in self._shelves.values():
+            shelf.collect()
 
     def trim(self, kept: float = KEPT) -> None:
         """Give back the segments that nobody has used for ``kept`` seconds."""
+        self.collect()
         before = _clock.now() - kept
         for ident, segment in list(self._segments.items()):
-            if segment.left_at <= before and all(map(segment.free, range(segment.info.blocks))):
+            if segment.left_at <= before and segment.unused():
                 self._forget(ident, segment)
                 self._dropped(ident)
 
-    def _forget(self, ident: int, segment: _Segment) -> None:
+    def _forget(self, ident: int, segment: Segment) -> None:
         del self._segments[ident]
-        idle = self._idle[segment.info.block]
-        idle[:] = [block for block in idle if block[0] is not segment]
-        lent = self._lent[segment.info.block]
-        self._lent[segment.info.block] = deque(block for block in lent if block[0] is not segment)
-        self._bases.remove((segment.base, ident))
-        self.nbytes -= segment.info.nbytes
+        self._shelves[segment.block].remove(segment)
+        self._bases.remove((segment.mapping.address, ident))
+        self.nbytes -= PAGE + segment.block * segment.blocks
 
     def close(self) -> None:
         """Nothing more is given out; what is out stays valid as long as it lives."""
         self._closed = True
+        for shelf in self._shelves.values():
+            shelf.close()
+        self._shelves.clear()
         self._segments.clear()
-        self._idle.clear()
-        self._lent.clear()
         self._bases.clear()
-        self._gone.clear()
 
 
 def _size_class(nbytes: int) -> int:
@@ -435,7 +373,7 @@ def _size_class(nbytes: int) -> int:
     return -(-nbytes // step) * step
 
 
-def _fits(place: Place, info: SegmentInfo) -> bool:
+def _fits(place: Place, info: SegmentInfo | Segment) -> bool:
     """Whether a place that the other process names lies within a block of the segment."""
     return (
         0 <= place.block < info.blocks
@@ -446,7 +384,10 @@ def _fits(place: Place, info: SegmentInfo) -> bool:
 
 
 def _place_at(
-    address: int, nbytes: int, bases: list[tuple[int, int]], infos: Callable[[int], SegmentInfo]
+    address: int,
+    nbytes: int,
+    bases: list[tuple[int, int]],
+    infos: Callable[[int], SegmentInfo | Segment],
 ) -> Place | None:
     """The place of some bytes, if they lie within a block of a segment."""
     at = bisect_right(bases, (address, MAX_SEGMENTS << 32)) - 1
@@ -466,7 +407,6 @@ class _Borrowed:
         self.info = info
         # What the owner has not touched costs nothing here either.
         self.mapping = _Mapping(fd, info.nbytes, os.fstat(fd).st_blocks * 512 >= info.nbytes)
-        assert self.mapping.address is not None
         self.base = self.mapping.address
         self._pid = os.getpid()
         self._counters = self.mapping.counters(info.blocks)

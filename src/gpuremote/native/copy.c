@@ -242,6 +242,33 @@ static void share_out(char *to, const char *from, size_t size, int way)
     let_go(shared);
 }
 
+void copy_flat(char *to, const char *from, Py_ssize_t size, int away)
+{
+    Py_ssize_t past = away ? PAST_CACHES_AWAY : PAST_CACHES;
+    Py_ssize_t shared_out = away ? SHARED_OUT_AWAY : SHARED_OUT;
+    if (size <= WITH_LOCK) {
+        memcpy(to, from, (size_t)size);
+    } else if (size < past) {
+        Py_BEGIN_ALLOW_THREADS
+        memcpy(to, from, (size_t)size);
+        Py_END_ALLOW_THREADS
+    } else {
+        static Ways known[3]; /* touched with the interpreter's lock only */
+        Ways *ways = &known[size < PAST_CACHES ? 0 : size < shared_out ? 1 : 2];
+        int way = choose(ways);
+        double taken;
+        Py_BEGIN_ALLOW_THREADS
+        taken = nanoseconds();
+        if (size < shared_out)
+            copy_one_way(to, from, (size_t)size, way);
+        else
+            share_out(to, from, (size_t)size, way);
+        taken = nanoseconds() - taken;
+        Py_END_ALLOW_THREADS
+        learn(ways, way, (double)size / (taken + 1));
+    }
+}
+
 /* copy(target, source, away): two flat buffers of equal size that do not overlap; away: another
    process will read them. */
 PyObject *copy_bytes(PyObject *module, PyObject *const *args, Py_ssize_t count)
@@ -251,39 +278,17 @@ PyObject *copy_bytes(PyObject *module, PyObject *const *args, Py_ssize_t count)
         PyErr_SetString(PyExc_TypeError, "copy() takes target, source and away");
         return NULL;
     }
-    int away = args[2] == Py_True;
-    Py_ssize_t past = away ? PAST_CACHES_AWAY : PAST_CACHES;
-    Py_ssize_t shared_out = away ? SHARED_OUT_AWAY : SHARED_OUT;
     if (PyObject_GetBuffer(args[0], &to, PyBUF_WRITABLE) < 0)
         return NULL;
     if (PyObject_GetBuffer(args[1], &from, PyBUF_SIMPLE) < 0) {
         PyBuffer_Release(&to);
         return NULL;
     }
-    if (to.len != from.len) {
-        PyErr_Format(PyExc_ValueError, "%zd bytes do not fit into %zd exactly", from.len, to.len);
-    } else if (to.len <= WITH_LOCK) {
-        memcpy(to.buf, from.buf, (size_t)to.len);
-    } else if (to.len < past) {
-        Py_BEGIN_ALLOW_THREADS
-        memcpy(to.buf, from.buf, (size_t)to.len);
-        Py_END_ALLOW_THREADS
-    } else {
-        static Ways known[3]; /* touched with the interpreter's lock only */
-        Ways *ways = &known[to.len < PAST_CACHES ? 0 : to.len < shared_out ? 1 : 2];
-        int way = choose(ways);
-        double taken;
-        Py_BEGIN_ALLOW_THREADS
-        taken = nanoseconds();
-        if (to.len < shared_out)
-            copy_one_way(to.buf, from.buf, (size_t)to.len, way);
-        else
-            share_out(to.buf, from.buf, (size_t)to.len, way);
-        taken = nanoseconds() - taken;
-        Py_END_ALLOW_THREADS
-        learn(ways, way, (double)to.len / (taken + 1));
-    }
     int failed = to.len != from.len;
+    if (failed)
+        PyErr_Format(PyExc_ValueError, "%zd bytes do not fit into %zd exactly", from.len, to.len);
+    else
+        copy_flat(to.buf, from.buf, to.len, args[2] == Py_True);
     PyBuffer_Release(&from);
     PyBuffer_Release(&to);
     if (failed)

@@ -96,6 +96,9 @@ static int module_exec(PyObject *module)
                    || add_type(module, &recorder_spec, &Recorder_Type)
                    || add_type(module, &loops_spec, &Loops_Type)
                    || add_type(module, &repeats_spec, &Repeats_Type)
+                   || add_type(module, &segment_spec, &Segment_Type)
+                   || add_type(module, &shelf_spec, &Shelf_Type)
+                   || add_type(module, &block_spec, &Block_Type)
                ? -1
                : 0;
 }

@@ -19,6 +19,8 @@
        Single  gpuremote.backend.array_namespace
        Looking  gpuremote.transport._looking
        Loops  gpuremote.backend.fused
+       Segment, Shelf  gpuremote.memory.shelves
+       put_at_hand  none: gpuremote.client.device takes all its steps in Python as well
        Repeats  none: gpuremote.wire.repeats does without where this module is not built
        fits    gpuremote.memory.host
        copy    gpuremote.memory.host
@@ -94,11 +96,11 @@ typedef struct {
 #define NAMES(X) \
     X(_admits) X(_broken) X(_ended) X(_failed) X(_finish) X(_flush_by_time) X(_follow_up) X(_gone) \
     X(_input) X(_known) X(_landed) X(_left) X(_prepare) X(_receive) X(_release) X(_renewed) \
-    X(_report_if_due) X(_send) X(_settle) X(_settle_up_to) X(_shared) X(_slots) X(_take_in) X(_take_origin) X(_take_whole) X(_whole) \
+    X(_relieve) X(_report_if_due) X(_send) X(_settle) X(_settle_up_to) X(_shared) X(_slots) X(_take_back) X(_take_in) X(_take_origin) X(_take_whole) X(_whole) \
     X(_written) X(abort) X(acquire) X(append) X(base) X(check_result) X(checks) X(device) X(dispatch) X(done) \
-    X(dtype) X(expected) X(f) X(flush) X(failed) X(form) X(function) X(i) X(id) X(inplace) X(inputs) \
+    X(dtype) X(expected) X(f) X(flush) X(failed) X(form) X(free_dropped) X(function) X(i) X(id) X(inplace) X(inputs) \
     X(isdisjoint) X(left) X(lost) X(n_out) X(nbytes) X(numbers) X(on_executed) X(on_message) X(ops_executed) X(out) \
-    X(pending_output) X(popleft) X(quota) X(receive) X(release) X(reserve) X(result) X(run) \
+    X(pending_output) X(popleft) X(put_staged) X(quota) X(receive) X(release) X(reserve) X(result) X(run) \
     X(run_otherwise) X(scratch) X(send) X(set_result) X(shape) X(simple) X(slot) X(special) \
     X(step) X(told) X(wiring)
 #define DECLARE(name) extern PyObject *name_##name;
@@ -125,12 +127,33 @@ typedef struct {
     long long messages_sent, messages_received, batches, copied;
 } Lane;
 
+/* See recording.c: what turns ops into records, and what names an array on the server. */
+typedef struct {
+    PyObject_HEAD
+    PyObject *lock, *acquire, *release, *dropped, *drop, *plans, *buffer, *origins, *on_buffered;
+    PyObject *own; /* how the names of files of this package begin */
+    PyObject *staged, *kinds, *lane; /* see putting.c */
+    long long next, last, named, oldest, full, flush_after, freed;
+    double writes;
+    int depth;
+    char special, stalled, told;
+} Recorder;
+
+typedef struct {
+    PyObject_HEAD
+    Recorder *core;
+    PyObject *meta;
+    unsigned long long id;
+} Handle;
+
 enum taken { FAILED = -1, NOTHING, MESSAGE, OTHER, LANDED };
 
 extern PyTypeObject *Stream_Type, *Lane_Type, *Wait_Type, *Slot_Type, *Handle_Type, *Recorder_Type,
-    *Loops_Type, *Tally_Type, *Storage_Type, *Single_Type, *Repeats_Type;
+    *Loops_Type, *Tally_Type, *Storage_Type, *Single_Type, *Repeats_Type, *Segment_Type,
+    *Shelf_Type, *Block_Type;
 extern PyType_Spec stream_spec, lane_spec, wait_spec, slot_spec, handle_spec, recorder_spec,
-    loops_spec, tally_spec, storage_spec, single_spec, repeats_spec;
+    loops_spec, tally_spec, storage_spec, single_spec, repeats_spec, segment_spec, shelf_spec,
+    block_spec;
 
 /* Receive once. MESSAGE: one message without payload and nothing else is in the buffer, *size
    bytes with its frame. OTHER: *other is what Stream._receive or _take_in gave (None: nothing
@@ -265,6 +288,22 @@ PyObject *execute_run_plan(PyObject *module, PyObject *const *args, Py_ssize_t c
 /* known, see recording.c. */
 PyObject *recording_known(PyObject *module, PyObject *const *args, Py_ssize_t count);
 
+/* Take the lock of a recorder; let it go, where an exception that is set stays. -1: one is. */
+int recording_lock(Recorder *recorder);
+int recording_let_go(Recorder *recorder, int failed);
+
+/* The steps of Recorder._append that the lock guards. 0: done. */
+int recording_append(Recorder *recorder, PyObject *record, PyObject *name, PyObject **number);
+
+/* A new array that a number names, as ``make`` makes it, or NULL. */
+PyObject *recording_handle(PyObject *make, Recorder *recorder, long long number, PyObject *meta);
+
+/* Recorder.put_at_hand, see putting.c. */
+PyObject *putting_put(PyObject *self, PyObject *const *args, Py_ssize_t count);
+
+/* A view of a block of a Shelf (1); 0: there is none; -1: error. */
+int shelf_take(PyObject *shelf, Py_ssize_t nbytes, PyObject **view);
+
 /* take_calls, see calls.c. */
 PyObject *calls_take(PyObject *module, PyObject *const *args, Py_ssize_t count);
 
@@ -273,6 +312,9 @@ PyObject *runs_gather(PyObject *module, PyObject *const *args, Py_ssize_t count)
 
 /* Copy as the C library does, or past the caches. */
 void copy_one_way(char *to, const char *from, size_t size, int past_caches);
+
+/* Copy as ``copy`` does, which lets go of the interpreter's lock for what is not small. */
+void copy_flat(char *to, const char *from, Py_ssize_t size, int away);
 
 /* lead and follow, see follow.c. */
 PyObject *follow_lead(PyObject *module, PyObject *const *args, Py_ssize_t count);

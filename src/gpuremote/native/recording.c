@@ -9,23 +9,6 @@
 
 PyTypeObject *Handle_Type, *Recorder_Type;
 
-typedef struct {
-    PyObject_HEAD
-    PyObject *lock, *acquire, *release, *dropped, *drop, *plans, *buffer, *origins, *on_buffered;
-    PyObject *own; /* how the names of files of this package begin */
-    long long next, last, named, oldest, full, flush_after;
-    double writes;
-    int depth;
-    char special, told;
-} Recorder;
-
-typedef struct {
-    PyObject_HEAD
-    Recorder *core;
-    PyObject *meta;
-    unsigned long long id;
-} Handle;
-
 static int recorder_traverse(PyObject *self, visitproc visit, void *arg)
 {
     Recorder *r = (Recorder *)self;
@@ -40,6 +23,9 @@ static int recorder_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(r->origins);
     Py_VISIT(r->on_buffered);
     Py_VISIT(r->own);
+    Py_VISIT(r->staged);
+    Py_VISIT(r->kinds);
+    Py_VISIT(r->lane);
     return 0;
 }
 
@@ -56,6 +42,9 @@ static int recorder_clear(PyObject *self)
     Py_CLEAR(r->origins);
     Py_CLEAR(r->on_buffered);
     Py_CLEAR(r->own);
+    Py_CLEAR(r->staged);
+    Py_CLEAR(r->kinds);
+    Py_CLEAR(r->lane);
     return 0;
 }
 
@@ -156,8 +145,14 @@ static int number_of(PyObject *plan, PyObject *name, long long *number)
     return *number == -1 && PyErr_Occurred() ? -1 : 0;
 }
 
-/* Release the lock; an exception that is set stays. -1: one is. */
-static int let_go(Recorder *r, int failed)
+int recording_lock(Recorder *r)
+{
+    PyObject *held = PyObject_CallNoArgs(r->acquire);
+    Py_XDECREF(held);
+    return held == NULL ? -1 : 0;
+}
+
+int recording_let_go(Recorder *r, int failed)
 {
     PyObject *type, *error, *traceback;
     if (failed)
@@ -260,8 +255,7 @@ static PyFrameObject *caller(Recorder *r)
     return frame != NULL ? frame : (PyFrameObject *)Py_XNewRef(first);
 }
 
-/* The steps of _append that the lock guards. 0: done. */
-static int append_record(Recorder *r, PyObject *record, PyObject *name, PyObject **number)
+int recording_append(Recorder *r, PyObject *record, PyObject *name, PyObject **number)
 {
     if (r->special && tell((PyObject *)r, name__prepare, NULL) < 0)
         return -1;
@@ -305,12 +299,11 @@ static PyObject *recorder_append(PyObject *self, PyObject *const *args, Py_ssize
         PyErr_SetString(PyExc_TypeError, "_append() takes a record and the name of an op");
         return NULL;
     }
-    PyObject *number = NULL, *held = PyObject_CallNoArgs(r->acquire);
-    if (held == NULL)
+    PyObject *number = NULL;
+    if (recording_lock(r) < 0)
         return NULL;
-    Py_DECREF(held);
-    int failed = append_record(r, args[0], count == 2 ? args[1] : nameless, &number);
-    if (let_go(r, failed) < 0)
+    int failed = recording_append(r, args[0], count == 2 ? args[1] : nameless, &number);
+    if (recording_let_go(r, failed) < 0)
         Py_CLEAR(number);
     return number;
 }
@@ -322,11 +315,9 @@ static int issue(Recorder *r, PyObject *plan, const char *record, Py_ssize_t siz
         PyErr_SetString(PyExc_TypeError, "issue() takes a lock, and the frame that called");
         return -1;
     }
-    PyObject *answer = PyObject_CallNoArgs(r->acquire);
-    if (answer == NULL)
+    if (recording_lock(r) < 0)
         return -1;
-    Py_DECREF(answer);
-    if (let_go(r, append(r, plan, record, size, frame, number)) < 0)
+    if (recording_let_go(r, append(r, plan, record, size, frame, number)) < 0)
         return -1;
     return r->special ? tell((PyObject *)r, name__follow_up, NULL) : 0;
 }
@@ -434,11 +425,11 @@ static int operand(Handle *first, PyObject *given, uint64_t *field, PyObject **k
     return 0;
 }
 
-static PyObject *make_result(PyObject *like, Recorder *core, long long number, PyObject *meta)
+PyObject *recording_handle(PyObject *make, Recorder *core, long long number, PyObject *meta)
 {
-    PyTypeObject *type = Py_TYPE(like);
-    if (type->tp_init != handle_init)
-        return PyObject_CallFunction((PyObject *)type, "OLO", core, number, meta);
+    PyTypeObject *type = PyType_Check(make) ? (PyTypeObject *)make : NULL;
+    if (type == NULL || type->tp_init != handle_init)
+        return PyObject_CallFunction(make, "OLO", core, number, meta);
     Handle *made = (Handle *)type->tp_alloc(type, 0);
     if (made == NULL)
         return NULL;
@@ -494,7 +485,7 @@ PyObject *recording_known(PyObject *module, PyObject *const *args, Py_ssize_t co
         memcpy(record, &head, CALL_HEAD);
         if (!issue(core, plan, record, CALL_HEAD + 8 * operands, args[1], &number))
             found = inplace == Py_True ? Py_NewRef(args[2])
-                                       : make_result(args[2], core, number, result);
+                                       : recording_handle((PyObject *)Py_TYPE(args[2]), core, number, result);
     }
     Py_DECREF(core);
     Py_XDECREF(inplace);
@@ -543,6 +534,11 @@ static PyMemberDef recorder_members[] = {
     {"_named", T_LONGLONG, offsetof(Recorder, named), 0, NULL},
     {"_full", T_LONGLONG, offsetof(Recorder, full), 0, NULL},
     {"_own", T_OBJECT, offsetof(Recorder, own), 0, NULL},
+    {"_staged", T_OBJECT_EX, offsetof(Recorder, staged), 0, NULL},
+    {"_kinds", T_OBJECT_EX, offsetof(Recorder, kinds), 0, NULL},
+    {"_lane", T_OBJECT_EX, offsetof(Recorder, lane), 0, NULL},
+    {"_stalled", T_BOOL, offsetof(Recorder, stalled), 0, NULL},
+    {"_freed", T_LONGLONG, offsetof(Recorder, freed), 0, NULL},
     {"_oldest", T_LONGLONG, offsetof(Recorder, oldest), 0, NULL},
     {"_depth", T_INT, offsetof(Recorder, depth), 0, NULL},
     {"_special", T_BOOL, offsetof(Recorder, special), 0, NULL},
@@ -559,6 +555,7 @@ static PyGetSetDef recorder_getset[] = {
 static PyMethodDef recorder_methods[] = {
     {"_append", (PyCFunction)(void (*)(void))recorder_append, METH_FASTCALL, NULL},
     {"issue", (PyCFunction)(void (*)(void))recorder_issue, METH_FASTCALL, NULL},
+    {"put_at_hand", (PyCFunction)(void (*)(void))putting_put, METH_FASTCALL, NULL},
     {NULL},
 };
 

@@ -284,6 +284,11 @@ class Connection(abc.ABC):
         ``allocate`` gave, and were not sent yet."""
         return False
 
+    def shelf(self, nbytes: int) -> object:
+        """Where ``allocate`` takes blocks for so many bytes from, for the part in C; None: it has
+        to be asked for each."""
+        return None
+
     def lent(self, place: object) -> memoryview | None:
         """The memory of a place (``Incoming.lent_from``), read-only in spirit, if the other end
         still has it from this one; from the thread that sends. None: it has not."""

@@ -157,6 +157,9 @@ class ShmConnection(TcpConnection):
                 self._pump()
         return found
 
+    def shelf(self, nbytes: int) -> object:
+        return self._arena.shelf(nbytes)
+
     def gives(self, view: memoryview) -> bool:
         outer = self._hold()
         try:

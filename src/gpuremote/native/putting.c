@@ -1,0 +1,162 @@
+/* Recorder.put_at_hand: an upload for which a block of shared memory is at hand, in one step. What
+   was copied just now has pushed the code of the program's next steps out of the caches, so each
+   of them takes several times as long there as elsewhere. */
+
+#include "native.h"
+
+/* client.uploading: STAGED, STAGED_BYTES of all of them, and less than that of one; ALMOST_FULL. */
+#define STAGED 8
+#define MOST ((Py_ssize_t)4 << 20)
+#define RESERVE 1024
+/* client.blocking_driver: uploads that nothing was heard of, before it is looked for that. */
+#define RECEIPTS 1
+
+/* Messages with payload that the other end has not got completely. */
+static Py_ssize_t unheard(Recorder *r)
+{
+    if (r->lane == NULL || !PyObject_TypeCheck(r->lane, Lane_Type))
+        return PY_SSIZE_T_MAX;
+    PyObject *bulk = ((Lane *)r->lane)->bulk;
+    return bulk == NULL || !PyDict_CheckExact(bulk) ? PY_SSIZE_T_MAX : PyDict_GET_SIZE(bulk);
+}
+
+/* What Uploader.note_kind has noted of such arrays: 1; 0: nothing, or its memory is not its own;
+   -1: error. */
+static int kind_of(Recorder *r, PyObject *array, PyObject *device, PyObject **kind)
+{
+    PyObject *base = PyObject_GetAttr(array, name_base);
+    Py_XDECREF(base);
+    if (base != Py_None)
+        return base == NULL ? -1 : 0;
+    PyObject *shape = PyObject_GetAttr(array, name_shape);
+    PyObject *dtype = shape == NULL ? NULL : PyObject_GetAttr(array, name_dtype);
+    PyObject *key = dtype == NULL ? NULL : PyTuple_Pack(3, shape, dtype, device);
+    Py_XDECREF(shape);
+    Py_XDECREF(dtype);
+    if (key == NULL)
+        return -1;
+    PyObject *found = PyDict_GetItemWithError(r->kinds, key);
+    Py_DECREF(key);
+    if (found == NULL || !PyTuple_CheckExact(found) || PyTuple_GET_SIZE(found) != 3
+        || !PyBytes_Check(PyTuple_GET_ITEM(found, 1))
+        || !Py_IS_TYPE(PyTuple_GET_ITEM(found, 2), Shelf_Type))
+        return PyErr_Occurred() ? -1 : 0;
+    *kind = Py_NewRef(found);
+    return 1;
+}
+
+/* A view of a block with the bytes of the array: 1; 0: there is none at hand; -1: error. */
+static int copy_in(Recorder *r, PyObject *shelf, PyObject *array, PyObject **view)
+{
+    Py_buffer from;
+    if (PyObject_GetBuffer(array, &from, PyBUF_C_CONTIGUOUS) < 0) {
+        if (!PyErr_ExceptionMatches(PyExc_ValueError) && !PyErr_ExceptionMatches(PyExc_BufferError))
+            return -1;
+        PyErr_Clear();
+        return 0;
+    }
+    int taken = 0;
+    if (from.len <= MOST) {
+        taken = recording_lock(r);
+        if (!taken) {
+            taken = shelf_take(shelf, from.len, view);
+            if (recording_let_go(r, taken < 0) < 0)
+                taken = -1;
+        }
+        if (taken > 0)
+            copy_flat(PyMemoryView_GET_BUFFER(*view)->buf, from.buf, from.len, 1);
+        else if (taken < 0)
+            Py_CLEAR(*view);
+    }
+    PyBuffer_Release(&from);
+    return taken;
+}
+
+/* As Uploader.free_dropped. */
+static int free_dropped(Recorder *r)
+{
+    Py_ssize_t count = r->dropped == NULL ? 0 : PyObject_Size(r->dropped);
+    if (count != 1)
+        return count < 0 ? -1 : count ? tell((PyObject *)r, name_free_dropped, NULL) : 0;
+    char record[18] = {FREE_NEAR, 0, 0, 0, 1};
+    Py_ssize_t before = PyByteArray_GET_SIZE(r->buffer);
+    PyObject *handle = PyObject_CallMethodNoArgs(r->dropped, name_popleft);
+    uint64_t ident = handle == NULL ? 0 : PyLong_AsUnsignedLongLong(handle);
+    Py_XDECREF(handle);
+    if (PyErr_Occurred() || PyByteArray_Resize(r->buffer, before + (Py_ssize_t)sizeof record) < 0)
+        return -1;
+    memcpy(record + 8, &ident, sizeof ident);
+    memcpy(PyByteArray_AS_STRING(r->buffer) + before, record, sizeof record);
+    r->next++;
+    r->freed++;
+    return 0;
+}
+
+/* The steps of Uploader.put_staged, with the lock held: the number. 1: it has to take them itself;
+   -1: error. */
+static int stage(Recorder *r, PyObject *record, PyObject *view, PyObject **number)
+{
+    static PyObject *put;
+    if (put == NULL && (put = PyUnicode_InternFromString("put")) == NULL)
+        return -1;
+    if (r->special || !PyList_Check(r->staged) || PyList_GET_SIZE(r->staged) >= STAGED
+        || r->buffer == NULL || !PyByteArray_Check(r->buffer)
+        || PyByteArray_GET_SIZE(r->buffer) + PyBytes_GET_SIZE(record) >= r->full - RESERVE)
+        return 1;
+    if (free_dropped(r) < 0)
+        return -1;
+    long long due = r->flush_after;
+    r->last = 0;
+    r->flush_after = LLONG_MAX; /* it goes out with what comes next */
+    int failed = recording_append(r, record, put, number);
+    r->flush_after = due;
+    PyObject *staged = failed ? NULL : PyTuple_Pack(2, *number, view);
+    failed = staged == NULL ? -1 : PyList_Append(r->staged, staged);
+    Py_XDECREF(staged);
+    if (failed && r->last) { /* Ctrl-C, in whatever is told that there are records */
+        PyObject *type, *error, *traceback, *last = PyLong_FromLongLong(r->last);
+        PyErr_Fetch(&type, &error, &traceback);
+        if (last == NULL || tell((PyObject *)r, name__take_back, last, NULL) < 0)
+            PyErr_WriteUnraisable((PyObject *)r);
+        Py_XDECREF(last);
+        PyErr_Restore(type, error, traceback);
+    }
+    return failed;
+}
+
+/* put_at_hand(array, array_type, device, make): a new array; None: nothing was done. */
+PyObject *putting_put(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    Recorder *r = (Recorder *)self;
+    PyObject *kind, *view = NULL, *number = NULL, *made = NULL;
+    if (count != 4 || !PyType_Check(args[1]) || r->acquire == NULL) {
+        PyErr_SetString(PyExc_TypeError, "put_at_hand() takes an array, a type and a device");
+        return NULL;
+    }
+    if (r->special || !Py_IS_TYPE(args[0], (PyTypeObject *)args[1]) || r->kinds == NULL
+        || !PyDict_CheckExact(r->kinds) || r->staged == NULL || !PyList_Check(r->staged)
+        || PyList_GET_SIZE(r->staged) >= STAGED || unheard(r) > RECEIPTS)
+        Py_RETURN_NONE;
+    int found = kind_of(r, args[0], args[2], &kind);
+    if (found <= 0)
+        return found < 0 ? NULL : Py_NewRef(Py_None);
+    PyObject *meta = PyTuple_GET_ITEM(kind, 0), *record = PyTuple_GET_ITEM(kind, 1);
+    found = copy_in(r, PyTuple_GET_ITEM(kind, 2), args[0], &view);
+    if (found > 0 && !recording_lock(r)) {
+        int left = stage(r, record, view, &number);
+        if (recording_let_go(r, left < 0) < 0)
+            Py_CLEAR(number);
+        else if (left)
+            number = PyObject_CallMethodObjArgs(self, name_put_staged, meta, view, NULL);
+        else if (r->stalled && tell(self, name__relieve, NULL) < 0)
+            Py_CLEAR(number);
+        if (number != NULL)
+            made = recording_handle(args[3], r, PyLong_AsLongLong(number), meta);
+        Py_XDECREF(number);
+    }
+    else if (!found)
+        made = Py_NewRef(Py_None);
+    Py_XDECREF(view);
+    Py_DECREF(kind);
+    return made;
+}
