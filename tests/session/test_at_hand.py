@@ -53,12 +53,14 @@ def calls_of(device: Any, host: Any) -> list[str]:
 
 
 @pytest.mark.skipif(native is None, reason=f"_native: {NATIVE}")
-def test_it_is_one_step(side: Side, device: Any) -> None:
+def test_it_is_one_step(side: Side, shared: Any, device: Any) -> None:
     if not isinstance(side, BlockingSide):
         pytest.skip("the loop has functions of its own")
     host = np.ones(SIZE, np.int32)
     kept = device.put(host)  # it tells the driver that there is something to be sent
     assert [calls_of(device, host) for _ in range(3)] == [["put"]] * 3
+    made = [shared.empty(SIZE, np.int32) for _ in range(3)]
+    assert [calls_of(device, array) for array in made] == [["put"]] * 3
     del kept
 
 
@@ -134,9 +136,15 @@ def test_ctrl_c_when_the_record_is_there(side: Side, shared: Any, device: Any) -
     try:
         with pytest.raises(Interrupt):
             side.do(device.put(host))
+        made = shared.empty(SIZE, np.int32)
+        made[:] = 5
+        core._told = False
+        with pytest.raises(Interrupt):
+            side.do(device.put(made))
     finally:
         core.on_buffered = told
     assert not core._staged
+    assert made.flags.writeable  # it is the program's still
     kept = [side.do(device.put(host * k)) for k in range(3)]
     assert [int(side.do(remote.max().item())) for remote in kept] == [0, 1, 2]
     side.do(shared.synchronize())

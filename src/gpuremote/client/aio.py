@@ -174,9 +174,9 @@ class AsyncDevice(Device[AsyncArray]):
         DeadlineExceeded
         """
         if dtype is None:
-            if (given := self._given(value)) is not None:
-                return given
             made = self._core.put_at_hand(value, np.ndarray, self.index, self._array_type)
+            if made is None:
+                made = self._given(value)
             if made is not None:
                 return made
         await self._driver.room()

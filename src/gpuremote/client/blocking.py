@@ -154,9 +154,9 @@ class BlockingDevice(Device[BlockingArray]):
         """
         core = self._core
         if dtype is None:
-            if core.made and (given := self._given(value)) is not None:
-                return given
             made = core.put_at_hand(value, np.ndarray, self.index, self._array_type)
+            if made is None and core.made:
+                made = self._given(value)
             if made is not None:
                 return made
         if core.peer.bulk_in_flight:

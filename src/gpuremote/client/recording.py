@@ -42,6 +42,7 @@ class PythonRecorder:
     _buffer: bytearray
     _staged: list[tuple[int, memoryview]]
     _kinds: dict[tuple[Shape, np.dtype[Any], int], tuple[Meta, bytes, object]]
+    made: dict[int, Any]
     _lane: Lane
     _freed: int
     _origins: list[Origin]

@@ -57,12 +57,15 @@ class Made(NamedTuple):
         Whose memory it is.
     meta : Meta
         Of the array as it was made, on the first device.
+    record : bytes
+        Says that there.
     """
 
     array: weakref.ref[npt.NDArray[Any]]
     block: memoryview
     connection: Connection
     meta: Meta
+    record: bytes
 
 
 class Uploader(Issuer):
@@ -88,7 +91,7 @@ class Uploader(Issuer):
         self._copies = 0
         self._landed: deque[int] = deque()
         """Bytes of copies that are no longer needed; filled by finalisers, in any thread."""
-        self.made: dict[int, Made] = {}
+        self.made = {}
         """Arrays of ``session.empty`` by their ``id``, as long as they live and were not put."""
 
     def cancel(self, wait: Wait) -> None:
@@ -177,7 +180,7 @@ class Uploader(Issuer):
         if connection is not None and connection.shared:
             ref = weakref.ref(array, lambda _: made.pop(key, None))
             meta = self.metas.get(array.shape, array.dtype, 0)
-            made[key] = Made(ref, block, connection, meta)
+            made[key] = Made(ref, block, connection, meta, self._put_record(meta))
 
     def give(self, array: npt.NDArray[Any], device: int) -> tuple[int, Meta] | None:
         """Upload an array that is noted, and that nobody else can write to, by giving its memory

@@ -19,24 +19,18 @@ int tell(PyObject *object, PyObject *name, ...)
     return answer == NULL ? -1 : 0;
 }
 
-/* fits(out, array_type, shape, dtype): a view of ``out`` if it is such an array, and its memory
-   can be written to in one piece, else None. */
-static PyObject *fits(PyObject *module, PyObject *const *args, Py_ssize_t count)
+PyObject *fitting(PyObject *out, PyObject *type, PyObject *wanted_shape, PyObject *wanted_dtype)
 {
     PyObject *view = NULL;
-    if (count != 4) {
-        PyErr_SetString(PyExc_TypeError, "fits() takes out, array_type, shape and dtype");
-        return NULL;
-    }
-    if (!Py_IS_TYPE(args[0], (PyTypeObject *)args[1]))
+    if (!Py_IS_TYPE(out, (PyTypeObject *)type))
         Py_RETURN_NONE;
-    PyObject *shape = PyObject_GetAttr(args[0], name_shape);
-    PyObject *dtype = shape == NULL ? NULL : PyObject_GetAttr(args[0], name_dtype);
-    int same = dtype == NULL ? -1 : PyObject_RichCompareBool(shape, args[2], Py_EQ);
+    PyObject *shape = PyObject_GetAttr(out, name_shape);
+    PyObject *dtype = shape == NULL ? NULL : PyObject_GetAttr(out, name_dtype);
+    int same = dtype == NULL ? -1 : PyObject_RichCompareBool(shape, wanted_shape, Py_EQ);
     if (same > 0)
-        same = PyObject_RichCompareBool(dtype, args[3], Py_EQ);
+        same = PyObject_RichCompareBool(dtype, wanted_dtype, Py_EQ);
     if (same > 0)
-        view = PyMemoryView_FromObject(args[0]);
+        view = PyMemoryView_FromObject(out);
     Py_XDECREF(shape);
     Py_XDECREF(dtype);
     if (same < 0 || (same && view == NULL))
@@ -48,6 +42,16 @@ static PyObject *fits(PyObject *module, PyObject *const *args, Py_ssize_t count)
         Py_DECREF(view);
     }
     Py_RETURN_NONE;
+}
+
+/* fits(out, array_type, shape, dtype) */
+static PyObject *fits(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 4) {
+        PyErr_SetString(PyExc_TypeError, "fits() takes out, array_type, shape and dtype");
+        return NULL;
+    }
+    return fitting(args[0], args[1], args[2], args[3]);
 }
 
 static PyMethodDef module_methods[] = {

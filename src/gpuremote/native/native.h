@@ -101,7 +101,7 @@ typedef struct {
     X(dtype) X(expected) X(f) X(flush) X(failed) X(form) X(free_dropped) X(function) X(i) X(id) X(inplace) X(inputs) \
     X(isdisjoint) X(left) X(lost) X(n_out) X(nbytes) X(numbers) X(on_executed) X(on_message) X(ops_executed) X(out) \
     X(pending_output) X(popleft) X(put_staged) X(quota) X(receive) X(release) X(reserve) X(result) X(run) \
-    X(run_otherwise) X(scratch) X(send) X(set_result) X(shape) X(simple) X(slot) X(special) \
+    X(run_otherwise) X(scratch) X(send) X(set_result) X(setflags) X(shape) X(simple) X(slot) X(special) \
     X(step) X(told) X(wiring)
 #define DECLARE(name) extern PyObject *name_##name;
 NAMES(DECLARE)
@@ -132,7 +132,7 @@ typedef struct {
     PyObject_HEAD
     PyObject *lock, *acquire, *release, *dropped, *drop, *plans, *buffer, *origins, *on_buffered;
     PyObject *own; /* how the names of files of this package begin */
-    PyObject *staged, *kinds, *lane; /* see putting.c */
+    PyObject *staged, *kinds, *made, *lane; /* see putting.c */
     long long next, last, named, oldest, full, flush_after, freed;
     double writes;
     int depth;
@@ -323,6 +323,10 @@ PyObject *follow_follow(PyObject *module, PyObject *const *args, Py_ssize_t coun
 /* copy, see copy.c. */
 PyObject *copy_bytes(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *copy_address(PyObject *module, PyObject *view);
+
+/* A view of ``out`` if it is an array of the given type, shape and dtype whose memory can be written
+   to in one piece, else None. NULL: error. */
+PyObject *fitting(PyObject *out, PyObject *type, PyObject *shape, PyObject *dtype);
 
 /* Call a method with the given arguments (NULL at their end), whose result does not matter. */
 int tell(PyObject *object, PyObject *name, ...);

@@ -1,13 +1,17 @@
-/* Recorder.put_at_hand: an upload for which a block of shared memory is at hand, in one step. What
+/* Recorder.put_at_hand: an upload for which a block of shared memory is at hand, or of what lies in
+   one already, in one step. What
    was copied just now has pushed the code of the program's next steps out of the caches, so each
    of them takes several times as long there as elsewhere. */
 
 #include "native.h"
 
-/* client.uploading: STAGED, STAGED_BYTES of all of them, and less than that of one; ALMOST_FULL. */
+/* client.uploading: STAGED, STAGED_BYTES of all of them, and less than that of one; MOST_STAGED;
+   ALMOST_FULL. */
 #define STAGED 8
 #define MOST ((Py_ssize_t)4 << 20)
+#define MOST_STAGED (8 * STAGED)
 #define RESERVE 1024
+#define MAX_BULK 1024 /* wire.caps */
 /* client.blocking_driver: uploads that nothing was heard of, before it is looked for that. */
 #define RECEIPTS 1
 
@@ -94,12 +98,13 @@ static int free_dropped(Recorder *r)
 
 /* The steps of Uploader.put_staged, with the lock held: the number. 1: it has to take them itself;
    -1: error. */
-static int stage(Recorder *r, PyObject *record, PyObject *view, PyObject **number)
+static int stage_now(Recorder *r, PyObject *record, PyObject *view, Py_ssize_t most,
+                     PyObject **number)
 {
     static PyObject *put;
     if (put == NULL && (put = PyUnicode_InternFromString("put")) == NULL)
         return -1;
-    if (r->special || !PyList_Check(r->staged) || PyList_GET_SIZE(r->staged) >= STAGED
+    if (r->special || !PyList_Check(r->staged) || PyList_GET_SIZE(r->staged) >= most
         || r->buffer == NULL || !PyByteArray_Check(r->buffer)
         || PyByteArray_GET_SIZE(r->buffer) + PyBytes_GET_SIZE(record) >= r->full - RESERVE)
         return 1;
@@ -124,36 +129,107 @@ static int stage(Recorder *r, PyObject *record, PyObject *view, PyObject **numbe
     return failed;
 }
 
+/* Upload what lies in ``view``: the array, or NULL. */
+static PyObject *stage(Recorder *r, PyObject *meta, PyObject *record, PyObject *view,
+                       Py_ssize_t most, PyObject *make)
+{
+    PyObject *number = NULL, *made = NULL;
+    if (recording_lock(r) < 0)
+        return NULL;
+    int left = stage_now(r, record, view, most, &number);
+    if (recording_let_go(r, left < 0) < 0)
+        Py_CLEAR(number);
+    else if (left)
+        number = PyObject_CallMethodObjArgs((PyObject *)r, name_put_staged, meta, view, NULL);
+    else if (r->stalled && tell((PyObject *)r, name__relieve, NULL) < 0)
+        Py_CLEAR(number);
+    if (number != NULL)
+        made = recording_handle(make, r, PyLong_AsLongLong(number), meta);
+    Py_XDECREF(number);
+    return made;
+}
+
+/* Whether an array is as Uploader.note_made has noted it, over memory that is its alone. -1: error. */
+static int is_made(Recorder *r, PyObject *made, PyObject *array, PyObject *type)
+{
+    if (!PyTuple_Check(made) || PyTuple_GET_SIZE(made) != 5
+        || !PyWeakref_CheckRef(PyTuple_GET_ITEM(made, 0))
+        || PyWeakref_GetObject(PyTuple_GET_ITEM(made, 0)) != array
+        || PyTuple_GET_ITEM(made, 2) != ((Lane *)r->lane)->connection
+        || !PyBytes_Check(PyTuple_GET_ITEM(made, 4)))
+        return 0;
+    PyObject *meta = PyTuple_GET_ITEM(made, 3), *view = NULL, *base = NULL;
+    PyObject *shape = PyObject_GetAttr(meta, name_shape);
+    PyObject *dtype = shape == NULL ? NULL : PyObject_GetAttr(meta, name_dtype);
+    if (dtype != NULL)
+        view = fitting(array, type, shape, dtype); /* it may have been changed since */
+    Py_XDECREF(shape);
+    Py_XDECREF(dtype);
+    if (view != NULL)
+        base = PyObject_GetAttr(array, name_base);
+    int is = base == NULL ? -1 : view != Py_None && Py_REFCNT(base) == 2; /* no other array's */
+    Py_XDECREF(view);
+    Py_XDECREF(base);
+    return is;
+}
+
+/* As Uploader.give: 1; 0: it has more steps, or that is no such array; -1: error. */
+static int give(Recorder *r, PyObject *array, PyObject *type, PyObject *make, PyObject **given)
+{
+    PyObject *key = PyLong_FromVoidPtr(array);
+    PyObject *made = key == NULL ? NULL : PyDict_GetItemWithError(r->made, key);
+    int is = 0;
+    if (made != NULL) {
+        Py_INCREF(made);
+        is = is_made(r, made, array, type);
+        if (is > 0 && (PyDict_DelItem(r->made, key) < 0 || tell(array, name_setflags, Py_False, NULL) < 0))
+            is = -1;
+        if (is > 0) {
+            *given = stage(r, PyTuple_GET_ITEM(made, 3), PyTuple_GET_ITEM(made, 4),
+                           PyTuple_GET_ITEM(made, 1), MOST_STAGED, make);
+            if (*given == NULL) {
+                PyObject *type, *error, *traceback;
+                PyErr_Fetch(&type, &error, &traceback);
+                if (tell(array, name_setflags, Py_True, NULL) < 0)
+                    PyErr_WriteUnraisable(array);
+                PyErr_Restore(type, error, traceback);
+                is = -1;
+            }
+        }
+        Py_DECREF(made);
+    }
+    Py_XDECREF(key);
+    return PyErr_Occurred() ? -1 : is;
+}
+
 /* put_at_hand(array, array_type, device, make): a new array; None: nothing was done. */
 PyObject *putting_put(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     Recorder *r = (Recorder *)self;
-    PyObject *kind, *view = NULL, *number = NULL, *made = NULL;
-    if (count != 4 || !PyType_Check(args[1]) || r->acquire == NULL) {
+    PyObject *kind, *view = NULL, *made = NULL;
+    if (count != 4 || !PyType_Check(args[1]) || !PyLong_Check(args[2]) || r->acquire == NULL) {
         PyErr_SetString(PyExc_TypeError, "put_at_hand() takes an array, a type and a device");
         return NULL;
     }
     if (r->special || !Py_IS_TYPE(args[0], (PyTypeObject *)args[1]) || r->kinds == NULL
-        || !PyDict_CheckExact(r->kinds) || r->staged == NULL || !PyList_Check(r->staged)
-        || PyList_GET_SIZE(r->staged) >= STAGED || unheard(r) > RECEIPTS)
+        || !PyDict_CheckExact(r->kinds) || r->made == NULL || !PyDict_CheckExact(r->made)
+        || r->staged == NULL || !PyList_Check(r->staged))
+        Py_RETURN_NONE;
+    Py_ssize_t unknown = unheard(r);
+    if (unknown < MAX_BULK && PyDict_GET_SIZE(r->made) && !PyLong_AsLong(args[2])) {
+        int given = give(r, args[0], args[1], args[3], &made);
+        if (given)
+            return given < 0 ? NULL : made;
+    }
+    if (unknown > RECEIPTS || PyList_GET_SIZE(r->staged) >= STAGED)
         Py_RETURN_NONE;
     int found = kind_of(r, args[0], args[2], &kind);
     if (found <= 0)
         return found < 0 ? NULL : Py_NewRef(Py_None);
-    PyObject *meta = PyTuple_GET_ITEM(kind, 0), *record = PyTuple_GET_ITEM(kind, 1);
     found = copy_in(r, PyTuple_GET_ITEM(kind, 2), args[0], &view);
-    if (found > 0 && !recording_lock(r)) {
-        int left = stage(r, record, view, &number);
-        if (recording_let_go(r, left < 0) < 0)
-            Py_CLEAR(number);
-        else if (left)
-            number = PyObject_CallMethodObjArgs(self, name_put_staged, meta, view, NULL);
-        else if (r->stalled && tell(self, name__relieve, NULL) < 0)
-            Py_CLEAR(number);
-        if (number != NULL)
-            made = recording_handle(args[3], r, PyLong_AsLongLong(number), meta);
-        Py_XDECREF(number);
-    }
+    if (found > 0)
+        made = stage(r, PyTuple_GET_ITEM(kind, 0), PyTuple_GET_ITEM(kind, 1), view, STAGED,
+                     args[3]);
     else if (!found)
         made = Py_NewRef(Py_None);
     Py_XDECREF(view);

@@ -25,6 +25,7 @@ static int recorder_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(r->own);
     Py_VISIT(r->staged);
     Py_VISIT(r->kinds);
+    Py_VISIT(r->made);
     Py_VISIT(r->lane);
     return 0;
 }
@@ -44,6 +45,7 @@ static int recorder_clear(PyObject *self)
     Py_CLEAR(r->own);
     Py_CLEAR(r->staged);
     Py_CLEAR(r->kinds);
+    Py_CLEAR(r->made);
     Py_CLEAR(r->lane);
     return 0;
 }
@@ -536,6 +538,7 @@ static PyMemberDef recorder_members[] = {
     {"_own", T_OBJECT, offsetof(Recorder, own), 0, NULL},
     {"_staged", T_OBJECT_EX, offsetof(Recorder, staged), 0, NULL},
     {"_kinds", T_OBJECT_EX, offsetof(Recorder, kinds), 0, NULL},
+    {"made", T_OBJECT_EX, offsetof(Recorder, made), 0, NULL},
     {"_lane", T_OBJECT_EX, offsetof(Recorder, lane), 0, NULL},
     {"_stalled", T_BOOL, offsetof(Recorder, stalled), 0, NULL},
     {"_freed", T_LONGLONG, offsetof(Recorder, freed), 0, NULL},
