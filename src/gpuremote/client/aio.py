@@ -174,7 +174,7 @@ class AsyncDevice(Device[AsyncArray]):
         DeadlineExceeded
         """
         if dtype is None:
-            made = self._core.put_at_hand(value, np.ndarray, self.index, self._array_type)
+            made = self._core.put_at_hand(value, np.ndarray, self.index, self._array_type, None)
             if made is None:
                 made = self._given(value)
             if made is not None:
@@ -188,7 +188,9 @@ class AsyncDevice(Device[AsyncArray]):
         if staged is not None:
             if staged is not host.view:
                 await _copy(staged, host.view)
-            return self._put_staged(value, host, staged)
+            array = self._put_staged(value, host, staged)
+            self._note(value, host, array)
+            return array
         array, wait = self._put(host)
         del host  # an error that is kept holds this frame, and it the memory
         if wait is not None:

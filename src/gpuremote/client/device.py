@@ -132,11 +132,20 @@ class Device(Generic[A]):
         self, value: Any, host: HostArray, *, lent: bool = False
     ) -> tuple[A, Wait | None]:
         staged = self._staged(value, host)
+        wait = None
         if staged is None:
-            return self._put(host, lent=lent)
-        if staged is not host.view:
-            copy_bytes(staged, host.view, away=True)
-        return self._put_staged(value, host, staged), None
+            array, wait = self._put(host, lent=lent)
+        else:
+            if staged is not host.view:
+                copy_bytes(staged, host.view, away=True)
+            array = self._put_staged(value, host, staged)
+        self._note(value, host, array)
+        return array, wait
+
+    def _note(self, value: Any, host: HostArray, array: A) -> None:
+        """Such a value was uploaded: the next one may take fewer steps."""
+        if type(value) is np.ndarray and value.shape == host.shape and value.dtype == host.dtype:
+            self._core.note_kind(array._meta)
 
     def _given(self, value: Any) -> A | None:
         """Upload an array of ``session.empty`` by giving it away; None: it can't be."""
@@ -176,10 +185,7 @@ class Device(Generic[A]):
             return self._put_given(value, staged)
         core = self._core
         meta = core.metas.get(host.shape, host.dtype, self.index)
-        array = self._array_type(core, core.put_staged(meta, staged), meta)
-        if type(value) is np.ndarray and value.shape == host.shape and value.dtype == host.dtype:
-            core.note_kind(meta)
-        return array
+        return self._array_type(core, core.put_staged(meta, staged), meta)
 
     def _put_given(self, value: npt.NDArray[Any], block: memoryview) -> A:
         """Upload an array that lies in ``block``; it is the device's from now on."""

@@ -132,7 +132,7 @@ class Issuer(Recorder):
         self.on_buffered = None
         self.on_check: Callable[[], None] = _nothing
         self.on_plans_cleared: Callable[[], None] = _nothing
-        self._watcher: Callable[[bytes], None] | None = None
+        self._watcher = None
         self._watched: set[int] | None = None
         self.sync = sync
         self._streams = False

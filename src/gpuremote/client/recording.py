@@ -15,6 +15,7 @@ from gpuremote._clock import now_ns
 from gpuremote._speed import native
 from gpuremote._types import Shape
 from gpuremote.client.origin import Origin, caller, take
+from gpuremote.client.waits import Wait
 from gpuremote.ops.meta import Meta
 from gpuremote.ops.plan import Plan
 from gpuremote.ops.spec import OpSpec
@@ -43,6 +44,9 @@ class PythonRecorder:
     _staged: list[tuple[int, memoryview]]
     _kinds: dict[tuple[Shape, np.dtype[Any], int], tuple[Meta, bytes, object]]
     made: dict[int, Any]
+    _watcher: Callable[[bytes], None] | None
+    far: bool
+    _first: int
     _lane: Lane
     _freed: int
     _origins: list[Origin]
@@ -111,11 +115,18 @@ class PythonRecorder:
         return number
 
     def put_at_hand(
-        self, array: Any, kind: type, device: int, make: Callable[[Any, int, Meta], A], /
+        self,
+        array: Any,
+        kind: type,
+        device: int,
+        make: Callable[[Any, int, Meta], A],
+        finish: Callable[[Wait], object] | None,
+        /,
     ) -> A | None:
         """Upload an array where ``Uploader.note_kind`` has noted such ones, as ``Device.put`` does,
         in one step; the array that ``make`` makes of it. None: it takes more steps, and nothing
-        was done. ``kind`` is ``numpy.ndarray``.
+        was done. ``kind`` is ``numpy.ndarray``; ``finish`` waits for an upload (None: only one
+        for which nobody has to wait is taken).
 
         Here it always takes them.
         """

@@ -3,6 +3,7 @@ lent, is said here; nothing here waits itself."""
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections import deque
@@ -245,15 +246,27 @@ class Uploader(Issuer):
         return number
 
     def note_kind(self, meta: Meta) -> None:
-        """Arrays of this meta were copied to shared memory: ``put_at_hand`` may do that for the
-        next ones."""
+        """An array of this meta was put as it was: ``put_at_hand`` may take the next ones."""
         connection = self.peer.connection
-        shelf = None if connection is None else connection.shelf(meta.nbytes)
-        if shelf is not None:
+        if connection is None or self.inlines(meta.nbytes):
+            return
+        way = connection.at_hand(meta.nbytes)
+        if way is not None:
             if len(self._kinds) >= MAX_RECORDS:
                 self._kinds.clear()
-            kind = meta, self._put_record(meta), shelf
+            kind = meta, self._put_record(meta), way
             self._kinds[meta.shape, meta.dtype, meta.device] = kind
+
+    def _lend(self, number: int, array: npt.NDArray[Any], wait: Wait) -> tuple[Entry, Region]:
+        """For the part in C, which has sent the record of a PUT and sends these bytes next."""
+        region, peer = Region(array), self.peer
+        numbers = [number]
+        body = NUMBER.pack(number)
+        done = functools.partial(self._put_done, numbers, wait)
+        wait.left = 1
+        entry = peer.keep(Entry(peer.sent + 1, Kind.PAYLOAD, 0, body, [region], done))
+        wait.entries = [entry]
+        return entry, region
 
     def _before_staged(self, record: bytes) -> None:
         """What has to be done before the record of an array in shared memory."""

@@ -125,18 +125,35 @@ static int enqueue(PyObject *append, unsigned long long number, PyObject *sessio
     return done == NULL ? -1 : 0;
 }
 
-/* A FREE or FREE_NEAR record, as ``take``. */
-static Py_ssize_t take_free(PyObject *table, const char *record, Py_ssize_t left, int width)
+/* Bytes of a handle in a FREE or FREE_NEAR record; 0: it is another one. */
+static int width_of_free(const char *record, Py_ssize_t left)
+{
+    uint32_t ident = 0;
+    if (left >= HEAD + 12)
+        memcpy(&ident, record, HEAD);
+    return ident == FREE ? 4 : ident == FREE_NEAR ? 2 : 0;
+}
+
+Py_ssize_t calls_extent_of_free(const char *record, Py_ssize_t left)
 {
     uint32_t count;
     uint64_t base;
-    if (left < HEAD + 12)
+    int width = width_of_free(record, left);
+    if (!width)
         return 0;
     memcpy(&count, record + HEAD, 4);
     memcpy(&base, record + HEAD + 4, 8);
     Py_ssize_t size = HEAD + 12 + (Py_ssize_t)width * count;
-    if (count > MAX_FREES || size > left || base > UINT64_MAX - UINT32_MAX)
-        return 0;
+    return count > MAX_FREES || size > left || base > UINT64_MAX - UINT32_MAX ? 0 : size;
+}
+
+Py_ssize_t calls_free(PyObject *table, const char *record, Py_ssize_t left)
+{
+    Py_ssize_t size = calls_extent_of_free(record, left);
+    int width = width_of_free(record, left);
+    uint64_t base = 0;
+    if (size)
+        memcpy(&base, record + HEAD + 4, 8);
     for (const char *at = record + HEAD + 12; at < record + size; at += width) {
         uint32_t offset = 0;
         memcpy(&offset, at, (size_t)width); /* the lower bytes come first */
@@ -163,7 +180,7 @@ static Py_ssize_t take(PyObject *session, PyObject *plans, PyObject *table, PyOb
     if (ident == FREE || ident == FREE_NEAR) {
         if (most < 1 || PyDict_GET_SIZE(arriving) > 0)
             return 0;
-        Py_ssize_t freed = take_free(table, record, left, ident == FREE ? 4 : 2);
+        Py_ssize_t freed = calls_free(table, record, left);
         *number += freed > 0;
         return freed;
     }

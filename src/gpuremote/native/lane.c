@@ -59,6 +59,7 @@ static int lane_traverse(PyObject *self, visitproc visit, void *arg)
     for (size_t k = 0; k < l->count; k++)
         Py_VISIT(at(l, k)->body);
     Py_VISIT(l->bulk);
+    Py_VISIT(l->ready);
     Py_VISIT(l->arriving);
     return 0;
 }
@@ -78,6 +79,7 @@ static int lane_clear(PyObject *self)
     Py_CLEAR(l->release);
     lane_drop(l, ~0ULL);
     Py_CLEAR(l->bulk);
+    Py_CLEAR(l->ready);
     Py_CLEAR(l->arriving);
     return 0;
 }
@@ -104,7 +106,7 @@ int is_stream(PyObject *object)
     return 1;
 }
 
-static void put_header(char *at, unsigned kind, unsigned flags, uint32_t arg, uint64_t seq,
+void lane_header(char *at, unsigned kind, unsigned flags, uint32_t arg, uint64_t seq,
                        uint64_t ack)
 {
     memset(at, 0, HEADER);
@@ -165,7 +167,7 @@ int lane_send(PyObject *self, unsigned kind, PyObject *body, unsigned arg, unsig
     l->messages_sent++;
     if (is_stream(connection) && size <= MIDDLING && stream_clear((Stream *)connection)) {
         char data[SMALL];
-        put_header(data + FRAME, kind, flags, arg, l->sent, l->complete);
+        lane_header(data + FRAME, kind, flags, arg, l->sent, l->complete);
         if (size <= SMALL - FRAME) {
             memcpy(data + FRAME + HEADER, bytes.buf, (size_t)bytes.len);
             failed = stream_put((Stream *)connection, data, FRAME + size, NULL, 0);
@@ -177,7 +179,7 @@ int lane_send(PyObject *self, unsigned kind, PyObject *body, unsigned arg, unsig
         PyObject *message = PyBytes_FromStringAndSize(NULL, size);
         failed = -1;
         if (message != NULL) {
-            put_header(PyBytes_AS_STRING(message), kind, flags, arg, l->sent, l->complete);
+            lane_header(PyBytes_AS_STRING(message), kind, flags, arg, l->sent, l->complete);
             memcpy(PyBytes_AS_STRING(message) + HEADER, bytes.buf, (size_t)bytes.len);
             failed = tell(connection, name_send, message, NULL);
             Py_DECREF(message);
@@ -217,8 +219,7 @@ static PyObject *lane_post(PyObject *self, PyObject *const *args, Py_ssize_t cou
     return out < 0 ? NULL : PyBool_FromLong(out);
 }
 
-/* One more round trip of this name. */
-static int count_trip(Lane *l, PyObject *name)
+int lane_count_trip(Lane *l, PyObject *name)
 {
     if (l->trips == NULL || !PyDict_CheckExact(l->trips))
         return 0;
@@ -242,7 +243,7 @@ static PyObject *lane_ask(PyObject *self, PyObject *const *args, Py_ssize_t coun
     unsigned long long number = PyLong_AsUnsignedLongLong(args[0]);
     unsigned kind = (unsigned)PyLong_AsUnsignedLong(args[3]);
     PyObject *wait = NULL;
-    if (!PyErr_Occurred() && count_trip(l, args[1]) == 0)
+    if (!PyErr_Occurred() && lane_count_trip(l, args[1]) == 0)
         wait = wait_make(number, args[1], args[2]);
     if (wait == NULL || PyDict_SetItem(l->waits, args[0], wait) < 0) {
         Py_XDECREF(wait);
@@ -327,6 +328,7 @@ static PyMemberDef lane_members[] = {
     {"waits", T_OBJECT, offsetof(Lane, waits), 0, NULL},
     {"table", T_OBJECT, offsetof(Lane, table), 0, NULL},
     {"queue", T_OBJECT, offsetof(Lane, queue), 0, NULL},
+    {"ready", T_OBJECT, offsetof(Lane, ready), 0, NULL},
     {"turn", T_ULONGLONG, offsetof(Lane, turn), 0, NULL},
     {"small", T_LONGLONG, offsetof(Lane, small), 0, NULL},
     {"direct", T_BOOL, offsetof(Lane, direct), 0, NULL},

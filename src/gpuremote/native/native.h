@@ -89,20 +89,20 @@ typedef struct {
     Looking room; /* looking whether the kernel takes more */
     long long moved; /* when it last went to another processor */
     long long sends, receives, messages_sent, messages_received, bytes_sent, bytes_received,
-        payload_received;
+        payload_sent, payload_received;
 } Stream;
 
 /* Names of attributes and methods, as Python objects: name_append, name_done, ... */
 #define NAMES(X) \
-    X(_admits) X(_broken) X(_ended) X(_failed) X(_finish) X(_flush_by_time) X(_follow_up) X(_gone) \
-    X(_input) X(_known) X(_landed) X(_left) X(_prepare) X(_receive) X(_release) X(_renewed) \
-    X(_relieve) X(_report_if_due) X(_send) X(_settle) X(_settle_up_to) X(_shared) X(_slots) X(_take_back) X(_take_in) X(_take_origin) X(_take_whole) X(_whole) \
-    X(_written) X(abort) X(acquire) X(append) X(base) X(check_result) X(checks) X(device) X(dispatch) X(done) \
-    X(dtype) X(expected) X(f) X(flush) X(failed) X(form) X(free_dropped) X(function) X(i) X(id) X(inplace) X(inputs) \
+    X(_admits) X(_begun) X(_broken) X(_ended) X(_failed) X(_finish) X(_flush_by_time) X(_follow_up) X(_gone) \
+    X(_input) X(_keep_origins) X(_known) X(_landed) X(_left) X(_lend) X(_posted) X(_prepare) X(_receive) X(_release) X(_renewed) \
+    X(_relieve) X(_report_if_due) X(_send) X(_settle) X(_settle_up_to) X(_shared) X(_slots) X(_take_back) X(_take_in) X(_take_origin) X(_take_whole) X(_transmit) X(_whole) \
+    X(_written) X(abort) X(acquire) X(append) X(base) X(cancel) X(check_result) X(checks) X(device) X(dispatch) X(done) \
+    X(dtype) X(expected) X(f) X(flush) X(failed) X(form) X(free_dropped) X(function) X(i) X(id) X(inplace) X(inputs) X(interrupted) \
     X(isdisjoint) X(left) X(lost) X(n_out) X(nbytes) X(numbers) X(on_executed) X(on_message) X(ops_executed) X(out) \
     X(pending_output) X(popleft) X(put_staged) X(quota) X(receive) X(release) X(reserve) X(result) X(run) \
-    X(run_otherwise) X(scratch) X(send) X(set_result) X(setflags) X(shape) X(simple) X(slot) X(special) \
-    X(step) X(told) X(wiring)
+    X(run_otherwise) X(scratch) X(send) X(set_result) X(setflags) X(shape) X(simple) X(slot) X(special) X(spoil) X(started) \
+    X(step) X(storage) X(told) X(wiring)
 #define DECLARE(name) extern PyObject *name_##name;
 NAMES(DECLARE)
 #undef DECLARE
@@ -117,6 +117,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     PyObject *connection, *lock, *acquire, *release, *sink, *waits, *wait_type, *trips, *table, *queue, *bulk, *arriving;
+    PyObject *ready; /* see arriving.c */
     Kept *kept; /* a ring: ``count`` messages from ``first`` on, room for a power of two */
     size_t first, count, room;
     Looking looking;
@@ -133,10 +134,11 @@ typedef struct {
     PyObject *lock, *acquire, *release, *dropped, *drop, *plans, *buffer, *origins, *on_buffered;
     PyObject *own; /* how the names of files of this package begin */
     PyObject *staged, *kinds, *made, *lane; /* see putting.c */
-    long long next, last, named, oldest, full, flush_after, freed;
+    PyObject *watcher;
+    long long first, next, last, named, oldest, full, flush_after, freed;
     double writes;
     int depth;
-    char special, stalled, told;
+    char special, stalled, told, far;
 } Recorder;
 
 typedef struct {
@@ -181,12 +183,23 @@ int stream_more_soon(Stream *stream);
 /* Stream._more_soon, see looking.c. */
 PyObject *looking_more_soon(PyObject *self, PyObject *unused);
 
+/* Replace the exception that is set by what ``method`` makes of it. */
+void stream_reword(PyObject *self, PyObject *method);
+
+/* As a step ends: another thread may have closed the connection, and left the rest to this one. -1:
+   error. */
+int stream_leave(Stream *stream);
+
 /* Set the exception that ``method`` gives. */
 void stream_raise(PyObject *self, PyObject *method);
 
 /* Stream._pull and Stream.expect, see receiving.c. */
 PyObject *receiving_pull(PyObject *self, PyObject *args);
 PyObject *receiving_expect(PyObject *self, PyObject *const *args, Py_ssize_t count);
+
+/* As Stream.expect: 1; 0: not such a place; -1: error. */
+int receiving_hint(Stream *stream, const char *header, Py_ssize_t size, PyObject *place,
+                   const char *answer, Py_ssize_t answer_size);
 
 /* Any message may come next. */
 void receiving_expect_none(Stream *stream);
@@ -212,6 +225,11 @@ void receiving_forget(Stream *stream);
 PyObject *sending_push(PyObject *self, PyObject *args);
 PyObject *sending_payload(PyObject *self, PyObject *args);
 
+/* Send a message with one region behind nothing else; what the kernel does not take is queued.
+   -1: error. */
+int sending_message(Stream *stream, const char *header, Py_ssize_t size, const Py_buffer *from,
+                    PyObject *region);
+
 /* What _take called MESSAGE as a transport.base.Incoming, or NULL. */
 PyObject *stream_whole(Stream *stream, Py_ssize_t size);
 
@@ -235,6 +253,12 @@ PyObject *wait_make(unsigned long long number, PyObject *kind, PyObject *into);
 
 /* Set Wait.posted. */
 void wait_posted(PyObject *wait, int posted);
+
+/* The header of a message, HEADER bytes at ``at``. */
+void lane_header(char *at, unsigned kind, unsigned flags, uint32_t arg, uint64_t seq, uint64_t ack);
+
+/* One more round trip of this name. -1: error. */
+int lane_count_trip(Lane *lane, PyObject *name);
 
 /* Let go of the kept messages up to ``ack``. */
 void lane_drop(Lane *lane, unsigned long long ack);
@@ -274,6 +298,9 @@ PyObject *slot_storage(PyObject *slot);
 /* As Slot.fill. */
 void slot_put(PyObject *slot, PyObject *value, PyObject *meta, PyObject *storage);
 
+/* Whether so many bytes fit in a Quota as it is. -1: error. */
+int storage_room(PyObject *quota, PyObject *nbytes);
+
 /* A new Storage of so many bytes of a Quota, or NULL with OutOfDeviceMemory set. */
 PyObject *storage_make(PyObject *quota, PyObject *nbytes);
 
@@ -298,6 +325,14 @@ int recording_append(Recorder *recorder, PyObject *record, PyObject *name, PyObj
 /* A new array that a number names, as ``make`` makes it, or NULL. */
 PyObject *recording_handle(PyObject *make, Recorder *recorder, long long number, PyObject *meta);
 
+/* Before an upload: give back what was dropped, as Uploader.free_dropped. */
+int recording_free_dropped(Recorder *recorder);
+
+/* Send an array over a socket, where that takes few steps, and wait until the server has it:
+   1, and the new array; 0: nothing was done; -1: error. */
+int uploading_send(Recorder *recorder, PyObject *array, PyObject *kind, PyObject *make,
+                   PyObject *finish, PyObject **made);
+
 /* Recorder.put_at_hand, see putting.c. */
 PyObject *putting_put(PyObject *self, PyObject *const *args, Py_ssize_t count);
 
@@ -306,6 +341,16 @@ int shelf_take(PyObject *shelf, Py_ssize_t nbytes, PyObject **view);
 
 /* take_calls, see calls.c. */
 PyObject *calls_take(PyObject *module, PyObject *const *args, Py_ssize_t count);
+
+/* A FREE or FREE_NEAR record: its bytes; 0: it is another one, or malformed. */
+Py_ssize_t calls_extent_of_free(const char *record, Py_ssize_t left);
+
+/* The same, and take what it frees out of a table. -1: error. */
+Py_ssize_t calls_free(PyObject *table, const char *record, Py_ssize_t left);
+
+/* A batch that frees handles and announces an upload like the one before: 1: it was taken in; 0: it
+   is another one; -1: error. */
+int arriving_welcome(Lane *lane, PyObject *connection, const char *body, Py_ssize_t size);
 
 /* gather, see runs.c. */
 PyObject *runs_gather(PyObject *module, PyObject *const *args, Py_ssize_t count);

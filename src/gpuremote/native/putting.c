@@ -1,5 +1,5 @@
 /* Recorder.put_at_hand: an upload for which a block of shared memory is at hand, or of what lies in
-   one already, in one step. What
+   one already, or over a socket within this host, in one step. What
    was copied just now has pushed the code of the program's next steps out of the caches, so each
    of them takes several times as long there as elsewhere. */
 
@@ -42,8 +42,7 @@ static int kind_of(Recorder *r, PyObject *array, PyObject *device, PyObject **ki
     PyObject *found = PyDict_GetItemWithError(r->kinds, key);
     Py_DECREF(key);
     if (found == NULL || !PyTuple_CheckExact(found) || PyTuple_GET_SIZE(found) != 3
-        || !PyBytes_Check(PyTuple_GET_ITEM(found, 1))
-        || !Py_IS_TYPE(PyTuple_GET_ITEM(found, 2), Shelf_Type))
+        || !PyBytes_Check(PyTuple_GET_ITEM(found, 1)))
         return PyErr_Occurred() ? -1 : 0;
     *kind = Py_NewRef(found);
     return 1;
@@ -76,8 +75,7 @@ static int copy_in(Recorder *r, PyObject *shelf, PyObject *array, PyObject **vie
     return taken;
 }
 
-/* As Uploader.free_dropped. */
-static int free_dropped(Recorder *r)
+int recording_free_dropped(Recorder *r)
 {
     Py_ssize_t count = r->dropped == NULL ? 0 : PyObject_Size(r->dropped);
     if (count != 1)
@@ -108,7 +106,7 @@ static int stage_now(Recorder *r, PyObject *record, PyObject *view, Py_ssize_t m
         || r->buffer == NULL || !PyByteArray_Check(r->buffer)
         || PyByteArray_GET_SIZE(r->buffer) + PyBytes_GET_SIZE(record) >= r->full - RESERVE)
         return 1;
-    if (free_dropped(r) < 0)
+    if (recording_free_dropped(r) < 0)
         return -1;
     long long due = r->flush_after;
     r->last = 0;
@@ -202,13 +200,14 @@ static int give(Recorder *r, PyObject *array, PyObject *type, PyObject *make, Py
     return PyErr_Occurred() ? -1 : is;
 }
 
-/* put_at_hand(array, array_type, device, make): a new array; None: nothing was done. */
+/* put_at_hand(array, array_type, device, make, finish): a new array; None: nothing was done.
+   ``finish`` waits for an upload; None: there is to be nothing to be waited for. */
 PyObject *putting_put(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     Recorder *r = (Recorder *)self;
     PyObject *kind, *view = NULL, *made = NULL;
-    if (count != 4 || !PyType_Check(args[1]) || !PyLong_Check(args[2]) || r->acquire == NULL) {
-        PyErr_SetString(PyExc_TypeError, "put_at_hand() takes an array, a type and a device");
+    if (count != 5 || !PyType_Check(args[1]) || !PyLong_Check(args[2]) || r->acquire == NULL) {
+        PyErr_SetString(PyExc_TypeError, "put_at_hand() takes an array, its type, a device, make and finish");
         return NULL;
     }
     if (r->special || !Py_IS_TYPE(args[0], (PyTypeObject *)args[1]) || r->kinds == NULL
@@ -226,8 +225,13 @@ PyObject *putting_put(PyObject *self, PyObject *const *args, Py_ssize_t count)
     int found = kind_of(r, args[0], args[2], &kind);
     if (found <= 0)
         return found < 0 ? NULL : Py_NewRef(Py_None);
-    found = copy_in(r, PyTuple_GET_ITEM(kind, 2), args[0], &view);
-    if (found > 0)
+    PyObject *way = PyTuple_GET_ITEM(kind, 2);
+    found = 0;
+    if (Py_IS_TYPE(way, Shelf_Type))
+        found = copy_in(r, way, args[0], &view);
+    else if (args[4] != Py_None)
+        found = uploading_send(r, args[0], kind, args[3], args[4], &made);
+    if (found > 0 && made == NULL)
         made = stage(r, PyTuple_GET_ITEM(kind, 0), PyTuple_GET_ITEM(kind, 1), view, STAGED,
                      args[3]);
     else if (!found)

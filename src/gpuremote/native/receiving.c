@@ -161,29 +161,20 @@ void receiving_expect_none(Stream *s)
     Py_CLEAR(s->answer);
 }
 
-/* expect(header, view, answer): see transport.base.Connection. */
-PyObject *receiving_expect(PyObject *self, PyObject *const *args, Py_ssize_t count)
+int receiving_hint(Stream *s, const char *header, Py_ssize_t size, PyObject *place,
+                   const char *answer, Py_ssize_t answer_size)
 {
-    Stream *s = (Stream *)self;
-    if (count != 3 || !PyBytes_CheckExact(args[0]) || !PyBytes_CheckExact(args[2])
-        || !(args[1] == Py_None || PyMemoryView_Check(args[1]))) {
-        PyErr_SetString(PyExc_TypeError, "expect() takes header, view and answer");
-        return NULL;
-    }
+    const Py_buffer *view = PyMemoryView_GET_BUFFER(place);
     receiving_expect_none(s);
-    if (args[1] == Py_None)
-        Py_RETURN_TRUE;
-    const Py_buffer *view = PyMemoryView_GET_BUFFER(args[1]);
-    Py_ssize_t size = PyBytes_GET_SIZE(args[0]);
-    if (size < HEADER || size > SMALL || PyBytes_GET_SIZE(args[2]) > SMALL - FRAME) {
-        PyErr_SetString(PyExc_ValueError, "expect() takes a whole header, and a short answer");
-        return NULL;
-    }
     if (!is_place(view) || view->len <= 0)
-        Py_RETURN_FALSE;
+        return 0;
     PyObject *frame = PyBytes_FromStringAndSize(NULL, OPEN_HEADER + size);
-    if (frame == NULL)
-        return NULL;
+    PyObject *text = PyBytes_FromStringAndSize(answer, answer_size);
+    if (frame == NULL || text == NULL) {
+        Py_XDECREF(frame);
+        Py_XDECREF(text);
+        return -1;
+    }
     char *at = PyBytes_AS_STRING(frame);
     uint32_t length = (uint32_t)(OPEN_HEADER - FRAME + size);
     uint16_t regions = 1;
@@ -193,11 +184,35 @@ PyObject *receiving_expect(PyObject *self, PyObject *const *args, Py_ssize_t cou
     at[4] = OPEN;
     memcpy(at + FRAME, &regions, 2);
     memcpy(at + FRAME + 2, &nbytes, 8);
-    memcpy(at + OPEN_HEADER, PyBytes_AS_STRING(args[0]), (size_t)size);
+    memcpy(at + OPEN_HEADER, header, (size_t)size);
     s->expected = frame;
-    s->place = Py_NewRef(args[1]);
-    s->answer = Py_NewRef(args[2]);
-    Py_RETURN_TRUE;
+    s->place = Py_NewRef(place);
+    s->answer = text;
+    return 1;
+}
+
+/* expect(header, view, answer): see transport.base.Connection. */
+PyObject *receiving_expect(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    Stream *s = (Stream *)self;
+    if (count != 3 || !PyBytes_CheckExact(args[0]) || !PyBytes_CheckExact(args[2])
+        || !(args[1] == Py_None || PyMemoryView_Check(args[1]))) {
+        PyErr_SetString(PyExc_TypeError, "expect() takes header, view and answer");
+        return NULL;
+    }
+    if (args[1] == Py_None) {
+        receiving_expect_none(s);
+        Py_RETURN_TRUE;
+    }
+    Py_ssize_t size = PyBytes_GET_SIZE(args[0]), answer = PyBytes_GET_SIZE(args[2]);
+    if (size < HEADER || size > SMALL || answer > SMALL - FRAME) {
+        receiving_expect_none(s);
+        PyErr_SetString(PyExc_ValueError, "expect() takes a whole header, and a short answer");
+        return NULL;
+    }
+    int taken = receiving_hint(s, PyBytes_AS_STRING(args[0]), size, args[1],
+                               PyBytes_AS_STRING(args[2]), answer);
+    return taken < 0 ? NULL : PyBool_FromLong(taken);
 }
 
 /* The run of the payload whose beginning is in the buffer, if it is the one that is expected. */

@@ -27,6 +27,7 @@ static int recorder_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(r->kinds);
     Py_VISIT(r->made);
     Py_VISIT(r->lane);
+    Py_VISIT(r->watcher);
     return 0;
 }
 
@@ -47,6 +48,7 @@ static int recorder_clear(PyObject *self)
     Py_CLEAR(r->kinds);
     Py_CLEAR(r->made);
     Py_CLEAR(r->lane);
+    Py_CLEAR(r->watcher);
     return 0;
 }
 
@@ -539,6 +541,9 @@ static PyMemberDef recorder_members[] = {
     {"_staged", T_OBJECT_EX, offsetof(Recorder, staged), 0, NULL},
     {"_kinds", T_OBJECT_EX, offsetof(Recorder, kinds), 0, NULL},
     {"made", T_OBJECT_EX, offsetof(Recorder, made), 0, NULL},
+    {"_watcher", T_OBJECT, offsetof(Recorder, watcher), 0, NULL},
+    {"far", T_BOOL, offsetof(Recorder, far), 0, NULL},
+    {"_first", T_LONGLONG, offsetof(Recorder, first), 0, NULL},
     {"_lane", T_OBJECT_EX, offsetof(Recorder, lane), 0, NULL},
     {"_stalled", T_BOOL, offsetof(Recorder, stalled), 0, NULL},
     {"_freed", T_LONGLONG, offsetof(Recorder, freed), 0, NULL},

@@ -124,6 +124,16 @@ PyType_Spec tally_spec = {
     tally_slots,
 };
 
+int storage_room(PyObject *quota, PyObject *number)
+{
+    long long nbytes;
+    if (!PyObject_TypeCheck(quota, Tally_Type))
+        return 0;
+    if (bytes_of(number, &nbytes) < 0)
+        return -1;
+    return nbytes <= ((Tally *)quota)->limit - ((Tally *)quota)->used;
+}
+
 PyObject *storage_make(PyObject *quota, PyObject *number)
 {
     long long nbytes;

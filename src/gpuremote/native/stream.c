@@ -53,8 +53,7 @@ void stream_raise(PyObject *self, PyObject *method)
     }
 }
 
-/* Replace the exception that is set by what ``method`` makes of it. */
-static void reword(PyObject *self, PyObject *method)
+void stream_reword(PyObject *self, PyObject *method)
 {
     PyObject *type, *error, *traceback;
     PyErr_Fetch(&type, &error, &traceback);
@@ -72,8 +71,7 @@ static void reword(PyObject *self, PyObject *method)
     Py_XDECREF(traceback);
 }
 
-/* As a step ends: another thread may have closed the connection, and left the rest to this one. */
-static int leave(Stream *s)
+int stream_leave(Stream *s)
 {
     if (!s->closed)
         return 0;
@@ -115,7 +113,7 @@ int stream_look(Stream *s, long looks)
     ready = looking_look(s, POLLIN, looks, &s->closed);
     Py_END_ALLOW_THREADS;
     s->rx_busy = 0;
-    if (leave(s) < 0 || PyErr_CheckSignals() < 0)
+    if (stream_leave(s) < 0 || PyErr_CheckSignals() < 0)
         return -1;
     return ready || s->closed;
 }
@@ -215,11 +213,11 @@ enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **othe
     }
 over:
     if (found == FAILED)
-        reword(self, name__failed);
+        stream_reword(self, name__failed);
 unchanged:
     Py_XDECREF(expected);
     s->rx_busy = 0;
-    if (leave(s) < 0 && found != FAILED) {
+    if (stream_leave(s) < 0 && found != FAILED) {
         if (found == OTHER)
             Py_CLEAR(*other);
         found = FAILED;
@@ -262,7 +260,7 @@ int stream_put(Stream *s, char *data, Py_ssize_t size, const char *body, Py_ssiz
     if (sent < 0) {
         if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) {
             PyErr_SetFromErrno(PyExc_OSError);
-            reword((PyObject *)s, name__broken);
+            stream_reword((PyObject *)s, name__broken);
             return -1;
         }
         sent = 0;
@@ -285,7 +283,7 @@ int stream_put(Stream *s, char *data, Py_ssize_t size, const char *body, Py_ssiz
     Py_XDECREF(header);
     Py_XDECREF(count);
     if (failed) /* half a frame is out */
-        reword((PyObject *)s, name__broken);
+        stream_reword((PyObject *)s, name__broken);
     return failed;
 }
 
@@ -362,6 +360,7 @@ static PyObject *stream_get_stats(PyObject *self, void *unused)
         || add_to(s->stats, "messages_received", &s->messages_received)
         || add_to(s->stats, "bytes_sent", &s->bytes_sent)
         || add_to(s->stats, "bytes_received", &s->bytes_received)
+        || add_to(s->stats, "payload_sent", &s->payload_sent)
         || add_to(s->stats, "payload_received", &s->payload_received))
         return NULL;
     return Py_NewRef(s->stats);

@@ -180,6 +180,13 @@ static int take_in(PyObject *self, PyObject *connection, Py_ssize_t total)
     }
     else if (kind == BATCH && arg == 0)
         quiet = serve(self, message + HEADER, size - HEADER, &other);
+    if (other && !quiet && kind == BATCH && arg == 0) {
+        int welcome = arriving_welcome(l, connection, message + HEADER, size - HEADER);
+        if (welcome < 0)
+            return -1;
+        other = !welcome;
+        quiet = welcome && !((Stream *)connection)->pending;
+    }
     if (quiet < 0)
         return -1;
     if (other) {

@@ -40,6 +40,11 @@ class Entry:
         self.started = False
         self.cancelled = False
 
+    def take_back(self) -> None:
+        """Its payload is not to be sent any more."""
+        self.cancelled = True
+        self.regions = ()
+
 
 class Arriving:
     """A message whose payload is on its way to this side."""

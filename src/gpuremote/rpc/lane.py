@@ -86,6 +86,8 @@ class PythonLane:
         Number of the record that comes next.
     queue : deque
         Records that have not run.
+    ready : tuple or None
+        What the part in C needs for the next upload (``server.arrivals.Ready``).
     small : int
         Bytes up to which an array may travel inside a message.
     direct : bool
@@ -103,6 +105,7 @@ class PythonLane:
     table: dict[int, Any] | None
     turn: int
     queue: deque[Any] | None
+    ready: tuple[Any, ...] | None
     small: int
     direct: bool
     copied: int

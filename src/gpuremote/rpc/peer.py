@@ -110,7 +110,7 @@ class Peer(Lane):
         self.batches = 0
         self.table = None
         self.turn = 1
-        self.queue = None
+        self.queue = self.ready = None
         self.small = INLINE_PAYLOAD
         self.direct = False
         self.copied = 0
@@ -160,20 +160,25 @@ class Peer(Lane):
         on_delivered : callable, optional
             Called, with the lock held, when the other end has the message and its payload.
         """
-        entry = Entry(self.sent + 1, kind, arg, body, regions, on_delivered)
-        self.sent = entry.seq
-        self._bulk[entry.seq] = entry
+        entry = self.keep(Entry(self.sent + 1, kind, arg, body, regions, on_delivered))
         try:
-            self.credit -= _PREFIX + len(body)
-            if self.connection is not None:
-                self._transmit(entry)
+            self._transmit(entry)
         except BaseException:
-            # Ctrl-C: nobody will take it back, and what follows must not overtake it.
-            entry.cancelled = True
-            entry.regions = ()
-            self.lost(_aborted("interrupted while a message was being sent"))
+            self.spoil(entry)
             raise
         return entry
+
+    def keep(self, entry: Entry) -> Entry:
+        """Number and count a message that is about to be sent."""
+        self.sent = entry.seq
+        self._bulk[entry.seq] = entry
+        self.credit -= _PREFIX + len(entry.body)
+        return entry
+
+    def spoil(self, entry: Entry) -> None:
+        """Ctrl-C: nobody will take it back, and what follows must not overtake it."""
+        entry.take_back()
+        self.lost(_aborted("interrupted while a message was being sent"))
 
     def holds(self, body: BytesLike) -> bool:
         """Whether a payload with exactly this object as its body is on its way."""
@@ -232,8 +237,7 @@ class Peer(Lane):
         """
         if entry.cancelled or entry.seq not in self._bulk:
             return
-        entry.cancelled = True
-        entry.regions = ()
+        entry.take_back()
         if entry.started and self.connection is not None:
             self.lost(_aborted("a transfer was cancelled while it was on its way"))
 
@@ -251,9 +255,8 @@ class Peer(Lane):
         body: BytesLike,
         regions: Sequence[Region] = (),
     ) -> None:
-        """Give a message to the connection, which may break at that."""
-        connection = self.connection
-        if connection is None:
+        """Give a message to the connection, if there is one; it may break at that."""
+        if (connection := self.connection) is None:
             return
         self.messages_sent += 1
         try:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from typing import TYPE_CHECKING, Any, Final
 
 from gpuremote.backend.base import Backend
 from gpuremote.ops.meta import Meta
 from gpuremote.server.storage import Slot, Storage
 from gpuremote.transport.base import Target
 
-__all__ = ["Arrival", "Upload"]
+if TYPE_CHECKING:
+    from gpuremote.server.session import WorkerSession
+
+__all__ = ["Arrival", "Ready", "Upload"]
+
+READY: Final = 8 << 20
+"""Bytes of an array up to which there is memory before it is announced."""
 
 
 class Arrival:
@@ -26,13 +33,15 @@ class Arrival:
         What the client offered; empty: nothing.
     kept : bool
         The server may keep what comes.
+    storage : Storage or None
+        What counts its memory; None: nothing comes yet.
     """
 
     __slots__ = ("_array", "digest", "kept", "meta", "slot", "storage", "target")
 
     target: Target
 
-    def __init__(self, slot: Slot, meta: Meta, storage: Storage) -> None:
+    def __init__(self, slot: Slot, meta: Meta, storage: Storage | None) -> None:
         self.slot = slot
         self.meta = meta
         self.storage = storage
@@ -78,6 +87,7 @@ class Arrival:
 
     def fill(self, backend: Backend) -> None:
         """Every byte is there: give the slot its value."""
+        assert self.storage is not None
         backend.received(self._array, self.target)
         self.slot.fill(self._array, self.meta, self.storage)
 
@@ -98,3 +108,43 @@ class Upload:
     def __init__(self, numbers: list[int], scratch: Storage | None = None) -> None:
         self.numbers = numbers
         self.scratch = scratch
+
+
+class Ready:
+    """Makes ready for an upload like the one before, as programs upload the same shape again and
+    again: its memory is there when it is announced. It is counted from then on.
+
+    The part in C takes it, see ``native/arriving.c``; the twin does not.
+
+    Attributes
+    ----------
+    record : bytes
+        The PUT with which the latest batch ended that ended with one.
+    """
+
+    def __init__(self, session: WorkerSession, arriving: dict[int, Arrival]) -> None:
+        self.record = b""
+        self._session = session
+        self._arriving = arriving
+
+    def landed(self, number: int, view: memoryview) -> bool | None:
+        """As ``Sink.on_landed``."""
+        session, arrival = self._session, self._arriving.get(number)
+        if arrival is None or not arrival.placed or arrival.target is not view:
+            return None
+        later = session.on_payload_done(Upload([number]))
+        if session.peer.direct and view.nbytes <= READY:
+            with contextlib.suppress(Exception):  # it is told of when there is nothing then
+                self._make(arrival.meta)
+        return later
+
+    def _make(self, meta: Meta) -> None:
+        session, slot = self._session, Slot()
+        arrival = Arrival(slot, meta, None)
+        arrival.place(session.backend)
+        view, nbytes, quota = arrival.target, meta.nbytes, session.quota
+        session.peer.ready = self.record, slot, arrival, view, nbytes, quota, self._arriving
+
+    def drop(self) -> None:
+        """Nothing has come for a while."""
+        self._session.peer.ready = None

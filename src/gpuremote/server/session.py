@@ -30,7 +30,7 @@ from gpuremote.ops.torch_call import Views, is_call
 from gpuremote.ops.torch_graph import is_graph
 from gpuremote.rpc.peer import Peer
 from gpuremote.server.answers import Answers
-from gpuremote.server.arrivals import Arrival, Upload
+from gpuremote.server.arrivals import Arrival, Ready, Upload
 from gpuremote.server.calls import enqueue, take_calls
 from gpuremote.server.execute import Executable
 from gpuremote.server.fusion import Fusion
@@ -115,7 +115,8 @@ class WorkerSession:
         self._expander = Expander(self.peer.charge)
         self._expected: dict[bytes, int] = {}
         self._arriving: dict[int, Arrival] = {}
-        self._put_last = 0  # record of the latest PUT
+        self._put_last = 0  # number of the latest PUT
+        self.ready = Ready(self, self._arriving)
         self.peer.table = self._table
         self.peer.queue = self.default.queue
         self.peer.direct = backend.exports_memory
@@ -225,10 +226,7 @@ class WorkerSession:
         return False  # the client waits for that
 
     def on_landed(self, number: int, view: memoryview) -> bool | None:
-        arrival = self._arriving.get(number)
-        if arrival is None or not arrival.placed or arrival.target is not view:
-            return None
-        return self.on_payload_done(Upload([number]))
+        return self.ready.landed(number, view)
 
     def arriving(self, number: int) -> Arrival | None:
         """What is to be the array ``number``, if it is still waited for."""
@@ -285,6 +283,8 @@ class WorkerSession:
             if offset != start:
                 continue
             op, values, offset = read(body, offset, number, plans)
+            if op == Op.PUT and offset == size:
+                self.ready.record = bytes(body[start:])
             if isinstance(op, Executable):
                 _check_handles(len(table) + op.n_out)
                 peer.turn += op.n_out or 1

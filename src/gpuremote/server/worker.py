@@ -193,6 +193,7 @@ class Worker:
             self._rested_at, self._rest_after = received, now + WAIT
         elif now >= self._rest_after and self._alone and not self.session.ordering.backlog:
             self._rest_after = math.inf
+            self.session.ready.drop()
             heap.give_back()
 
     def _serve_watching(self, connection: Connection) -> None:

@@ -127,6 +127,11 @@ class Sender(Connection):
                 if self._outbox.pending:
                     self._pump()  # what it has sent
 
+    def _begun(self, header: BytesLike, region: Region, sent: int) -> None:
+        """Queue what the kernel did not take of a message with one region."""
+        self.stats.payload_sent += self._outbox.add_begun(header, len(header), region, None, sent)
+        self._pending = True
+
     def _send_in_one_call(self, header: BytesLike, size: int, view: memoryview) -> tuple[int, int]:
         """What went out of a message with one region of one chunk, in all and of the payload."""
         run, total = one_payload(header, size, view)

@@ -284,9 +284,9 @@ class Connection(abc.ABC):
         ``allocate`` gave, and were not sent yet."""
         return False
 
-    def shelf(self, nbytes: int) -> object:
-        """Where ``allocate`` takes blocks for so many bytes from, for the part in C; None: it has
-        to be asked for each."""
+    def at_hand(self, nbytes: int) -> object:
+        """For uploads of so many bytes in one step, by the part in C: where ``allocate`` takes
+        blocks from, or this, if it sends them right from where they lie. None: neither."""
         return None
 
     def lent(self, place: object) -> memoryview | None:

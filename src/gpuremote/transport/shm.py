@@ -157,7 +157,7 @@ class ShmConnection(TcpConnection):
                 self._pump()
         return found
 
-    def shelf(self, nbytes: int) -> object:
+    def at_hand(self, nbytes: int) -> object:
         return self._arena.shelf(nbytes)
 
     def gives(self, view: memoryview) -> bool:

@@ -513,6 +513,9 @@ class TcpConnection(Stream, StreamConnection):
 
     _in_c = expects = native is not None
 
+    def at_hand(self, nbytes: int) -> object:
+        return self if self._in_c and self._same_host else None
+
 
 def pair(blocking: bool = True) -> tuple[TcpConnection, TcpConnection]:
     """Two connections that are connected to each other, inside this process."""
