@@ -87,6 +87,7 @@ class Uploader(Issuer):
         self._put_records: dict[Meta, bytes] = {}
         self._inline_heads: dict[Meta, bytes] = {}
         self._kinds = {}
+        self._kit = Entry, Region, functools.partial
         self.lent: set[Wait] = set()
         """Uploads that are on their way and that nobody waits for."""
         self._copies = 0
@@ -256,17 +257,6 @@ class Uploader(Issuer):
                 self._kinds.clear()
             kind = meta, self._put_record(meta), way
             self._kinds[meta.shape, meta.dtype, meta.device] = kind
-
-    def _lend(self, number: int, array: npt.NDArray[Any], wait: Wait) -> tuple[Entry, Region]:
-        """For the part in C, which has sent the record of a PUT and sends these bytes next."""
-        region, peer = Region(array), self.peer
-        numbers = [number]
-        body = NUMBER.pack(number)
-        done = functools.partial(self._put_done, numbers, wait)
-        wait.left = 1
-        entry = peer.keep(Entry(peer.sent + 1, Kind.PAYLOAD, 0, body, [region], done))
-        wait.entries = [entry]
-        return entry, region
 
     def _before_staged(self, record: bytes) -> None:
         """What has to be done before the record of an array in shared memory."""

@@ -10,6 +10,15 @@
 /* What Lane.ready holds. */
 enum { RECORD, SLOT, ARRIVAL, VIEW, NBYTES, QUOTA, ARRIVING, READY };
 
+Py_ssize_t arriving_size(Lane *l)
+{
+    PyObject *ready = l->ready;
+    if (ready == NULL || !PyTuple_CheckExact(ready) || PyTuple_GET_SIZE(ready) != READY
+        || !PyBytes_CheckExact(PyTuple_GET_ITEM(ready, RECORD)))
+        return 0;
+    return FRAME + HEADER + 8 + 18 + PyBytes_GET_SIZE(PyTuple_GET_ITEM(ready, RECORD));
+}
+
 static int is_ready(Lane *l)
 {
     PyObject *ready = l->ready;

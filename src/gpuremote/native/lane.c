@@ -42,6 +42,16 @@ static int keep(Lane *l, unsigned kind, unsigned flags, unsigned arg, PyObject *
     return 0;
 }
 
+int lane_keep(Lane *l, unsigned kind, unsigned flags, unsigned arg, PyObject *body, Py_ssize_t size)
+{
+    if (keep(l, kind, flags, arg, body) < 0)
+        return -1;
+    l->credit -= HEADER + size;
+    if (kind == BATCH)
+        l->batches++;
+    return 0;
+}
+
 static int lane_traverse(PyObject *self, visitproc visit, void *arg)
 {
     Lane *l = (Lane *)self;
@@ -156,11 +166,8 @@ int lane_send(PyObject *self, unsigned kind, PyObject *body, unsigned arg, unsig
     int failed = -1;
     Py_ssize_t size = HEADER + bytes.len;
     PyObject *connection = Py_XNewRef(l->connection);
-    if (keep(l, kind, flags, arg, body) < 0)
+    if (lane_keep(l, kind, flags, arg, body, bytes.len) < 0)
         goto over;
-    l->credit -= size;
-    if (kind == BATCH)
-        l->batches++;
     failed = 0;
     if (connection == NULL || connection == Py_None)
         goto over;

@@ -77,6 +77,7 @@ typedef struct {
     PyObject *expected, *place, *answer; /* see receiving_expect */
     Landing landing;
     Py_ssize_t idle;  /* bytes to ask for when nothing is under way */
+    Py_ssize_t most;  /* the same, of a message that payload may follow; 0: as ever */
     Py_ssize_t start, end;
     int fd;
     unsigned long rx_touching; /* the thread that is writing to lent memory */
@@ -95,13 +96,13 @@ typedef struct {
 /* Names of attributes and methods, as Python objects: name_append, name_done, ... */
 #define NAMES(X) \
     X(_admits) X(_begun) X(_broken) X(_ended) X(_failed) X(_finish) X(_flush_by_time) X(_follow_up) X(_gone) \
-    X(_input) X(_keep_origins) X(_known) X(_landed) X(_left) X(_lend) X(_posted) X(_prepare) X(_receive) X(_release) X(_renewed) \
-    X(_relieve) X(_report_if_due) X(_send) X(_settle) X(_settle_up_to) X(_shared) X(_slots) X(_take_back) X(_take_in) X(_take_origin) X(_take_whole) X(_transmit) X(_whole) \
-    X(_written) X(abort) X(acquire) X(append) X(base) X(cancel) X(check_result) X(checks) X(device) X(dispatch) X(done) \
-    X(dtype) X(expected) X(f) X(flush) X(failed) X(form) X(free_dropped) X(function) X(i) X(id) X(inplace) X(inputs) X(interrupted) \
-    X(isdisjoint) X(left) X(lost) X(n_out) X(nbytes) X(numbers) X(on_executed) X(on_message) X(ops_executed) X(out) \
-    X(pending_output) X(popleft) X(put_staged) X(quota) X(receive) X(release) X(reserve) X(result) X(run) \
-    X(run_otherwise) X(scratch) X(send) X(set_result) X(setflags) X(shape) X(simple) X(slot) X(special) X(spoil) X(started) \
+    X(_input) X(_keep_origins) X(_known) X(_landed) X(_left) X(_posted) X(_put_done) X(_prepare) X(_receive) X(_release) X(_renewed) \
+    X(_relieve) X(_report_if_due) X(_send) X(_settle) X(_settle_up_to) X(_shared) X(_slots) X(_take_back) X(_take_in) X(_take_origin) X(_take_whole) X(_view) X(_whole) \
+    X(_written) X(abort) X(acquire) X(append) X(arg) X(base) X(body) X(cancel) X(cancelled) X(cast) X(check_result) X(checks) X(device) X(dispatch) X(done) \
+    X(dtype) X(expected) X(f) X(flush) X(failed) X(form) X(free_dropped) X(function) X(i) X(id) X(inplace) X(inputs) X(interrupted) X(kind) \
+    X(isdisjoint) X(left) X(lost) X(n_out) X(nbytes) X(numbers) X(on_delivered) X(on_executed) X(on_message) X(ops_executed) X(out) \
+    X(pending_output) X(popleft) X(put_staged) X(quota) X(receive) X(release) X(regions) X(reserve) X(result) X(run) \
+    X(run_otherwise) X(scratch) X(send) X(seq) X(set_result) X(setflags) X(shape) X(simple) X(slot) X(special) X(source) X(spoil) X(started) X(steady) \
     X(step) X(storage) X(told) X(wiring)
 #define DECLARE(name) extern PyObject *name_##name;
 NAMES(DECLARE)
@@ -134,7 +135,7 @@ typedef struct {
     PyObject *lock, *acquire, *release, *dropped, *drop, *plans, *buffer, *origins, *on_buffered;
     PyObject *own; /* how the names of files of this package begin */
     PyObject *staged, *kinds, *made, *lane; /* see putting.c */
-    PyObject *watcher;
+    PyObject *watcher, *kit; /* see uploading.c */
     long long first, next, last, named, oldest, full, flush_after, freed;
     double writes;
     int depth;
@@ -225,10 +226,14 @@ void receiving_forget(Stream *stream);
 PyObject *sending_push(PyObject *self, PyObject *args);
 PyObject *sending_payload(PyObject *self, PyObject *args);
 
-/* Send a message with one region behind nothing else; what the kernel does not take is queued.
-   -1: error. */
-int sending_message(Stream *stream, const char *header, Py_ssize_t size, const Py_buffer *from,
-                    PyObject *region);
+/* What comes before the payload of a message with one region: LEAD bytes, and the header. */
+#define LEAD (FRAME + 2 + 8)
+Py_ssize_t sending_lead(char *lead, const char *header, Py_ssize_t size, const Py_buffer *from);
+
+/* Send ``size`` bytes of ``lead``, and a payload in DATA frames on channel 0, behind nothing else:
+   how many went out in all is in ``bytes``. -1: error. */
+int sending_run(Stream *stream, const char *lead, Py_ssize_t size, const Py_buffer *from,
+                Py_ssize_t *bytes);
 
 /* What _take called MESSAGE as a transport.base.Incoming, or NULL. */
 PyObject *stream_whole(Stream *stream, Py_ssize_t size);
@@ -251,11 +256,19 @@ int stream_put(Stream *stream, char *data, Py_ssize_t size, const char *body, Py
 /* A new Wait, or NULL. */
 PyObject *wait_make(unsigned long long number, PyObject *kind, PyObject *into);
 
+/* An upload that a wait is for, as one message with a payload. -1: error. */
+int wait_for_upload(PyObject *wait, PyObject *entry);
+
 /* Set Wait.posted. */
 void wait_posted(PyObject *wait, int posted);
 
 /* The header of a message, HEADER bytes at ``at``. */
 void lane_header(char *at, unsigned kind, unsigned flags, uint32_t arg, uint64_t seq, uint64_t ack);
+
+/* Number and count a message that is about to be sent, with ``size`` bytes of body and no payload,
+   and keep it until the other end has it. -1: error. */
+int lane_keep(Lane *lane, unsigned kind, unsigned flags, unsigned arg, PyObject *body,
+              Py_ssize_t size);
 
 /* One more round trip of this name. -1: error. */
 int lane_count_trip(Lane *lane, PyObject *name);
@@ -347,6 +360,10 @@ Py_ssize_t calls_extent_of_free(const char *record, Py_ssize_t left);
 
 /* The same, and take what it frees out of a table. -1: error. */
 Py_ssize_t calls_free(PyObject *table, const char *record, Py_ssize_t left);
+
+/* Bytes of a message that announces an upload like the one before, as it comes in a loop: with the
+   one before it given back. 0: none is awaited. */
+Py_ssize_t arriving_size(Lane *lane);
 
 /* A batch that frees handles and announces an upload like the one before: 1: it was taken in; 0: it
    is another one; -1: error. */

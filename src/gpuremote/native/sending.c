@@ -164,11 +164,7 @@ PyObject *sending_push(PyObject *self, PyObject *args)
                          more ? Py_True : Py_False);
 }
 
-/* What comes before the header of a message with one region. */
-#define LEAD (FRAME + 2 + 8)
-
-/* Begin a message with one region: ``lead`` has room for LEAD bytes and the header. */
-static Run begin(char *lead, const char *header, Py_ssize_t size, const Py_buffer *from)
+Py_ssize_t sending_lead(char *lead, const char *header, Py_ssize_t size, const Py_buffer *from)
 {
     uint32_t length = (uint32_t)(LEAD - FRAME + size);
     uint16_t count = 1;
@@ -179,7 +175,7 @@ static Run begin(char *lead, const char *header, Py_ssize_t size, const Py_buffe
     memcpy(lead + FRAME, &count, 2);
     memcpy(lead + FRAME + 2, &bytes, 8);
     memcpy(lead + LEAD, header, (size_t)size);
-    return (Run){.lead = lead, .lead_left = LEAD + size, .from = from->buf, .left = from->len};
+    return LEAD + size;
 }
 
 /* _send_payload(header, view, size, burst): send a message with one region, on channel 0 and behind
@@ -199,7 +195,8 @@ PyObject *sending_payload(PyObject *self, PyObject *args)
     else if (!is_flat(from) || from->len <= 0 || size <= 0 || size > MAX_CHUNK)
         PyErr_SetString(PyExc_ValueError, "_send_payload: not what its caller promises");
     else {
-        Run run = begin(lead, header.buf, header.len, from);
+        Run run = {.lead = lead, .from = from->buf, .left = from->len};
+        run.lead_left = sending_lead(lead, header.buf, header.len, from);
         if (send_run((Stream *)self, &run, size, burst) >= 0)
             answer = Py_BuildValue("nnn", run.bytes, run.payload, run.calls);
     }
@@ -208,29 +205,21 @@ PyObject *sending_payload(PyObject *self, PyObject *args)
     return answer;
 }
 
-int sending_message(Stream *s, const char *header, Py_ssize_t size, const Py_buffer *from,
-                    PyObject *region)
+int sending_run(Stream *s, const char *lead, Py_ssize_t size, const Py_buffer *from,
+                Py_ssize_t *bytes)
 {
-    char lead[LEAD + 2 * HEADER];
-    Run run = begin(lead, header, size, from);
+    Run run = {.lead = lead, .lead_left = size, .from = from->buf, .left = from->len};
     s->tx_busy = 1;
     s->tx_touching = PyThread_get_thread_ident();
     int failed = send_run(s, &run, MAX_CHUNK, BURST) < 0 ? -1 : 0;
-    if (!failed && run.left) { /* what the kernel does not take is queued */
-        PyObject *message = PyBytes_FromStringAndSize(header, size);
-        PyObject *sent = message == NULL ? NULL : PyLong_FromSsize_t(run.bytes);
-        failed = sent == NULL ? -1 : tell((PyObject *)s, name__begun, message, region, sent, NULL);
-        Py_XDECREF(message);
-        Py_XDECREF(sent);
-    }
-    else if (!failed)
-        s->payload_sent += from->len;
     if (failed)
         stream_reword((PyObject *)s, name__broken);
     s->tx_touching = 0;
     s->tx_busy = 0;
     s->sends += run.calls;
-    s->messages_sent++;
     s->bytes_sent += run.bytes;
+    if (!run.left)
+        s->payload_sent += run.payload; /* of what is queued the queue says it */
+    *bytes = run.bytes;
     return stream_leave(s) < 0 ? -1 : failed;
 }

@@ -153,8 +153,9 @@ enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **othe
     Py_ssize_t room = s->idle < buffer->len ? s->idle : buffer->len;
     /* Up to the payload that is expected: what came along of that would have to be copied. */
     Py_ssize_t first = expected == NULL ? 0 : PyBytes_GET_SIZE(expected) + FRAME;
-    if (first && first < room)
-        room = first;
+    Py_ssize_t most = first ? first : s->most;
+    if (most && most < room)
+        room = most;
     Py_ssize_t count;
     int reason;
     do {

@@ -352,6 +352,8 @@ PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count)
         }
         if (found == NOTHING) {
             long long begin = waits ? looking_now() : 0;
+            if (is_stream(connection)) /* not what follows: it would have to be copied */
+                ((Stream *)connection)->most = arriving_size(l);
             found = receive(connection, wait, &total, &incoming);
             if (waits) {
                 int came = found != NOTHING && found != FAILED;

@@ -1,72 +1,148 @@
-/* An upload over a socket to a server on this host, for Recorder.put_at_hand: its record, and the
-   bytes right behind that. Twin: client.uploading.Uploader.put. */
+/* An upload over a socket to a server on this host, for Recorder.put_at_hand: its record and its
+   bytes, in one call of the kernel. Twin: client.uploading.Uploader.put. */
 
 #include "native.h"
-
-#include <pythread.h>
 
 #define PAYLOAD 2       /* wire.frames.Kind */
 #define FLUSH_NS 150000 /* client.issuing */
 #define MOST ((Py_ssize_t)8 << 20)
 
 /* Call a method while an exception is set, which stays. */
-static void tell_anyway(PyObject *object, PyObject *name, PyObject *argument, PyObject *other)
+static void tell_anyway(PyObject *object, PyObject *name, PyObject *argument)
 {
     PyObject *type, *error, *traceback;
     PyErr_Fetch(&type, &error, &traceback);
-    if (argument == NULL || tell(object, name, argument, other, NULL) < 0)
+    if (argument == NULL || tell(object, name, argument, NULL) < 0)
         PyErr_WriteUnraisable(object);
     PyErr_Restore(type, error, traceback);
 }
 
-/* Send the records in the buffer, as Issuer._send_records. -1: error. */
-static int send_records(Recorder *r)
+static int set(PyObject *object, PyObject *name, PyObject *value)
 {
-    if (r->far || r->watcher != Py_None)
+    return object == NULL || value == NULL ? -1 : PyObject_SetAttr(object, name, value);
+}
+
+static int set_number(PyObject *object, PyObject *name, unsigned long long number)
+{
+    PyObject *value = PyLong_FromUnsignedLongLong(number);
+    int failed = set(object, name, value);
+    Py_XDECREF(value);
+    return failed;
+}
+
+/* An instance without what its class does at first: no code of Python's runs, so no Ctrl-C either,
+   between a message that was sent and the note that it was. */
+static PyObject *bare(Recorder *r, Py_ssize_t which)
+{
+    PyTypeObject *type = (PyTypeObject *)PyTuple_GET_ITEM(r->kit, which);
+    return type->tp_alloc(type, 0);
+}
+
+/* As transport.base.Region(array). */
+static PyObject *region_of(Recorder *r, PyObject *array)
+{
+    PyObject *whole = PyMemoryView_FromObject(array), *code = PyUnicode_FromString("B");
+    PyObject *view = whole == NULL || code == NULL
+                         ? NULL
+                         : PyObject_CallMethodOneArg(whole, name_cast, code);
+    PyObject *region = view == NULL ? NULL : bare(r, 1);
+    if (region == NULL || set(region, name__view, view) || set(region, name_source, view)
+        || set(region, name_steady, Py_False)
+        || set_number(region, name_nbytes, (size_t)PyMemoryView_GET_BUFFER(view)->len))
+        Py_CLEAR(region);
+    Py_XDECREF(view);
+    Py_XDECREF(code);
+    Py_XDECREF(whole);
+    return region;
+}
+
+/* Note a payload that was given to the connection, as Peer.keep, for PUT ``number``: its rpc.bulk.Entry,
+   or NULL. */
+static PyObject *keep(Recorder *r, PyObject *number, PyObject *region, PyObject *wait,
+                      unsigned long long seq)
+{
+    uint64_t named = PyLong_AsUnsignedLongLong(number);
+    PyObject *entry = bare(r, 0), *key = PyLong_FromUnsignedLongLong(seq);
+    PyObject *body = PyBytes_FromStringAndSize((char *)&named, 8), *regions = PyList_New(1);
+    PyObject *method = PyObject_GetAttr((PyObject *)r, name__put_done);
+    PyObject *numbers = PyList_New(1);
+    PyObject *done = NULL;
+    if (regions != NULL)
+        PyList_SET_ITEM(regions, 0, Py_NewRef(region));
+    if (numbers != NULL)
+        PyList_SET_ITEM(numbers, 0, Py_NewRef(number));
+    if (method != NULL && numbers != NULL)
+        done = PyObject_CallFunctionObjArgs(PyTuple_GET_ITEM(r->kit, 2), method, numbers, wait, NULL);
+    if (set(entry, name_seq, key) || set(entry, name_body, body) || set(entry, name_regions, regions)
+        || set(entry, name_on_delivered, done) || set_number(entry, name_kind, PAYLOAD)
+        || set_number(entry, name_arg, 0) || set(entry, name_started, Py_True)
+        || set(entry, name_cancelled, Py_False) || wait_for_upload(wait, entry) < 0
+        || PyDict_SetItem(((Lane *)r->lane)->bulk, key, entry) < 0)
+        Py_CLEAR(entry);
+    Py_XDECREF(done);
+    Py_XDECREF(numbers);
+    Py_XDECREF(method);
+    Py_XDECREF(regions);
+    Py_XDECREF(body);
+    Py_XDECREF(key);
+    return entry;
+}
+
+/* The message of the records in the buffer: its bytes at ``data``, with their number in ``size`` (0:
+   they were sent, or are too many). -1: error. */
+static int take_records(Recorder *r, char *data, Py_ssize_t room, Py_ssize_t *size)
+{
+    Lane *l = (Lane *)r->lane;
+    Py_ssize_t count = PyByteArray_GET_SIZE(r->buffer);
+    *size = 0;
+    if (r->far || r->watcher != Py_None || FRAME + HEADER + 8 + count > room)
         return tell((PyObject *)r, name_flush, NULL); /* others look at what is sent */
-    Py_ssize_t size = PyByteArray_GET_SIZE(r->buffer);
     PyObject *fresh = PyByteArray_FromStringAndSize(NULL, 0);
-    PyObject *body = fresh == NULL ? NULL : PyBytes_FromStringAndSize(NULL, 8 + size);
-    PyObject *none = body == NULL ? NULL : PyLong_FromLong(0);
-    if (none == NULL) {
+    PyObject *body = fresh == NULL ? NULL : PyBytes_FromStringAndSize(NULL, 8 + count);
+    if (body == NULL) {
         Py_XDECREF(fresh);
-        Py_XDECREF(body);
         return -1;
     }
-    uint64_t first = (uint64_t)r->first;
+    uint64_t first = (uint64_t)r->first, frame = PLAIN + (uint64_t)(HEADER + 8 + count);
     memcpy(PyBytes_AS_STRING(body), &first, 8);
-    memcpy(PyBytes_AS_STRING(body) + 8, PyByteArray_AS_STRING(r->buffer), (size_t)size);
-    r->first = r->next;
-    Py_SETREF(r->buffer, fresh);
-    r->told = 0;
-    r->flush_after = looking_now() + FLUSH_NS;
-    int failed = lane_send(r->lane, BATCH, body, 0, 0) < 0 ? -1 : 0;
-    if (failed)
-        tell_anyway(r->lane, name_interrupted, body, none);
-    else {
-        PyObject *last = PyLong_FromLongLong(r->next - 1);
-        failed = last == NULL ? -1 : tell((PyObject *)r, name__keep_origins, last, NULL);
-        Py_XDECREF(last);
+    memcpy(PyBytes_AS_STRING(body) + 8, PyByteArray_AS_STRING(r->buffer), (size_t)count);
+    int failed = lane_keep(l, BATCH, 0, 0, body, 8 + count);
+    if (!failed) {
+        r->first = r->next;
+        Py_SETREF(r->buffer, Py_NewRef(fresh));
+        r->told = 0;
+        r->flush_after = looking_now() + FLUSH_NS;
+        memcpy(data, &frame, FRAME);
+        lane_header(data + FRAME, BATCH, 0, 0, l->sent, l->complete);
+        memcpy(data + FRAME + HEADER, PyBytes_AS_STRING(body), (size_t)(8 + count));
+        *size = FRAME + HEADER + 8 + count;
     }
-    Py_DECREF(none);
+    Py_DECREF(fresh);
     Py_DECREF(body);
     return failed;
 }
 
-/* Give the connection a payload that is kept as ``entry``. As Peer._transmit. -1: error. */
-static int send_bytes(Lane *l, PyObject *entry, PyObject *region, unsigned long long number,
-                      const Py_buffer *from)
+/* Queue what the kernel did not take of ``size`` bytes of records and of the payload. -1: error. */
+static int queue_rest(Stream *s, const char *data, Py_ssize_t size, const char *header,
+                      PyObject *region, Py_ssize_t sent)
 {
-    Stream *s = (Stream *)l->connection;
-    char header[HEADER + 8];
-    if (PyObject_SetAttr(entry, name_started, Py_True) < 0)
-        return -1;
-    lane_header(header, PAYLOAD, 0, 0, l->sent, l->complete);
-    memcpy(header + HEADER, &number, 8);
-    l->messages_sent++;
-    Py_INCREF(s);
-    int failed = sending_message(s, header, sizeof header, from, region);
-    Py_DECREF(s);
+    PyObject *message = PyBytes_FromStringAndSize(header, HEADER + 8);
+    PyObject *count = PyLong_FromSsize_t(sent < size ? sent : sent - size);
+    int failed = -1;
+    if (message == NULL || count == NULL)
+        ;
+    else if (sent >= size)
+        failed = tell((PyObject *)s, name__begun, message, region, count, NULL);
+    else {
+        PyObject *records = PyBytes_FromStringAndSize(data + FRAME, size - FRAME);
+        PyObject *regions = PyTuple_Pack(1, region);
+        if (records != NULL && regions != NULL && !tell((PyObject *)s, name__left, records, count, NULL))
+            failed = tell((PyObject *)s, name__send, message, regions, NULL);
+        Py_XDECREF(records);
+        Py_XDECREF(regions);
+    }
+    Py_XDECREF(message);
+    Py_XDECREF(count);
     return failed;
 }
 
@@ -78,29 +154,68 @@ static int post(Recorder *r, PyObject *record, PyObject *array, const Py_buffer 
     if (put == NULL && (put = PyUnicode_InternFromString("put")) == NULL)
         return -1;
     Lane *l = (Lane *)r->lane;
+    char data[SMALL + LEAD + HEADER + 8], header[HEADER + 8];
+    Py_ssize_t size, sent = 0;
     *wait = wait_make((unsigned long long)r->next, put, Py_None);
     if (*wait == NULL || lane_count_trip(l, put) < 0 || recording_free_dropped(r) < 0)
         return -1;
     r->flush_after = LLONG_MAX; /* it goes out right now */
-    if (recording_append(r, record, put, number) < 0
-        || PyDict_SetItem(l->waits, *number, *wait) < 0 || send_records(r) < 0)
+    if (recording_append(r, record, put, number) < 0 || PyDict_SetItem(l->waits, *number, *wait) < 0
+        || take_records(r, data, SMALL, &size) < 0)
         return -1;
-    /* The server is at it by now, and looks for the bytes. */
-    PyObject *pair = PyObject_CallMethodObjArgs((PyObject *)r, name__lend, *number, array, *wait, NULL);
-    if (pair == NULL)
+    uint64_t named = PyLong_AsUnsignedLongLong(*number), seq = ++l->sent;
+    l->credit -= HEADER + 8;
+    lane_header(header, PAYLOAD, 0, 0, seq, l->complete);
+    memcpy(header + HEADER, &named, 8);
+    Stream *s = (Stream *)Py_NewRef(l->connection == NULL ? Py_None : l->connection);
+    int failed = 0, clear = is_stream((PyObject *)s) && stream_clear(s);
+    if (clear) {
+        Py_ssize_t lead = size + sending_lead(data + size, header, sizeof header, from);
+        l->messages_sent += 1 + (size > 0);
+        s->messages_sent += 1 + (size > 0);
+        failed = sending_run(s, data, lead, from, &sent);
+        clear = sent == lead + from->len + FRAME * ((from->len + MAX_CHUNK - 1) / MAX_CHUNK);
+    }
+    /* The other end may have it by now: nothing may come between, whatever the sending said. */
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
+    PyObject *region = region_of(r, array);
+    PyObject *entry = region == NULL ? NULL : keep(r, *number, region, *wait, seq);
+    if (type != NULL)
+        PyErr_Restore(type, error, traceback);
+    if (!failed && entry != NULL && !clear && l->connection == (PyObject *)s && (PyObject *)s != Py_None)
+        failed = queue_rest(s, data, size, header, region, sent);
+    if (entry == NULL)
+        failed = -1;
+    if (entry == NULL)
+        stream_undo((PyObject *)s); /* no memory; what is on its way can't be taken back */
+    else if (failed && lane_survive(r->lane) < 0)
+        tell_anyway(r->lane, name_spoil, entry);
+    else
+        failed = 0; /* if the connection broke, it comes over the next one */
+    Py_XDECREF(entry);
+    Py_XDECREF(region);
+    Py_DECREF(s);
+    if (failed)
         return -1;
-    int failed = 0;
-    if (l->connection != NULL && is_stream(l->connection) && stream_clear((Stream *)l->connection))
-        failed = send_bytes(l, PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1),
-                            PyLong_AsUnsignedLongLong(*number), from);
-    else if (l->connection != NULL && l->connection != Py_None)
-        failed = tell(r->lane, name__transmit, PyTuple_GET_ITEM(pair, 0), NULL);
-    if (failed && !(failed = lane_survive(r->lane)))
-        ; /* it comes over the next connection */
-    else if (failed)
-        tell_anyway(r->lane, name_spoil, PyTuple_GET_ITEM(pair, 0), NULL);
-    Py_DECREF(pair);
+    PyObject *last = PyLong_FromLongLong(r->next - 1);
+    failed = last == NULL ? -1 : tell((PyObject *)r, name__keep_origins, last, NULL);
+    Py_XDECREF(last);
     return failed;
+}
+
+/* Whether it takes no more steps than there are here. */
+static int is_plain(Recorder *r, PyObject *kind)
+{
+    Lane *l = (Lane *)r->lane;
+    PyObject *connection = PyTuple_GET_ITEM(kind, 2);
+    return connection == l->connection && is_stream(connection) && stream_clear((Stream *)connection)
+           && ((Stream *)connection)->same_host && l->waits != NULL && PyDict_CheckExact(l->waits)
+           && !PyList_GET_SIZE(r->staged) && r->watcher != NULL && r->kit != NULL
+           && PyTuple_CheckExact(r->kit) && PyTuple_GET_SIZE(r->kit) == 3 && r->buffer != NULL
+           && PyByteArray_Check(r->buffer)
+           && PyByteArray_GET_SIZE(r->buffer) + PyBytes_GET_SIZE(PyTuple_GET_ITEM(kind, 1)) + 64
+                  < r->full;
 }
 
 int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make, PyObject *finish,
@@ -108,12 +223,7 @@ int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make,
 {
     Py_buffer from;
     Lane *l = (Lane *)r->lane;
-    PyObject *record = PyTuple_GET_ITEM(kind, 1), *connection = PyTuple_GET_ITEM(kind, 2);
-    if (connection != l->connection || !is_stream(connection) || !stream_clear((Stream *)connection)
-        || !((Stream *)connection)->same_host || l->waits == NULL || !PyDict_CheckExact(l->waits)
-        || PyList_GET_SIZE(r->staged) || r->watcher == NULL
-        || r->buffer == NULL || !PyByteArray_Check(r->buffer)
-        || PyByteArray_GET_SIZE(r->buffer) + PyBytes_GET_SIZE(record) + 64 >= r->full)
+    if (!is_plain(r, kind))
         return 0;
     if (PyObject_GetBuffer(array, &from, PyBUF_C_CONTIGUOUS) < 0) {
         PyErr_Clear();
@@ -123,12 +233,12 @@ int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make,
         PyBuffer_Release(&from);
         return PyErr_Occurred() ? -1 : 0;
     }
-    PyObject *number = NULL, *wait = NULL;
-    int failed = post(r, record, array, &from, &number, &wait);
+    PyObject *number = NULL, *wait = NULL, *connection = PyTuple_GET_ITEM(kind, 2);
+    int failed = post(r, PyTuple_GET_ITEM(kind, 1), array, &from, &number, &wait);
     if (!failed && (l->credit <= 0 || l->connection != connection || ((Stream *)connection)->pending))
         failed = tell((PyObject *)r, name__posted, NULL);
     if (failed && wait != NULL)
-        tell_anyway((PyObject *)r, name_cancel, wait, NULL);
+        tell_anyway((PyObject *)r, name_cancel, wait);
     PyBuffer_Release(&from);
     failed = recording_let_go(r, failed);
     if (!failed && r->stalled)

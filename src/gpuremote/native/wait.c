@@ -78,6 +78,18 @@ static void wait_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
+int wait_for_upload(PyObject *wait, PyObject *entry)
+{
+    Wait *w = (Wait *)wait;
+    PyObject *entries = PyList_New(1);
+    if (entries == NULL)
+        return -1;
+    PyList_SET_ITEM(entries, 0, Py_NewRef(entry));
+    Py_XSETREF(w->entries, entries);
+    w->left = 1;
+    return 0;
+}
+
 int wait_takes(PyObject *wait, const char *data, Py_ssize_t size)
 {
     Wait *w = (Wait *)wait;

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from gpuremote import _clock
 from gpuremote.errors import (
     AuthenticationFailed,
     ConnectionFailed,
@@ -284,6 +285,7 @@ class DeviceServer:
         session.worker.tell(request, caller.sock)
 
     async def _route(self, caller: Caller, hello: Hello) -> None:
+        heard = _clock.now() - congestion.since_received(caller.sock)
         if hello.session:
             session = self._known(hello)
             if caller.encrypted:
@@ -306,7 +308,7 @@ class DeviceServer:
         for left in reversed(range(ATTEMPTS)):
             opened = session or await self._open(caller, hello)
             try:
-                await self._hand_over(opened, caller.sock, hello)
+                await self._hand_over(opened, caller.sock, hello, heard)
                 return
             except WorkerDied:
                 if session is not None or not left:
@@ -328,8 +330,11 @@ class DeviceServer:
             "advertise": self.options.advertise or _join(host, port),
         }
 
-    async def _hand_over(self, session: _Session, sock: socket.socket, hello: Hello) -> None:
+    async def _hand_over(
+        self, session: _Session, sock: socket.socket, hello: Hello, heard: float
+    ) -> None:
         request = {
+            "heard": heard,
             "event": "connection",
             "hello": hello.encode(),
             "choice": choose(

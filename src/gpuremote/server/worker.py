@@ -473,6 +473,7 @@ class Worker:
             raise
 
     def _welcome(self, hello: Hello, request: dict[str, Any]) -> Welcome:
+        now = _clock.now()
         return Welcome(
             version=choose_version(*hello.versions),
             software=self.options.software,
@@ -495,6 +496,7 @@ class Worker:
             contents=int(self.session.sharing.channel is not None),
             inline=caps.MAX_INLINE,
             repeats=int(offered()),
+            took=int(1e6 * (now - request.get("heard", now))),
         )
 
 

@@ -24,8 +24,10 @@ SHORT_WAY: Final = 0.005
 _PACES: Final = "bbr"
 _TCP_CONGESTION: Final[int | None] = getattr(socket, "TCP_CONGESTION", None)
 _TCP_INFO: Final[int | None] = getattr(socket, "TCP_INFO", None)
-# Offset of tcpi_rtt (u32, microseconds) in Linux's struct tcp_info.
+# Offsets in Linux's struct tcp_info: tcpi_rtt (u32, microseconds), tcpi_last_data_recv (u32,
+# milliseconds).
 _RTT: Final = struct.Struct("=68xI")
+_RECEIVED: Final = struct.Struct("=52xI")
 
 
 def available() -> list[str]:
@@ -38,16 +40,24 @@ def available() -> list[str]:
 
 def round_trip(sock: socket.socket) -> float | None:
     """Smoothed round trip in seconds as the kernel has it; None where it can't be had."""
+    microseconds = _told(sock, _RTT)
+    return microseconds / 1e6 if microseconds else None
+
+
+def since_received(sock: socket.socket) -> float:
+    """Seconds since the latest bytes came, read or not, to a millisecond; 0.0 where unknown."""
+    return (_told(sock, _RECEIVED) or 0) / 1e3
+
+
+def _told(sock: socket.socket, place: struct.Struct) -> int | None:
+    """A number of the kernel's ``tcp_info``; None where it can't be had."""
     if _TCP_INFO is None:
         return None
     try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _RTT.size)
+        info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, place.size)
     except OSError:
         return None
-    if len(info) < _RTT.size:
-        return None
-    microseconds: int = _RTT.unpack(info)[0]
-    return microseconds / 1e6 if microseconds else None
+    return int(place.unpack(info)[0]) if len(info) == place.size else None
 
 
 def unacknowledged(sock: socket.socket) -> int:

@@ -222,6 +222,8 @@ class Welcome:
         Bytes up to which the client may send an array inside a batch.
     repeats : int
         1 if it may name calls instead of sending them, see ``wire.repeats``.
+    took : int
+        Microseconds that the server took for this: the rest of what the client waited was the way.
     """
 
     version: int = MAX_VERSION
@@ -242,6 +244,7 @@ class Welcome:
     contents: int = 0
     inline: int = INLINE_PAYLOAD
     repeats: int = 0
+    took: int = 0
 
     def encode(self) -> bytes:
         body = {
@@ -263,6 +266,7 @@ class Welcome:
             "contents": self.contents,
             "inline": self.inline,
             "repeats": self.repeats,
+            "took": self.took,
         }
         return _frame(HelloKind.WELCOME, body, (MIN_VERSION, MAX_VERSION))
 
@@ -290,6 +294,7 @@ class Welcome:
             contents=_get(body, "contents", int, 0),
             inline=_get(body, "inline", int, INLINE_PAYLOAD),
             repeats=_get(body, "repeats", int, 0),
+            took=_get(body, "took", int, 0),
         )
 
 
