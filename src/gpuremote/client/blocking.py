@@ -154,8 +154,8 @@ class BlockingDevice(Device[BlockingArray]):
         """
         core = self._core
         if dtype is None:
-            finish = None if core.known.enabled or timeout is not None else core.wait
-            made = core.put_at_hand(value, np.ndarray, self.index, self._array_type, finish)
+            driver = None if core.known.enabled or timeout is not None else core.driver
+            made = core.put_at_hand(value, np.ndarray, self.index, self._array_type, driver)
             if made is None and core.made:
                 made = self._given(value)
             if made is not None:

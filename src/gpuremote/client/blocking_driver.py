@@ -101,7 +101,7 @@ class BlockingDriver:
         self._receives = 0
         self._followers: set[threading.Event] = set()
         self._better_at: float | None = None
-        core.wait = self.wait
+        core.wait, core.driver = self.wait, self
         core.on_stall = self._stalled
         core.on_sync = self._synced
         core.poll = self._poll
@@ -216,6 +216,18 @@ class BlockingDriver:
                 self._receives += 1
                 del leader[0]
             self._call_followers()
+
+    def _caught(self, connection: Connection, wait: Wait, error: BaseException) -> None:
+        """The same where the part in C receives (``native/uploading.c``), for what it met with."""
+        try:
+            raise error
+        except ConnectionLost as lost:
+            self._lost(connection, lost)
+        except ProtocolError as broken:
+            self._violated(connection, broken)
+        except BaseException:
+            self.core.cancel(wait)
+            raise
 
     def _wait_until(self, wait: Wait, timeout: float | None) -> None:
         deadline = None if timeout is None else _clock.now() + timeout

@@ -103,6 +103,7 @@ class Core(Uploader):
         self.known = Known(dedupe)
         self.draining = False
         self.wait: Callable[..., Any] = _nothing
+        self.driver: object = None
         """Set by the driver: wait (or what to await) for a ``Wait``, with an optional timeout."""
         self.new_future: Callable[[], Any] = _nothing
         self.on_check = self._check

@@ -15,7 +15,6 @@ from gpuremote._clock import now_ns
 from gpuremote._speed import native
 from gpuremote._types import Shape
 from gpuremote.client.origin import Origin, caller, take
-from gpuremote.client.waits import Wait
 from gpuremote.ops.meta import Meta
 from gpuremote.ops.plan import Plan
 from gpuremote.ops.spec import OpSpec
@@ -121,12 +120,12 @@ class PythonRecorder:
         kind: type,
         device: int,
         make: Callable[[Any, int, Meta], A],
-        finish: Callable[[Wait], object] | None,
+        driver: object,
         /,
     ) -> A | None:
         """Upload an array where ``Uploader.note_kind`` has noted such ones, as ``Device.put`` does,
         in one step; the array that ``make`` makes of it. None: it takes more steps, and nothing
-        was done. ``kind`` is ``numpy.ndarray``; ``finish`` waits for an upload (None: only one
+        was done. ``kind`` is ``numpy.ndarray``; ``driver`` waits for uploads (None: only one
         for which nobody has to wait is taken).
 
         Here it always takes them.

@@ -3,7 +3,6 @@ lent, is said here; nothing here waits itself."""
 
 from __future__ import annotations
 
-import functools
 import sys
 import weakref
 from collections import deque
@@ -87,7 +86,7 @@ class Uploader(Issuer):
         self._put_records: dict[Meta, bytes] = {}
         self._inline_heads: dict[Meta, bytes] = {}
         self._kinds = {}
-        self._kit = Entry, Region, functools.partial
+        self._kit = Entry, Region
         self.lent: set[Wait] = set()
         """Uploads that are on their way and that nobody waits for."""
         self._copies = 0

@@ -95,15 +95,15 @@ typedef struct {
 
 /* Names of attributes and methods, as Python objects: name_append, name_done, ... */
 #define NAMES(X) \
-    X(_admits) X(_begun) X(_broken) X(_ended) X(_failed) X(_finish) X(_flush_by_time) X(_follow_up) X(_gone) \
-    X(_input) X(_keep_origins) X(_known) X(_landed) X(_left) X(_posted) X(_put_done) X(_prepare) X(_receive) X(_release) X(_renewed) \
+    X(_admits) X(_begun) X(_better_at) X(_broken) X(_call_followers) X(_caught) X(_ended) X(_failed) X(_finish) X(_flush_by_time) X(_follow_up) X(_followers) X(_gone) \
+    X(_input) X(_keep_origins) X(_known) X(_landed) X(_leader) X(_left) X(_posted) X(_prepare) X(_receive) X(_receives) X(_release) X(_renewed) \
     X(_relieve) X(_report_if_due) X(_send) X(_settle) X(_settle_up_to) X(_shared) X(_slots) X(_take_back) X(_take_in) X(_take_origin) X(_take_whole) X(_view) X(_whole) \
     X(_written) X(abort) X(acquire) X(append) X(arg) X(base) X(body) X(cancel) X(cancelled) X(cast) X(check_result) X(checks) X(device) X(dispatch) X(done) \
     X(dtype) X(expected) X(f) X(flush) X(failed) X(form) X(free_dropped) X(function) X(i) X(id) X(inplace) X(inputs) X(interrupted) X(kind) \
-    X(isdisjoint) X(left) X(lost) X(n_out) X(nbytes) X(numbers) X(on_delivered) X(on_executed) X(on_message) X(ops_executed) X(out) \
+    X(isdisjoint) X(left) X(looks) X(lost) X(n_out) X(nbytes) X(numbers) X(on_delivered) X(on_executed) X(on_message) X(ops_executed) X(out) \
     X(pending_output) X(popleft) X(put_staged) X(quota) X(receive) X(release) X(regions) X(reserve) X(result) X(run) \
     X(run_otherwise) X(scratch) X(send) X(seq) X(set_result) X(setflags) X(shape) X(simple) X(slot) X(special) X(source) X(spoil) X(started) X(steady) \
-    X(step) X(storage) X(told) X(wiring)
+    X(step) X(storage) X(told) X(wait) X(wiring)
 #define DECLARE(name) extern PyObject *name_##name;
 NAMES(DECLARE)
 #undef DECLARE
@@ -136,7 +136,7 @@ typedef struct {
     PyObject *own; /* how the names of files of this package begin */
     PyObject *staged, *kinds, *made, *lane; /* see putting.c */
     PyObject *watcher, *kit; /* see uploading.c */
-    long long first, next, last, named, oldest, full, flush_after, freed;
+    long long first, next, last, named, oldest, full, flush_after, freed, pause, idle_pause;
     double writes;
     int depth;
     char special, stalled, told, far;
@@ -259,6 +259,12 @@ PyObject *wait_make(unsigned long long number, PyObject *kind, PyObject *into);
 /* An upload that a wait is for, as one message with a payload. -1: error. */
 int wait_for_upload(PyObject *wait, PyObject *entry);
 
+/* One message less to be waited for, as Uploader._put_done. -1: error. */
+int wait_delivered(PyObject *wait);
+
+/* 0: it goes on; 1: it is over; 2: with an error. */
+int wait_state(PyObject *wait);
+
 /* Set Wait.posted. */
 void wait_posted(PyObject *wait, int posted);
 
@@ -344,7 +350,7 @@ int recording_free_dropped(Recorder *recorder);
 /* Send an array over a socket, where that takes few steps, and wait until the server has it:
    1, and the new array; 0: nothing was done; -1: error. */
 int uploading_send(Recorder *recorder, PyObject *array, PyObject *kind, PyObject *make,
-                   PyObject *finish, PyObject **made);
+                   PyObject *driver, PyObject **made);
 
 /* Recorder.put_at_hand, see putting.c. */
 PyObject *putting_put(PyObject *self, PyObject *const *args, Py_ssize_t count);

@@ -200,14 +200,14 @@ static int give(Recorder *r, PyObject *array, PyObject *type, PyObject *make, Py
     return PyErr_Occurred() ? -1 : is;
 }
 
-/* put_at_hand(array, array_type, device, make, finish): a new array; None: nothing was done.
-   ``finish`` waits for an upload; None: there is to be nothing to be waited for. */
+/* put_at_hand(array, array_type, device, make, driver): a new array; None: nothing was done.
+   ``driver`` waits for an upload; None: there is to be nothing to be waited for. */
 PyObject *putting_put(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     Recorder *r = (Recorder *)self;
     PyObject *kind, *view = NULL, *made = NULL;
     if (count != 5 || !PyType_Check(args[1]) || !PyLong_Check(args[2]) || r->acquire == NULL) {
-        PyErr_SetString(PyExc_TypeError, "put_at_hand() takes an array, its type, a device, make and finish");
+        PyErr_SetString(PyExc_TypeError, "put_at_hand() takes an array, its type, a device, make and driver");
         return NULL;
     }
     if (r->special || !Py_IS_TYPE(args[0], (PyTypeObject *)args[1]) || r->kinds == NULL

@@ -546,6 +546,8 @@ static PyMemberDef recorder_members[] = {
     {"_kit", T_OBJECT, offsetof(Recorder, kit), 0, NULL},
     {"_watcher", T_OBJECT, offsetof(Recorder, watcher), 0, NULL},
     {"far", T_BOOL, offsetof(Recorder, far), 0, NULL},
+    {"_pause", T_LONGLONG, offsetof(Recorder, pause), 0, NULL},
+    {"idle_pause", T_LONGLONG, offsetof(Recorder, idle_pause), 0, NULL},
     {"_first", T_LONGLONG, offsetof(Recorder, first), 0, NULL},
     {"_lane", T_OBJECT_EX, offsetof(Recorder, lane), 0, NULL},
     {"_stalled", T_BOOL, offsetof(Recorder, stalled), 0, NULL},

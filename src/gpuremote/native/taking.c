@@ -100,6 +100,32 @@ static int settles(Lane *l, uint64_t ack)
     return 0;
 }
 
+/* The other end has message ``seq``, which had a payload. As Peer._settle. */
+static int settle(Lane *l, uint64_t seq)
+{
+    PyObject *key = PyLong_FromUnsignedLongLong(seq);
+    PyObject *entry = key == NULL ? NULL : Py_XNewRef(PyDict_GetItemWithError(l->bulk, key));
+    if (entry == NULL) {
+        Py_XDECREF(key);
+        return PyErr_Occurred() ? -1 : 0;
+    }
+    PyObject *none = PyTuple_New(0), *done = PyObject_GetAttr(entry, name_on_delivered);
+    PyObject *cancelled = done == NULL ? NULL : PyObject_GetAttr(entry, name_cancelled);
+    int failed = cancelled == NULL || none == NULL || PyDict_DelItem(l->bulk, key) < 0
+                 || PyObject_SetAttr(entry, name_regions, none) < 0;
+    if (!failed && done != Py_None && cancelled == Py_False) {
+        PyObject *answer = PyObject_CallNoArgs(done);
+        failed = answer == NULL;
+        Py_XDECREF(answer);
+    }
+    Py_XDECREF(cancelled);
+    Py_XDECREF(done);
+    Py_XDECREF(none);
+    Py_DECREF(entry);
+    Py_DECREF(key);
+    return failed ? -1 : 0;
+}
+
 /* An ACK: what was granted, executed and delivered. As Peer._unreliable. 0, or -1: error. */
 static int take_ack(PyObject *self, const char *body, Py_ssize_t size, uint64_t ack)
 {
@@ -120,7 +146,7 @@ static int take_ack(PyObject *self, const char *body, Py_ssize_t size, uint64_t 
     for (Py_ssize_t k = 16; k < size; k += 8) {
         uint64_t seq;
         memcpy(&seq, body + k, 8);
-        if (PyDict_GET_SIZE(l->bulk) > 0 && tell_number(self, name__settle, seq) < 0)
+        if (PyDict_GET_SIZE(l->bulk) > 0 && settle(l, seq) < 0)
             return -1;
     }
     if (executed == l->executed)

@@ -3,9 +3,12 @@
 
 #include "native.h"
 
+#include <pythread.h>
+
 #define PAYLOAD 2       /* wire.frames.Kind */
 #define FLUSH_NS 150000 /* client.issuing */
 #define MOST ((Py_ssize_t)8 << 20)
+#define SLICE 1.0 /* client.blocking_driver */
 
 /* Call a method while an exception is set, which stays. */
 static void tell_anyway(PyObject *object, PyObject *name, PyObject *argument)
@@ -56,6 +59,19 @@ static PyObject *region_of(Recorder *r, PyObject *array)
     return region;
 }
 
+/* The other end has the bytes of a PUT: its number, who waits, and all who do. As Uploader._put_done. */
+static PyObject *delivered(PyObject *whose, PyObject *unused)
+{
+    PyObject *number = PyTuple_GET_ITEM(whose, 0), *waits = PyTuple_GET_ITEM(whose, 2);
+    if (PyDict_Contains(waits, number) > 0 && PyDict_DelItem(waits, number) < 0)
+        return NULL;
+    if (wait_delivered(PyTuple_GET_ITEM(whose, 1)) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef delivered_method = {"delivered", delivered, METH_NOARGS, NULL};
+
 /* Note a payload that was given to the connection, as Peer.keep, for PUT ``number``: its rpc.bulk.Entry,
    or NULL. */
 static PyObject *keep(Recorder *r, PyObject *number, PyObject *region, PyObject *wait,
@@ -64,15 +80,10 @@ static PyObject *keep(Recorder *r, PyObject *number, PyObject *region, PyObject 
     uint64_t named = PyLong_AsUnsignedLongLong(number);
     PyObject *entry = bare(r, 0), *key = PyLong_FromUnsignedLongLong(seq);
     PyObject *body = PyBytes_FromStringAndSize((char *)&named, 8), *regions = PyList_New(1);
-    PyObject *method = PyObject_GetAttr((PyObject *)r, name__put_done);
-    PyObject *numbers = PyList_New(1);
-    PyObject *done = NULL;
+    PyObject *whose = PyTuple_Pack(3, number, wait, ((Lane *)r->lane)->waits);
+    PyObject *done = whose == NULL ? NULL : PyCFunction_New(&delivered_method, whose);
     if (regions != NULL)
         PyList_SET_ITEM(regions, 0, Py_NewRef(region));
-    if (numbers != NULL)
-        PyList_SET_ITEM(numbers, 0, Py_NewRef(number));
-    if (method != NULL && numbers != NULL)
-        done = PyObject_CallFunctionObjArgs(PyTuple_GET_ITEM(r->kit, 2), method, numbers, wait, NULL);
     if (set(entry, name_seq, key) || set(entry, name_body, body) || set(entry, name_regions, regions)
         || set(entry, name_on_delivered, done) || set_number(entry, name_kind, PAYLOAD)
         || set_number(entry, name_arg, 0) || set(entry, name_started, Py_True)
@@ -80,8 +91,7 @@ static PyObject *keep(Recorder *r, PyObject *number, PyObject *region, PyObject 
         || PyDict_SetItem(((Lane *)r->lane)->bulk, key, entry) < 0)
         Py_CLEAR(entry);
     Py_XDECREF(done);
-    Py_XDECREF(numbers);
-    Py_XDECREF(method);
+    Py_XDECREF(whose);
     Py_XDECREF(regions);
     Py_XDECREF(body);
     Py_XDECREF(key);
@@ -212,13 +222,83 @@ static int is_plain(Recorder *r, PyObject *kind)
     return connection == l->connection && is_stream(connection) && stream_clear((Stream *)connection)
            && ((Stream *)connection)->same_host && l->waits != NULL && PyDict_CheckExact(l->waits)
            && !PyList_GET_SIZE(r->staged) && r->watcher != NULL && r->kit != NULL
-           && PyTuple_CheckExact(r->kit) && PyTuple_GET_SIZE(r->kit) == 3 && r->buffer != NULL
+           && PyTuple_CheckExact(r->kit) && PyTuple_GET_SIZE(r->kit) == 2 && r->buffer != NULL
            && PyByteArray_Check(r->buffer)
            && PyByteArray_GET_SIZE(r->buffer) + PyBytes_GET_SIZE(PyTuple_GET_ITEM(kind, 1)) + 64
                   < r->full;
 }
 
-int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make, PyObject *finish,
+static int is_none(PyObject *object, PyObject *name)
+{
+    PyObject *value = PyObject_GetAttr(object, name);
+    Py_XDECREF(value);
+    return value == NULL ? -1 : value == Py_None;
+}
+
+/* As BlockingDriver.wait, where this thread alone receives and the answer comes: 1; 0: the driver has
+   to; -1: error. */
+static int await(Recorder *r, PyObject *driver, PyObject *connection, PyObject *wait)
+{
+    int over = -1, led = 0, simple = is_none(driver, name__better_at);
+    PyObject *leader = PyObject_GetAttr(driver, name__leader), *zero = PyLong_FromLong(0);
+    PyObject *me = PyLong_FromUnsignedLong(PyThread_get_thread_ident());
+    PyObject *looks = PyObject_GetAttr(connection, name_looks), *slice = PyFloat_FromDouble(SLICE);
+    if (simple < 0 || leader == NULL || zero == NULL || me == NULL || looks == NULL || slice == NULL)
+        goto over;
+    over = 0;
+    if (!simple || !PyDict_CheckExact(leader) || PyDict_GET_SIZE(leader)
+        || ((Lane *)r->lane)->connection != connection || ((Stream *)connection)->pending)
+        goto over;
+    led = PyDict_SetDefault(leader, zero, me) == me;
+    PyObject *given[] = {connection, slice, looks};
+    while (led && !over && !wait_state(wait)) {
+        PyObject *taken = lane_take(r->lane, given, 3);
+        if (taken == NULL) {
+            PyObject *type, *error, *traceback;
+            PyErr_Fetch(&type, &error, &traceback);
+            PyErr_NormalizeException(&type, &error, &traceback);
+            over = tell(driver, name__caught, connection, wait, error, NULL) < 0 ? -1 : 2;
+            Py_XDECREF(type);
+            Py_XDECREF(error);
+            Py_XDECREF(traceback);
+        }
+        else if (taken == Py_False)
+            over = 2; /* there may be more to see to */
+        Py_XDECREF(taken);
+    }
+    if (led && PyDict_GetItemWithError(leader, zero) == me) {
+        PyObject *type, *error, *traceback, *before;
+        PyErr_Fetch(&type, &error, &traceback);
+        PyDict_DelItem(leader, zero);
+        before = PyObject_GetAttr(driver, name__receives);
+        if (before == NULL || set_number(driver, name__receives, PyLong_AsUnsignedLongLong(before) + 1))
+            PyErr_WriteUnraisable(driver);
+        Py_XDECREF(before);
+        PyObject *followers = PyObject_GetAttr(driver, name__followers);
+        if (followers == NULL || (PyObject_Size(followers) && tell(driver, name__call_followers, NULL) < 0))
+            PyErr_WriteUnraisable(driver);
+        Py_XDECREF(followers);
+        PyErr_Restore(type, error, traceback);
+    }
+    if (!over && wait_state(wait) == 1) {
+        if (r->flush_after && !PyDict_GET_SIZE(((Lane *)r->lane)->waits)) { /* as Core.settled */
+            r->flush_after = r->idle_pause ? looking_now() + r->idle_pause : 0;
+            r->pause = FLUSH_NS;
+        }
+        over = 1;
+    }
+    else if (over > 0)
+        over = 0;
+over:
+    Py_XDECREF(slice);
+    Py_XDECREF(looks);
+    Py_XDECREF(me);
+    Py_XDECREF(zero);
+    Py_XDECREF(leader);
+    return over;
+}
+
+int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make, PyObject *driver,
                    PyObject **made)
 {
     Py_buffer from;
@@ -233,7 +313,7 @@ int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make,
         PyBuffer_Release(&from);
         return PyErr_Occurred() ? -1 : 0;
     }
-    PyObject *number = NULL, *wait = NULL, *connection = PyTuple_GET_ITEM(kind, 2);
+    PyObject *number = NULL, *wait = NULL, *connection = Py_NewRef(PyTuple_GET_ITEM(kind, 2));
     int failed = post(r, PyTuple_GET_ITEM(kind, 1), array, &from, &number, &wait);
     if (!failed && (l->credit <= 0 || l->connection != connection || ((Stream *)connection)->pending))
         failed = tell((PyObject *)r, name__posted, NULL);
@@ -245,12 +325,12 @@ int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make,
         failed = tell((PyObject *)r, name__relieve, NULL);
     if (!failed)
         *made = recording_handle(make, r, PyLong_AsLongLong(number), PyTuple_GET_ITEM(kind, 0));
-    if (!failed && *made != NULL) {
-        PyObject *answer = PyObject_CallOneArg(finish, wait);
-        if (answer == NULL)
+    if (*made != NULL) {
+        int over = await(r, driver, connection, wait);
+        if (over < 0 || (!over && tell(driver, name_wait, wait, NULL) < 0))
             Py_CLEAR(*made);
-        Py_XDECREF(answer);
     }
+    Py_DECREF(connection);
     Py_XDECREF(number);
     Py_XDECREF(wait);
     return *made == NULL ? -1 : 1;

@@ -78,6 +78,21 @@ static void wait_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
+int wait_state(PyObject *wait)
+{
+    Wait *w = (Wait *)wait;
+    return !w->done ? 0 : w->error == NULL || w->error == Py_None ? 1 : 2;
+}
+
+int wait_delivered(PyObject *wait)
+{
+    Wait *w = (Wait *)wait;
+    if (--w->left || w->done)
+        return 0;
+    Py_XSETREF(w->error, Py_NewRef(w->refusal == NULL ? Py_None : w->refusal));
+    return wait_finish(wait);
+}
+
 int wait_for_upload(PyObject *wait, PyObject *entry)
 {
     Wait *w = (Wait *)wait;
