@@ -7,28 +7,76 @@
 #define PAYLOAD 2         /* wire.frames.Kind */
 #define MANY (1 << 16)    /* handles; nearer to wire.caps.MAX_HANDLES the twin counts them */
 
-/* What Lane.ready holds. */
-enum { RECORD, SLOT, ARRIVAL, VIEW, NBYTES, QUOTA, ARRIVING, READY };
+/* What Lane.ready holds: the record; what it announces; its bytes; what they count for; what is on its
+   way; rpc.arrivals.Arrival; and memory, as (array, view), for as many of them as a loop has at a
+   time. */
+enum { RECORD, META, NBYTES, QUOTA, ARRIVING, ARRIVAL, MEMORY, READY };
+
+static int is_one(PyObject *ready)
+{
+    return ready != NULL && PyTuple_CheckExact(ready) && PyTuple_GET_SIZE(ready) == READY
+           && PyBytes_CheckExact(PyTuple_GET_ITEM(ready, RECORD))
+           && PyDict_CheckExact(PyTuple_GET_ITEM(ready, ARRIVING))
+           && PyList_CheckExact(PyTuple_GET_ITEM(ready, MEMORY));
+}
 
 Py_ssize_t arriving_size(Lane *l)
 {
-    PyObject *ready = l->ready;
-    if (ready == NULL || !PyTuple_CheckExact(ready) || PyTuple_GET_SIZE(ready) != READY
-        || !PyBytes_CheckExact(PyTuple_GET_ITEM(ready, RECORD)))
+    if (!is_one(l->ready))
         return 0;
-    return FRAME + HEADER + 8 + 18 + PyBytes_GET_SIZE(PyTuple_GET_ITEM(ready, RECORD));
+    return FRAME + HEADER + 8 + 18 + PyBytes_GET_SIZE(PyTuple_GET_ITEM(l->ready, RECORD));
 }
 
 static int is_ready(Lane *l)
 {
-    PyObject *ready = l->ready;
-    return l->direct && l->credit > 0 && ready != NULL && PyTuple_CheckExact(ready)
-           && PyTuple_GET_SIZE(ready) == READY && PyBytes_CheckExact(PyTuple_GET_ITEM(ready, RECORD))
-           && PyMemoryView_Check(PyTuple_GET_ITEM(ready, VIEW))
-           && PyDict_CheckExact(PyTuple_GET_ITEM(ready, ARRIVING))
-           && !PyDict_GET_SIZE(PyTuple_GET_ITEM(ready, ARRIVING)) && !PyDict_GET_SIZE(l->arriving)
-           && l->table != NULL && PyDict_CheckExact(l->table)
+    return l->direct && l->credit > 0 && is_one(l->ready)
+           && !PyDict_GET_SIZE(PyTuple_GET_ITEM(l->ready, ARRIVING))
+           && !PyDict_GET_SIZE(l->arriving) && l->table != NULL && PyDict_CheckExact(l->table)
            && PyDict_GET_SIZE(l->table) < MANY && l->queue != NULL && !PyObject_Size(l->queue);
+}
+
+/* Memory that nobody else knows of (borrowed), the latest first: the array is referred to by what
+   holds it here and by its view. NULL: there is none. */
+static PyObject *spare(PyObject *memory)
+{
+    for (Py_ssize_t k = PyList_GET_SIZE(memory); k-- > 0;) {
+        PyObject *pair = PyList_GET_ITEM(memory, k);
+        if (PyTuple_CheckExact(pair) && PyTuple_GET_SIZE(pair) == 2
+            && Py_REFCNT(PyTuple_GET_ITEM(pair, 0)) == 2 && Py_REFCNT(PyTuple_GET_ITEM(pair, 1)) == 1
+            && PyMemoryView_Check(PyTuple_GET_ITEM(pair, 1)))
+            return pair;
+    }
+    return NULL;
+}
+
+/* Whether it is of an array that memory is kept for. */
+static int is_kept(PyObject *memory, PyObject *array)
+{
+    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(memory); k++)
+        if (PyTuple_GET_ITEM(PyList_GET_ITEM(memory, k), 0) == array)
+            return 1;
+    return 0;
+}
+
+static int set(PyObject *object, PyObject *name, PyObject *value)
+{
+    return object == NULL || value == NULL ? -1 : PyObject_SetAttr(object, name, value);
+}
+
+/* An Arrival whose memory is there, or NULL. */
+static PyObject *arrival_of(PyObject *ready, PyObject *slot, PyObject *storage, PyObject *pair)
+{
+    static PyObject *nothing;
+    if (nothing == NULL && (nothing = PyBytes_FromStringAndSize(NULL, 0)) == NULL)
+        return NULL;
+    PyTypeObject *type = (PyTypeObject *)PyTuple_GET_ITEM(ready, ARRIVAL);
+    PyObject *arrival = type->tp_alloc(type, 0);
+    if (set(arrival, name_slot, slot) || set(arrival, name_meta, PyTuple_GET_ITEM(ready, META))
+        || set(arrival, name_storage, storage) || set(arrival, name_digest, nothing)
+        || set(arrival, name_kept, Py_False) || set(arrival, name__array, PyTuple_GET_ITEM(pair, 0))
+        || set(arrival, name_target, PyTuple_GET_ITEM(pair, 1)))
+        Py_CLEAR(arrival);
+    return arrival;
 }
 
 /* Tell the connection where the next payload goes, and what to answer then. As Peer.expect. */
@@ -41,6 +89,24 @@ static int expect(Lane *l, Stream *s, unsigned long long number, PyObject *view)
     lane_header(answer, ACK, 0, 0, 0, l->complete);
     memcpy(answer + HEADER, report, sizeof report);
     return receiving_hint(s, header, sizeof header, view, answer, sizeof answer);
+}
+
+/* PUT ``l->turn``, as WorkerSession.announce and place. -1: error. */
+static int announce(Lane *l, Stream *s, PyObject *ready, PyObject *pair)
+{
+    PyObject *storage = storage_make(PyTuple_GET_ITEM(ready, QUOTA), PyTuple_GET_ITEM(ready, NBYTES));
+    PyObject *slot = storage == NULL ? NULL : Slot_Type->tp_alloc(Slot_Type, 0);
+    PyObject *arrival = slot == NULL ? NULL : arrival_of(ready, slot, storage, pair);
+    PyObject *number = arrival == NULL ? NULL : PyLong_FromUnsignedLongLong(l->turn);
+    int failed = -1;
+    if (number != NULL && !PyDict_SetItem(l->table, number, slot)
+        && !PyDict_SetItem(PyTuple_GET_ITEM(ready, ARRIVING), number, arrival))
+        failed = expect(l, s, l->turn++, PyTuple_GET_ITEM(pair, 1)) < 0 ? -1 : 0;
+    Py_XDECREF(number);
+    Py_XDECREF(arrival);
+    Py_XDECREF(slot);
+    Py_XDECREF(storage);
+    return failed;
 }
 
 int arriving_welcome(Lane *l, PyObject *connection, const char *body, Py_ssize_t size)
@@ -60,25 +126,75 @@ int arriving_welcome(Lane *l, PyObject *connection, const char *body, Py_ssize_t
         offset += taken;
     }
     int room = storage_room(PyTuple_GET_ITEM(ready, QUOTA), PyTuple_GET_ITEM(ready, NBYTES));
-    if (turn != l->turn || room <= 0)
+    PyObject *pair = spare(PyTuple_GET_ITEM(ready, MEMORY));
+    if (turn != l->turn || room <= 0 || pair == NULL)
         return room < 0 ? -1 : 0;
-    l->ready = NULL;
-    int failed = -1;
-    for (offset = 8; offset < end; l->turn++) {
+    Py_INCREF(ready);
+    Py_INCREF(pair);
+    int failed = 0;
+    for (offset = 8; offset < end && !failed; l->turn++) {
         Py_ssize_t taken = calls_free(l->table, body + offset, end - offset);
-        if (taken <= 0)
-            goto over;
+        failed = taken <= 0;
         offset += taken;
     }
-    PyObject *storage = storage_make(PyTuple_GET_ITEM(ready, QUOTA), PyTuple_GET_ITEM(ready, NBYTES));
-    PyObject *number = storage == NULL ? NULL : PyLong_FromUnsignedLongLong(l->turn);
-    if (number != NULL && !PyObject_SetAttr(PyTuple_GET_ITEM(ready, ARRIVAL), name_storage, storage)
-        && !PyDict_SetItem(l->table, number, PyTuple_GET_ITEM(ready, SLOT))
-        && !PyDict_SetItem(PyTuple_GET_ITEM(ready, ARRIVING), number, PyTuple_GET_ITEM(ready, ARRIVAL)))
-        failed = expect(l, (Stream *)connection, l->turn++, PyTuple_GET_ITEM(ready, VIEW)) < 0;
-    Py_XDECREF(number);
-    Py_XDECREF(storage);
-over:
+    if (!failed)
+        failed = announce(l, (Stream *)connection, ready, pair);
+    Py_DECREF(pair);
     Py_DECREF(ready);
     return failed ? -1 : 1;
+}
+
+int arriving_landed(PyObject *self, Stream *s, uint64_t named, int told)
+{
+    Lane *l = (Lane *)self;
+    if (!told || !is_one(l->ready) || !l->direct || l->queue == NULL || PyObject_Size(l->queue))
+        return PyErr_Occurred() ? -1 : 0;
+    PyObject *ready = l->ready, *arriving = PyTuple_GET_ITEM(ready, ARRIVING);
+    PyObject *number = PyLong_FromUnsignedLongLong(named);
+    PyObject *arrival = number == NULL ? NULL : Py_XNewRef(PyDict_GetItemWithError(arriving, number));
+    PyObject *target = NULL, *held = NULL, *array = NULL, *slot = NULL, *storage = NULL, *meta = NULL;
+    int taken = number == NULL ? -1 : 0;
+    if (arrival == NULL || !Py_IS_TYPE(arrival, (PyTypeObject *)PyTuple_GET_ITEM(ready, ARRIVAL)))
+        goto over;
+    target = PyObject_GetAttr(arrival, name_target);
+    held = PyObject_GetAttr(self, name_held);
+    meta = PyObject_GetAttr(arrival, name_meta);
+    array = PyObject_GetAttr(arrival, name__array);
+    slot = PyObject_GetAttr(arrival, name_slot);
+    storage = PyObject_GetAttr(arrival, name_storage);
+    taken = target && held && meta && array && slot && storage ? 0 : -1;
+    /* One that was announced by the twin may have more to it, and its memory is to be kept. */
+    if (taken || target != s->landing.place || held != Py_False || meta != PyTuple_GET_ITEM(ready, META)
+        || !is_kept(PyTuple_GET_ITEM(ready, MEMORY), array) || !Py_IS_TYPE(slot, Slot_Type))
+        goto over;
+    PyObject *kept = PyObject_GetAttr(arrival, name_kept);
+    taken = kept == NULL ? -1 : kept == Py_False;
+    Py_XDECREF(kept);
+    if (taken <= 0)
+        goto over;
+    taken = -1;
+    if (PyDict_DelItem(arriving, number) < 0)
+        goto over;
+    slot_put(slot, array, meta, storage);
+    PyObject *never = PyLong_FromLong(-1);
+    if (set(self, name__owing, never) == 0)
+        taken = 1;
+    Py_XDECREF(never);
+    l->seen = l->complete = l->seen + 1;
+    l->got += HEADER + 8;
+    l->unreported++;
+    l->messages_received++;
+    if (taken > 0 && (l->unreported >= l->ack_after || l->granted - l->got < l->low_credit)
+        && tell(self, name__report_if_due, NULL) < 0)
+        taken = -1;
+over:
+    Py_XDECREF(storage);
+    Py_XDECREF(slot);
+    Py_XDECREF(array);
+    Py_XDECREF(meta);
+    Py_XDECREF(held);
+    Py_XDECREF(target);
+    Py_XDECREF(arrival);
+    Py_XDECREF(number);
+    return PyErr_Occurred() ? -1 : taken;
 }

@@ -95,15 +95,15 @@ typedef struct {
 
 /* Names of attributes and methods, as Python objects: name_append, name_done, ... */
 #define NAMES(X) \
-    X(_admits) X(_begun) X(_better_at) X(_broken) X(_call_followers) X(_caught) X(_ended) X(_failed) X(_finish) X(_flush_by_time) X(_follow_up) X(_followers) X(_gone) \
-    X(_input) X(_keep_origins) X(_known) X(_landed) X(_leader) X(_left) X(_posted) X(_prepare) X(_receive) X(_receives) X(_release) X(_renewed) \
+    X(_admits) X(_array) X(_begun) X(_better_at) X(_broken) X(_call_followers) X(_caught) X(_ended) X(_failed) X(_finish) X(_flush_by_time) X(_follow_up) X(_followers) X(_gone) \
+    X(_input) X(_keep_origins) X(_known) X(_landed) X(_leader) X(_left) X(_owing) X(_posted) X(_prepare) X(_receive) X(_receives) X(_release) X(_renewed) \
     X(_relieve) X(_report_if_due) X(_send) X(_settle) X(_settle_up_to) X(_shared) X(_slots) X(_take_back) X(_take_in) X(_take_origin) X(_take_whole) X(_view) X(_whole) \
-    X(_written) X(abort) X(acquire) X(append) X(arg) X(base) X(body) X(cancel) X(cancelled) X(cast) X(check_result) X(checks) X(device) X(dispatch) X(done) \
-    X(dtype) X(expected) X(f) X(flush) X(failed) X(form) X(free_dropped) X(function) X(i) X(id) X(inplace) X(inputs) X(interrupted) X(kind) \
-    X(isdisjoint) X(left) X(looks) X(lost) X(n_out) X(nbytes) X(numbers) X(on_delivered) X(on_executed) X(on_message) X(ops_executed) X(out) \
+    X(_written) X(abort) X(acquire) X(append) X(arg) X(base) X(body) X(cancel) X(cancelled) X(cast) X(check_result) X(checks) X(device) X(digest) X(dispatch) X(done) \
+    X(dtype) X(expected) X(f) X(flush) X(failed) X(form) X(free_dropped) X(function) X(held) X(i) X(id) X(inplace) X(inputs) X(interrupted) X(kept) X(kind) \
+    X(isdisjoint) X(left) X(looks) X(lost) X(meta) X(n_out) X(nbytes) X(numbers) X(on_delivered) X(on_executed) X(on_message) X(ops_executed) X(out) \
     X(pending_output) X(popleft) X(put_staged) X(quota) X(receive) X(release) X(regions) X(reserve) X(result) X(run) \
     X(run_otherwise) X(scratch) X(send) X(seq) X(set_result) X(setflags) X(shape) X(simple) X(slot) X(special) X(source) X(spoil) X(started) X(steady) \
-    X(step) X(storage) X(told) X(wait) X(wiring)
+    X(step) X(storage) X(target) X(told) X(wait) X(wiring)
 #define DECLARE(name) extern PyObject *name_##name;
 NAMES(DECLARE)
 #undef DECLARE
@@ -374,6 +374,10 @@ Py_ssize_t arriving_size(Lane *lane);
 /* A batch that frees handles and announces an upload like the one before: 1: it was taken in; 0: it
    is another one; -1: error. */
 int arriving_welcome(Lane *lane, PyObject *connection, const char *body, Py_ssize_t size);
+
+/* All of an upload that was announced is in place, and the other end was told: 1: it was taken in, as
+   Peer._take_whole; 0: it has more to it; -1: error. */
+int arriving_landed(PyObject *lane, Stream *stream, uint64_t number, int told);
 
 /* gather, see runs.c. */
 PyObject *runs_gather(PyObject *module, PyObject *const *args, Py_ssize_t count);

@@ -285,6 +285,12 @@ static int take_whole(PyObject *self, Stream *s, PyObject *told)
         return -1;
     uint64_t number;
     memcpy(&number, header + HEADER, 8);
+    int simply = arriving_landed(self, s, number, told == Py_True);
+    if (simply) {
+        if (simply > 0)
+            receiving_taken(s);
+        return simply;
+    }
     PyObject *value = PyLong_FromUnsignedLongLong(number);
     int taken = value == NULL ? -1 : ask_whether(self, name__take_whole, value, s->landing.place, told);
     Py_XDECREF(value);

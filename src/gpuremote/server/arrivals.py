@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
 from gpuremote.backend.base import Backend
@@ -17,6 +16,8 @@ __all__ = ["Arrival", "Ready", "Upload"]
 
 READY: Final = 8 << 20
 """Bytes of an array up to which there is memory before it is announced."""
+IN_A_LOOP: Final = 3
+"""Arrays that a program has at a time which uploads the next one before it drops the last."""
 
 
 class Arrival:
@@ -33,15 +34,13 @@ class Arrival:
         What the client offered; empty: nothing.
     kept : bool
         The server may keep what comes.
-    storage : Storage or None
-        What counts its memory; None: nothing comes yet.
     """
 
     __slots__ = ("_array", "digest", "kept", "meta", "slot", "storage", "target")
 
     target: Target
 
-    def __init__(self, slot: Slot, meta: Meta, storage: Storage | None) -> None:
+    def __init__(self, slot: Slot, meta: Meta, storage: Storage) -> None:
         self.slot = slot
         self.meta = meta
         self.storage = storage
@@ -53,6 +52,11 @@ class Arrival:
     def placed(self) -> bool:
         """Whether its bytes are coming."""
         return self._array is not None
+
+    @property
+    def array(self) -> Any:
+        """The backend's array, after ``place``."""
+        return self._array
 
     @property
     def view(self) -> memoryview:
@@ -87,7 +91,6 @@ class Arrival:
 
     def fill(self, backend: Backend) -> None:
         """Every byte is there: give the slot its value."""
-        assert self.storage is not None
         backend.received(self._array, self.target)
         self.slot.fill(self._array, self.meta, self.storage)
 
@@ -126,6 +129,7 @@ class Ready:
         self.record = b""
         self._session = session
         self._arriving = arriving
+        self._memory: list[tuple[Any, memoryview]] = []
 
     def landed(self, number: int, view: memoryview) -> bool | None:
         """As ``Sink.on_landed``."""
@@ -134,17 +138,22 @@ class Ready:
             return None
         later = session.on_payload_done(Upload([number]))
         if session.peer.direct and view.nbytes <= READY:
-            with contextlib.suppress(Exception):  # it is told of when there is nothing then
-                self._make(arrival.meta)
+            self._make(arrival, view)
         return later
 
-    def _make(self, meta: Meta) -> None:
-        session, slot = self._session, Slot()
-        arrival = Arrival(slot, meta, None)
-        arrival.place(session.backend)
-        view, nbytes, quota = arrival.target, meta.nbytes, session.quota
-        session.peer.ready = self.record, slot, arrival, view, nbytes, quota, self._arriving
+    def _make(self, arrival: Arrival, view: memoryview) -> None:
+        """Keep the memory of this upload for further ones, while nobody else refers to it."""
+        peer = self._session.peer
+        if peer.ready is None or peer.ready[:2] != (self.record, arrival.meta):
+            self._memory = []
+        elif len(self._memory) >= IN_A_LOOP:
+            return
+        self._memory.append((arrival.array, view))
+        nbytes, quota = arrival.meta.nbytes, self._session.quota
+        ready = self.record, arrival.meta, nbytes, quota, self._arriving, Arrival, self._memory
+        peer.ready = ready
 
     def drop(self) -> None:
         """Nothing has come for a while."""
         self._session.peer.ready = None
+        self._memory = []

@@ -159,7 +159,6 @@ class Sharing:
         if self._session.backend.exports_memory:
             # The array's own memory: ops in place on it wait.
             storage = arrival.storage
-            assert storage is not None
             storage.outgoing += 1
         elif self._staged + view.nbytes > self._session.quota.limit:
             return  # the device's memory is free before the copy is made, but not the host's
