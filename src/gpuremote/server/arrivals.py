@@ -131,27 +131,26 @@ class Ready:
         self._arriving = arriving
         self._memory: list[tuple[Any, memoryview]] = []
 
-    def landed(self, number: int, view: memoryview) -> bool | None:
-        """As ``Sink.on_landed``."""
-        session, arrival = self._session, self._arriving.get(number)
-        if arrival is None or not arrival.placed or arrival.target is not view:
-            return None
-        later = session.on_payload_done(Upload([number]))
-        if session.peer.direct and view.nbytes <= READY:
-            self._make(arrival, view)
-        return later
-
-    def _make(self, arrival: Arrival, view: memoryview) -> None:
-        """Keep the memory of this upload for further ones, while nobody else refers to it."""
-        peer = self._session.peer
-        if peer.ready is None or peer.ready[:2] != (self.record, arrival.meta):
+    def keep(self, arrival: Arrival) -> None:
+        """Keep the memory of an upload that is here for further ones, while nobody else refers to
+        it."""
+        peer, view, meta = self._session.peer, arrival.target, arrival.meta
+        connection = peer.connection
+        if (
+            connection is None
+            or not connection.expects
+            or not peer.direct
+            or not isinstance(view, memoryview)
+            or not 0 < view.nbytes <= READY
+        ):
+            return
+        if peer.ready is None or peer.ready[:2] != (self.record, meta):
             self._memory = []
         elif len(self._memory) >= IN_A_LOOP:
             return
         self._memory.append((arrival.array, view))
-        nbytes, quota = arrival.meta.nbytes, self._session.quota
-        ready = self.record, arrival.meta, nbytes, quota, self._arriving, Arrival, self._memory
-        peer.ready = ready
+        quota, arriving = self._session.quota, self._arriving
+        peer.ready = self.record, meta, meta.nbytes, quota, arriving, Arrival, self._memory
 
     def drop(self) -> None:
         """Nothing has come for a while."""

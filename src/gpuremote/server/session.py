@@ -148,10 +148,9 @@ class WorkerSession:
     def on_message(self, kind: int, arg: int, body: memoryview) -> bool:
         if kind == _BATCH:
             return self._batch(self._expander.expand(body, arg) if arg else body)
-        if kind == Kind.GOODBYE:
-            self.default.queue.append((self.peer.turn, self._say_goodbye, ()))
-        else:
+        if kind != Kind.GOODBYE:
             raise ProtocolError(f"a client does not send messages of kind {kind}")
+        self.default.queue.append((self.peer.turn, self._say_goodbye, ()))
         return False
 
     def on_payload(
@@ -217,16 +216,17 @@ class WorkerSession:
 
     def on_payload_done(self, token: object) -> bool:
         assert isinstance(token, Upload)
-        for number in token.numbers:
-            arrival = self._arriving.pop(number, None)
-            if arrival is not None:
-                arrival.fill(self.backend)
-                self.sharing.keep(arrival)
+        for arrival in filter(None, [self._arriving.pop(n, None) for n in token.numbers]):
+            arrival.fill(self.backend)
+            self.sharing.keep(arrival)
+            self.ready.keep(arrival)
         self.ordering.stir()
         return False  # the client waits for that
 
     def on_landed(self, number: int, view: memoryview) -> bool | None:
-        return self.ready.landed(number, view)
+        arrival = self._arriving.get(number)
+        placed = arrival is not None and arrival.placed and arrival.target is view
+        return self.on_payload_done(Upload([number])) if placed else None
 
     def arriving(self, number: int) -> Arrival | None:
         """What is to be the array ``number``, if it is still waited for."""
