@@ -118,39 +118,41 @@ class Ready:
     again: its memory is there when it is announced. It is counted from then on.
 
     The part in C takes it, see ``native/arriving.c``; the twin does not.
-
-    Attributes
-    ----------
-    record : bytes
-        The PUT with which the latest batch ended that ended with one.
     """
 
     def __init__(self, session: WorkerSession, arriving: dict[int, Arrival]) -> None:
-        self.record = b""
+        self._number = 0
+        self._record = b""
         self._session = session
         self._arriving = arriving
         self._memory: list[tuple[Any, memoryview]] = []
 
-    def keep(self, arrival: Arrival) -> None:
+    def heard(self, number: int, record: bytes) -> None:
+        """A batch ended with this PUT."""
+        self._number, self._record = number, record
+
+    def keep(self, number: int, arrival: Arrival) -> None:
         """Keep the memory of an upload that is here for further ones, while nobody else refers to
         it."""
         peer, view, meta = self._session.peer, arrival.target, arrival.meta
         connection = peer.connection
         if (
-            connection is None
+            number != self._number
+            or arrival.kept  # others may be given what comes: that is more to be done
+            or connection is None
             or not connection.expects
             or not peer.direct
             or not isinstance(view, memoryview)
             or not 0 < view.nbytes <= READY
         ):
             return
-        if peer.ready is None or peer.ready[:2] != (self.record, meta):
+        if peer.ready is None or peer.ready[:2] != (self._record, meta):
             self._memory = []
         elif len(self._memory) >= IN_A_LOOP:
             return
         self._memory.append((arrival.array, view))
         quota, arriving = self._session.quota, self._arriving
-        peer.ready = self.record, meta, meta.nbytes, quota, arriving, Arrival, self._memory
+        peer.ready = self._record, meta, meta.nbytes, quota, arriving, Arrival, self._memory
 
     def drop(self) -> None:
         """Nothing has come for a while."""

@@ -185,9 +185,8 @@ class WorkerSession:
             else:
                 targets.append(None)
         refused = [size for size, target in zip(sizes, targets, strict=True) if target is None]
-        scratch: Storage | None = None
-        if refused and arg == SEPARATE and len(refused) < len(sizes):
-            scratch = self._fill_gaps(targets, sizes, places)
+        some = refused and arg == SEPARATE and len(refused) < len(sizes)
+        scratch = self._fill_gaps(targets, sizes, places) if some else None
         if refused and scratch is None:
             self._fail_arriving(
                 numbers, OutOfDeviceMemory("another array of the same upload did not fit")
@@ -216,10 +215,11 @@ class WorkerSession:
 
     def on_payload_done(self, token: object) -> bool:
         assert isinstance(token, Upload)
-        for arrival in filter(None, [self._arriving.pop(n, None) for n in token.numbers]):
-            arrival.fill(self.backend)
-            self.sharing.keep(arrival)
-            self.ready.keep(arrival)
+        for number in token.numbers:
+            if (arrival := self._arriving.pop(number, None)) is not None:
+                arrival.fill(self.backend)
+                self.sharing.keep(arrival)
+                self.ready.keep(number, arrival)
         self.ordering.stir()
         return False  # the client waits for that
 
@@ -284,7 +284,7 @@ class WorkerSession:
                 continue
             op, values, offset = read(body, offset, number, plans)
             if op == Op.PUT and offset == size:
-                self.ready.record = bytes(body[start:])
+                self.ready.heard(number, bytes(body[start:]))
             if isinstance(op, Executable):
                 _check_handles(len(table) + op.n_out)
                 peer.turn += op.n_out or 1
