@@ -35,16 +35,37 @@ static int is_ready(Lane *l)
            && PyDict_GET_SIZE(l->table) < MANY && l->queue != NULL && !PyObject_Size(l->queue);
 }
 
-/* Memory that nobody else knows of (borrowed), the latest first: the array is referred to by what
-   holds it here and by its view. NULL: there is none. */
+/* Whether nobody else knows of memory: the array is referred to by what holds it here and by its view,
+   and what it is made from (to which NumPy's views of the array refer, not to the array) by what is
+   made from it. -1: error. */
+static int is_alone(PyObject *array)
+{
+    int alone = Py_REFCNT(array) == 2;
+    PyObject *object = Py_NewRef(array);
+    while (alone > 0 && Py_IS_TYPE(object, Py_TYPE(array))) {
+        PyObject *base = PyObject_GetAttr(object, name_base);
+        Py_DECREF(object);
+        if (base == NULL)
+            return -1;
+        object = base;
+        alone = base == Py_None || Py_REFCNT(base) == 2; /* this one among them */
+    }
+    Py_DECREF(object);
+    return alone;
+}
+
+/* Such memory, borrowed; NULL: there is none, or an error. */
 static PyObject *spare(PyObject *memory)
 {
     for (Py_ssize_t k = PyList_GET_SIZE(memory); k-- > 0;) {
         PyObject *pair = PyList_GET_ITEM(memory, k);
-        if (PyTuple_CheckExact(pair) && PyTuple_GET_SIZE(pair) == 2
-            && Py_REFCNT(PyTuple_GET_ITEM(pair, 0)) == 2 && Py_REFCNT(PyTuple_GET_ITEM(pair, 1)) == 1
-            && PyMemoryView_Check(PyTuple_GET_ITEM(pair, 1)))
-            return pair;
+        if (!PyTuple_CheckExact(pair) || PyTuple_GET_SIZE(pair) != 2
+            || !PyMemoryView_Check(PyTuple_GET_ITEM(pair, 1))
+            || Py_REFCNT(PyTuple_GET_ITEM(pair, 1)) != 1)
+            continue;
+        int alone = is_alone(PyTuple_GET_ITEM(pair, 0));
+        if (alone)
+            return alone > 0 ? pair : NULL;
     }
     return NULL;
 }
@@ -128,7 +149,7 @@ int arriving_welcome(Lane *l, PyObject *connection, const char *body, Py_ssize_t
     int room = storage_room(PyTuple_GET_ITEM(ready, QUOTA), PyTuple_GET_ITEM(ready, NBYTES));
     PyObject *pair = spare(PyTuple_GET_ITEM(ready, MEMORY));
     if (turn != l->turn || room <= 0 || pair == NULL)
-        return room < 0 ? -1 : 0;
+        return PyErr_Occurred() ? -1 : 0;
     Py_INCREF(ready);
     Py_INCREF(pair);
     int failed = 0;

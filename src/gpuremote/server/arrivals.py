@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from gpuremote.backend.base import Backend
 from gpuremote.ops.meta import Meta
 from gpuremote.server.storage import Slot, Storage
@@ -144,6 +146,7 @@ class Ready:
             or not peer.direct
             or not isinstance(view, memoryview)
             or not 0 < view.nbytes <= READY
+            or type(arrival.array) is not np.ndarray  # of which it is known who refers to it
         ):
             return
         if peer.ready is None or peer.ready[:2] != (self._record, meta):
