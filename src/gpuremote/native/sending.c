@@ -211,7 +211,7 @@ int sending_run(Stream *s, const char *lead, Py_ssize_t size, const Py_buffer *f
     Run run = {.lead = lead, .lead_left = size, .from = from->buf, .left = from->len};
     s->tx_busy = 1;
     s->tx_touching = PyThread_get_thread_ident();
-    int failed = send_run(s, &run, MAX_CHUNK, BURST) < 0 ? -1 : 0;
+    int failed = send_run(s, &run, MAX_CHUNK, LONG_BURST) < 0 ? -1 : 0;
     if (failed)
         stream_reword((PyObject *)s, name__broken);
     s->tx_touching = 0;

@@ -7,7 +7,7 @@
 
 #define PAYLOAD 2       /* wire.frames.Kind */
 #define FLUSH_NS 150000 /* client.issuing */
-#define MOST ((Py_ssize_t)8 << 20)
+#define MOST LONG_BURST
 #define SLICE 1.0 /* client.blocking_driver */
 
 /* Call a method while an exception is set, which stays. */
