@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gpuremote
 from gpuremote._speed import NATIVE, native
+from gpuremote.client.issuing import NEVER
 from gpuremote.client.uploading import STAGED
 from gpuremote.memory.shared import Arena
 from gpuremote.testing.servers import RunningServer
@@ -155,6 +157,39 @@ class Interrupt(BaseException):
 
 def _interrupt() -> None:
     raise Interrupt
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_ctrl_c_where_it_has_to_wait_or_to_flush(server: RunningServer, transport: str) -> None:
+    """The server keeps nothing that nobody has, and nothing is waited for at the end."""
+    with gpuremote.connect_sync(f"{server.url}?transport={transport}") as session:
+        device, core = session.devices[0], session._core
+        host = np.ones(SIZE, np.int32)
+        for _ in range(2 * STAGED + 1):
+            device.put(host)
+        session.synchronize()
+        known: dict[str, Any] = {"_relieve": core._relieve, "_keep_origins": core._keep_origins}
+
+        def interrupt(*arguments: int) -> None:
+            for name, method in known.items():
+                setattr(core, name, method)
+            core._stalled = False
+            for number in arguments:
+                core._keep_origins(number)
+            raise Interrupt
+
+        for name in known:
+            setattr(core, name, interrupt)
+        core._stalled = True
+        core.watch(lambda _: None, None)  # then records go out by themselves
+        with pytest.raises(Interrupt):
+            device.put(host)
+        core.watch(None, None)
+        session.synchronize()
+        assert not core._waits
+        assert core.flush_after < NEVER
+        assert session.server_stats()["memory_used"] == 0
+        assert device.put(host).max().item() == 1
 
 
 def test_it_comes_over_the_next_connection(side: Side, shared: Any, device: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -102,7 +103,9 @@ def test_a_loop_makes_memory_for_what_it_has_at_a_time(loop: Loop) -> None:
 
 
 @in_c
-@pytest.mark.parametrize("how", ["the array", "a view of it", "a buffer", "an op that waits"])
+@pytest.mark.parametrize(
+    "how", ["the array", "a view of it", "a buffer", "a transfer", "an op that waits"]
+)
 def test_memory_that_somebody_has_is_not_used(loop: Loop, how: str) -> None:
     held: list[Any] = []
     last: list[int] = []
@@ -116,6 +119,8 @@ def test_memory_that_somebody_has_is_not_used(loop: Loop, how: str) -> None:
                 held.append((k, value[5:100]))
             case "a buffer":
                 held.append((k, np.frombuffer(memoryview(value)[7:9], np.uint8)))
+            case "a transfer":
+                held.append((k, np.frombuffer(loop.backend.send_view(value)[0], np.uint8)))
             case _:
                 held.append((k, loop.session._table[number]))
         del value
@@ -265,3 +270,32 @@ def test_threads_that_upload_the_same_shape(session: Session) -> None:
     for thread in threads:
         thread.join()
     assert not failed
+
+
+def test_threads_that_have_the_kernel_take_no_more(session: Session) -> None:
+    """What one of them has to leave over is under way when another one sends."""
+    device, failed = session.devices[0], []
+    interval = sys.getswitchinterval()
+
+    def work(seed: int, size: int, times: int) -> None:
+        try:
+            for k in range(times):
+                remote = device.put(array((seed + k) % 251, size))
+                if k % 8 == 0:
+                    found = remote.get()
+                    assert found.min() == found.max() == (seed + k) % 251
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(k, 12 * MIB, 40)) for k in range(2)]
+    threads += [threading.Thread(target=work, args=(k, 350_000 + k, 300)) for k in range(2)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed
+    assert session.stats().reconnects == 0

@@ -43,7 +43,6 @@ class PythonRecorder:
     _staged: list[tuple[int, memoryview]]
     _kinds: dict[tuple[Shape, np.dtype[Any], int], tuple[Meta, bytes, object]]
     made: dict[int, Any]
-    _kit: tuple[type, ...]
     _watcher: Callable[[bytes], None] | None
     far: bool
     _first: int

@@ -86,7 +86,6 @@ class Uploader(Issuer):
         self._put_records: dict[Meta, bytes] = {}
         self._inline_heads: dict[Meta, bytes] = {}
         self._kinds = {}
-        self._kit = Entry, Region
         self.lent: set[Wait] = set()
         """Uploads that are on their way and that nobody waits for."""
         self._copies = 0

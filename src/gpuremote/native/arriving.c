@@ -8,9 +8,9 @@
 #define MANY (1 << 16)    /* handles; nearer to wire.caps.MAX_HANDLES the twin counts them */
 
 /* What Lane.ready holds: the record; what it announces; its bytes; what they count for; what is on its
-   way; rpc.arrivals.Arrival; and memory, as (array, view), for as many of them as a loop has at a
-   time. */
-enum { RECORD, META, NBYTES, QUOTA, ARRIVING, ARRIVAL, MEMORY, READY };
+   way; server.arrivals.Arrival; memory, as (array, view), for as many of them as a loop has at a time;
+   and the connection over which they come. */
+enum { RECORD, META, NBYTES, QUOTA, ARRIVING, ARRIVAL, MEMORY, CONNECTION, READY };
 
 static int is_one(PyObject *ready)
 {
@@ -30,6 +30,7 @@ Py_ssize_t arriving_size(Lane *l)
 static int is_ready(Lane *l)
 {
     return l->direct && l->credit > 0 && is_one(l->ready)
+           && PyTuple_GET_ITEM(l->ready, CONNECTION) == l->connection
            && !PyDict_GET_SIZE(PyTuple_GET_ITEM(l->ready, ARRIVING))
            && !PyDict_GET_SIZE(l->arriving) && l->table != NULL && PyDict_CheckExact(l->table)
            && PyDict_GET_SIZE(l->table) < MANY && l->queue != NULL && !PyObject_Size(l->queue);

@@ -70,6 +70,7 @@ static int lane_traverse(PyObject *self, visitproc visit, void *arg)
         Py_VISIT(at(l, k)->body);
     Py_VISIT(l->bulk);
     Py_VISIT(l->ready);
+    Py_VISIT(l->kit);
     Py_VISIT(l->arriving);
     return 0;
 }
@@ -90,6 +91,7 @@ static int lane_clear(PyObject *self)
     lane_drop(l, ~0ULL);
     Py_CLEAR(l->bulk);
     Py_CLEAR(l->ready);
+    Py_CLEAR(l->kit);
     Py_CLEAR(l->arriving);
     return 0;
 }
@@ -335,6 +337,7 @@ static PyMemberDef lane_members[] = {
     {"waits", T_OBJECT, offsetof(Lane, waits), 0, NULL},
     {"table", T_OBJECT, offsetof(Lane, table), 0, NULL},
     {"queue", T_OBJECT, offsetof(Lane, queue), 0, NULL},
+    {"_kit", T_OBJECT, offsetof(Lane, kit), 0, NULL},
     {"ready", T_OBJECT, offsetof(Lane, ready), 0, NULL},
     {"turn", T_ULONGLONG, offsetof(Lane, turn), 0, NULL},
     {"small", T_LONGLONG, offsetof(Lane, small), 0, NULL},

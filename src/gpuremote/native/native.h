@@ -119,6 +119,7 @@ typedef struct {
     PyObject_HEAD
     PyObject *connection, *lock, *acquire, *release, *sink, *waits, *wait_type, *trips, *table, *queue, *bulk, *arriving;
     PyObject *ready; /* see arriving.c */
+    PyObject *kit;   /* rpc.bulk.Entry and transport.base.Region, see payloads.c */
     Kept *kept; /* a ring: ``count`` messages from ``first`` on, room for a power of two */
     size_t first, count, room;
     Looking looking;
@@ -135,7 +136,7 @@ typedef struct {
     PyObject *lock, *acquire, *release, *dropped, *drop, *plans, *buffer, *origins, *on_buffered;
     PyObject *own; /* how the names of files of this package begin */
     PyObject *staged, *kinds, *made, *lane; /* see putting.c */
-    PyObject *watcher, *kit; /* see uploading.c */
+    PyObject *watcher; /* see uploading.c */
     long long first, next, last, named, oldest, full, flush_after, freed, pause, idle_pause;
     double writes;
     int depth;
@@ -256,7 +257,7 @@ int stream_put(Stream *stream, char *data, Py_ssize_t size, const char *body, Py
 /* A new Wait, or NULL. */
 PyObject *wait_make(unsigned long long number, PyObject *kind, PyObject *into);
 
-/* An upload that a wait is for, as one message with a payload. -1: error. */
+/* A wait is for an upload (NULL), and for this message with a payload of it. -1: error. */
 int wait_for_upload(PyObject *wait, PyObject *entry);
 
 /* One message less to be waited for, as Uploader._put_done. -1: error. */
@@ -343,6 +344,29 @@ int recording_append(Recorder *recorder, PyObject *record, PyObject *name, PyObj
 
 /* A new array that a number names, as ``make`` makes it, or NULL. */
 PyObject *recording_handle(PyObject *make, Recorder *recorder, long long number, PyObject *meta);
+
+/* A message with a number and one payload. */
+typedef struct {
+    unsigned kind, arg;
+    uint64_t number;
+    PyObject *array; /* with the payload, which is C-contiguous */
+    const Py_buffer *from;
+    PyObject *done;   /* called when the other end has it */
+    PyObject *wait;   /* who waits for that, or NULL */
+    PyObject *steady; /* as transport.base.Region has it */
+    const char *first; /* messages that go out before it, frames and all; SMALL bytes at most */
+    Py_ssize_t first_size;
+} Payload;
+
+/* Whether a connection takes such a message at once. */
+int payload_ready(Lane *lane, PyObject *connection);
+
+/* Send it, and keep it until the other end has it; what the kernel does not take is queued. With the
+   lock held. -1: error. */
+int payload_post(Lane *lane, const Payload *payload);
+
+/* Call a method while an exception is set, which stays. */
+void payload_tell_anyway(PyObject *object, PyObject *name, PyObject *argument);
 
 /* Before an upload: give back what was dropped, as Uploader.free_dropped. */
 int recording_free_dropped(Recorder *recorder);

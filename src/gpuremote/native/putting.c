@@ -117,12 +117,9 @@ static int stage_now(Recorder *r, PyObject *record, PyObject *view, Py_ssize_t m
     failed = staged == NULL ? -1 : PyList_Append(r->staged, staged);
     Py_XDECREF(staged);
     if (failed && r->last) { /* Ctrl-C, in whatever is told that there are records */
-        PyObject *type, *error, *traceback, *last = PyLong_FromLongLong(r->last);
-        PyErr_Fetch(&type, &error, &traceback);
-        if (last == NULL || tell((PyObject *)r, name__take_back, last, NULL) < 0)
-            PyErr_WriteUnraisable((PyObject *)r);
+        PyObject *last = PyLong_FromLongLong(r->last);
+        payload_tell_anyway((PyObject *)r, name__take_back, last);
         Py_XDECREF(last);
-        PyErr_Restore(type, error, traceback);
     }
     return failed;
 }
@@ -139,8 +136,13 @@ static PyObject *stage(Recorder *r, PyObject *meta, PyObject *record, PyObject *
         Py_CLEAR(number);
     else if (left)
         number = PyObject_CallMethodObjArgs((PyObject *)r, name_put_staged, meta, view, NULL);
-    else if (r->stalled && tell((PyObject *)r, name__relieve, NULL) < 0)
+    else {
+        if (!r->stalled || tell((PyObject *)r, name__relieve, NULL) == 0)
+            made = recording_handle(make, r, PyLong_AsLongLong(number), meta);
+        if (made == NULL)
+            payload_tell_anyway((PyObject *)r, name__take_back, number);
         Py_CLEAR(number);
+    }
     if (number != NULL)
         made = recording_handle(make, r, PyLong_AsLongLong(number), meta);
     Py_XDECREF(number);

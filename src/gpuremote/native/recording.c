@@ -28,7 +28,6 @@ static int recorder_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(r->made);
     Py_VISIT(r->lane);
     Py_VISIT(r->watcher);
-    Py_VISIT(r->kit);
     return 0;
 }
 
@@ -50,7 +49,6 @@ static int recorder_clear(PyObject *self)
     Py_CLEAR(r->made);
     Py_CLEAR(r->lane);
     Py_CLEAR(r->watcher);
-    Py_CLEAR(r->kit);
     return 0;
 }
 
@@ -543,7 +541,6 @@ static PyMemberDef recorder_members[] = {
     {"_staged", T_OBJECT_EX, offsetof(Recorder, staged), 0, NULL},
     {"_kinds", T_OBJECT_EX, offsetof(Recorder, kinds), 0, NULL},
     {"made", T_OBJECT_EX, offsetof(Recorder, made), 0, NULL},
-    {"_kit", T_OBJECT, offsetof(Recorder, kit), 0, NULL},
     {"_watcher", T_OBJECT, offsetof(Recorder, watcher), 0, NULL},
     {"far", T_BOOL, offsetof(Recorder, far), 0, NULL},
     {"_pause", T_LONGLONG, offsetof(Recorder, pause), 0, NULL},

@@ -10,55 +10,6 @@
 #define MOST LONG_BURST
 #define SLICE 1.0 /* client.blocking_driver */
 
-/* Call a method while an exception is set, which stays. */
-static void tell_anyway(PyObject *object, PyObject *name, PyObject *argument)
-{
-    PyObject *type, *error, *traceback;
-    PyErr_Fetch(&type, &error, &traceback);
-    if (argument == NULL || tell(object, name, argument, NULL) < 0)
-        PyErr_WriteUnraisable(object);
-    PyErr_Restore(type, error, traceback);
-}
-
-static int set(PyObject *object, PyObject *name, PyObject *value)
-{
-    return object == NULL || value == NULL ? -1 : PyObject_SetAttr(object, name, value);
-}
-
-static int set_number(PyObject *object, PyObject *name, unsigned long long number)
-{
-    PyObject *value = PyLong_FromUnsignedLongLong(number);
-    int failed = set(object, name, value);
-    Py_XDECREF(value);
-    return failed;
-}
-
-/* An instance without what its class does at first: no code of Python's runs, so no Ctrl-C either,
-   between a message that was sent and the note that it was. */
-static PyObject *bare(Recorder *r, Py_ssize_t which)
-{
-    PyTypeObject *type = (PyTypeObject *)PyTuple_GET_ITEM(r->kit, which);
-    return type->tp_alloc(type, 0);
-}
-
-/* As transport.base.Region(array). */
-static PyObject *region_of(Recorder *r, PyObject *array)
-{
-    PyObject *whole = PyMemoryView_FromObject(array), *code = PyUnicode_FromString("B");
-    PyObject *view = whole == NULL || code == NULL
-                         ? NULL
-                         : PyObject_CallMethodOneArg(whole, name_cast, code);
-    PyObject *region = view == NULL ? NULL : bare(r, 1);
-    if (region == NULL || set(region, name__view, view) || set(region, name_source, view)
-        || set(region, name_steady, Py_False)
-        || set_number(region, name_nbytes, (size_t)PyMemoryView_GET_BUFFER(view)->len))
-        Py_CLEAR(region);
-    Py_XDECREF(view);
-    Py_XDECREF(code);
-    Py_XDECREF(whole);
-    return region;
-}
-
 /* The other end has the bytes of a PUT: its number, who waits, and all who do. As Uploader._put_done. */
 static PyObject *delivered(PyObject *whose, PyObject *unused)
 {
@@ -72,32 +23,6 @@ static PyObject *delivered(PyObject *whose, PyObject *unused)
 
 static PyMethodDef delivered_method = {"delivered", delivered, METH_NOARGS, NULL};
 
-/* Note a payload that was given to the connection, as Peer.keep, for PUT ``number``: its rpc.bulk.Entry,
-   or NULL. */
-static PyObject *keep(Recorder *r, PyObject *number, PyObject *region, PyObject *wait,
-                      unsigned long long seq)
-{
-    uint64_t named = PyLong_AsUnsignedLongLong(number);
-    PyObject *entry = bare(r, 0), *key = PyLong_FromUnsignedLongLong(seq);
-    PyObject *body = PyBytes_FromStringAndSize((char *)&named, 8), *regions = PyList_New(1);
-    PyObject *whose = PyTuple_Pack(3, number, wait, ((Lane *)r->lane)->waits);
-    PyObject *done = whose == NULL ? NULL : PyCFunction_New(&delivered_method, whose);
-    if (regions != NULL)
-        PyList_SET_ITEM(regions, 0, Py_NewRef(region));
-    if (set(entry, name_seq, key) || set(entry, name_body, body) || set(entry, name_regions, regions)
-        || set(entry, name_on_delivered, done) || set_number(entry, name_kind, PAYLOAD)
-        || set_number(entry, name_arg, 0) || set(entry, name_started, Py_True)
-        || set(entry, name_cancelled, Py_False) || wait_for_upload(wait, entry) < 0
-        || PyDict_SetItem(((Lane *)r->lane)->bulk, key, entry) < 0)
-        Py_CLEAR(entry);
-    Py_XDECREF(done);
-    Py_XDECREF(whose);
-    Py_XDECREF(regions);
-    Py_XDECREF(body);
-    Py_XDECREF(key);
-    return entry;
-}
-
 /* The message of the records in the buffer: its bytes at ``data``, with their number in ``size`` (0:
    they were sent, or are too many). -1: error. */
 static int take_records(Recorder *r, char *data, Py_ssize_t room, Py_ssize_t *size)
@@ -105,6 +30,8 @@ static int take_records(Recorder *r, char *data, Py_ssize_t room, Py_ssize_t *si
     Lane *l = (Lane *)r->lane;
     Py_ssize_t count = PyByteArray_GET_SIZE(r->buffer);
     *size = 0;
+    if (!count) /* they have been sent */
+        return 0;
     if (r->far || r->watcher != Py_None || FRAME + HEADER + 8 + count > room)
         return tell((PyObject *)r, name_flush, NULL); /* others look at what is sent */
     PyObject *fresh = PyByteArray_FromStringAndSize(NULL, 0);
@@ -132,30 +59,6 @@ static int take_records(Recorder *r, char *data, Py_ssize_t room, Py_ssize_t *si
     return failed;
 }
 
-/* Queue what the kernel did not take of ``size`` bytes of records and of the payload. -1: error. */
-static int queue_rest(Stream *s, const char *data, Py_ssize_t size, const char *header,
-                      PyObject *region, Py_ssize_t sent)
-{
-    PyObject *message = PyBytes_FromStringAndSize(header, HEADER + 8);
-    PyObject *count = PyLong_FromSsize_t(sent < size ? sent : sent - size);
-    int failed = -1;
-    if (message == NULL || count == NULL)
-        ;
-    else if (sent >= size)
-        failed = tell((PyObject *)s, name__begun, message, region, count, NULL);
-    else {
-        PyObject *records = PyBytes_FromStringAndSize(data + FRAME, size - FRAME);
-        PyObject *regions = PyTuple_Pack(1, region);
-        if (records != NULL && regions != NULL && !tell((PyObject *)s, name__left, records, count, NULL))
-            failed = tell((PyObject *)s, name__send, message, regions, NULL);
-        Py_XDECREF(records);
-        Py_XDECREF(regions);
-    }
-    Py_XDECREF(message);
-    Py_XDECREF(count);
-    return failed;
-}
-
 /* The record and the bytes of an array, with the lock held. -1: error. */
 static int post(Recorder *r, PyObject *record, PyObject *array, const Py_buffer *from,
                 PyObject **number, PyObject **wait)
@@ -164,48 +67,28 @@ static int post(Recorder *r, PyObject *record, PyObject *array, const Py_buffer 
     if (put == NULL && (put = PyUnicode_InternFromString("put")) == NULL)
         return -1;
     Lane *l = (Lane *)r->lane;
-    char data[SMALL + LEAD + HEADER + 8], header[HEADER + 8];
-    Py_ssize_t size, sent = 0;
+    char data[SMALL];
+    Py_ssize_t size;
     *wait = wait_make((unsigned long long)r->next, put, Py_None);
-    if (*wait == NULL || lane_count_trip(l, put) < 0 || recording_free_dropped(r) < 0)
+    if (*wait == NULL || wait_for_upload(*wait, NULL) < 0 || lane_count_trip(l, put) < 0
+        || recording_free_dropped(r) < 0)
         return -1;
+    long long due = r->flush_after;
     r->flush_after = LLONG_MAX; /* it goes out right now */
-    if (recording_append(r, record, put, number) < 0 || PyDict_SetItem(l->waits, *number, *wait) < 0
-        || take_records(r, data, SMALL, &size) < 0)
-        return -1;
-    uint64_t named = PyLong_AsUnsignedLongLong(*number), seq = ++l->sent;
-    l->credit -= HEADER + 8;
-    lane_header(header, PAYLOAD, 0, 0, seq, l->complete);
-    memcpy(header + HEADER, &named, 8);
-    Stream *s = (Stream *)Py_NewRef(l->connection == NULL ? Py_None : l->connection);
-    int failed = 0, clear = is_stream((PyObject *)s) && stream_clear(s);
-    if (clear) {
-        Py_ssize_t lead = size + sending_lead(data + size, header, sizeof header, from);
-        l->messages_sent += 1 + (size > 0);
-        s->messages_sent += 1 + (size > 0);
-        failed = sending_run(s, data, lead, from, &sent);
-        clear = sent == lead + from->len + FRAME * ((from->len + MAX_CHUNK - 1) / MAX_CHUNK);
+    int failed = recording_append(r, record, put, number) < 0
+                 || PyDict_SetItem(l->waits, *number, *wait) < 0;
+    PyObject *whose = failed ? NULL : PyTuple_Pack(3, *number, *wait, l->waits);
+    PyObject *done = whose == NULL ? NULL : PyCFunction_New(&delivered_method, whose);
+    failed = done == NULL || take_records(r, data, sizeof data, &size) < 0 ? -1 : 0;
+    if (r->flush_after == LLONG_MAX)
+        r->flush_after = due;
+    if (!failed) {
+        const Payload payload = {PAYLOAD, 0, PyLong_AsUnsignedLongLong(*number), array, from, done,
+                                 *wait, Py_False, data, size};
+        failed = payload_post(l, &payload);
     }
-    /* The other end may have it by now: nothing may come between, whatever the sending said. */
-    PyObject *type, *error, *traceback;
-    PyErr_Fetch(&type, &error, &traceback);
-    PyObject *region = region_of(r, array);
-    PyObject *entry = region == NULL ? NULL : keep(r, *number, region, *wait, seq);
-    if (type != NULL)
-        PyErr_Restore(type, error, traceback);
-    if (!failed && entry != NULL && !clear && l->connection == (PyObject *)s && (PyObject *)s != Py_None)
-        failed = queue_rest(s, data, size, header, region, sent);
-    if (entry == NULL)
-        failed = -1;
-    if (entry == NULL)
-        stream_undo((PyObject *)s); /* no memory; what is on its way can't be taken back */
-    else if (failed && lane_survive(r->lane) < 0)
-        tell_anyway(r->lane, name_spoil, entry);
-    else
-        failed = 0; /* if the connection broke, it comes over the next one */
-    Py_XDECREF(entry);
-    Py_XDECREF(region);
-    Py_DECREF(s);
+    Py_XDECREF(done);
+    Py_XDECREF(whose);
     if (failed)
         return -1;
     PyObject *last = PyLong_FromLongLong(r->next - 1);
@@ -219,10 +102,9 @@ static int is_plain(Recorder *r, PyObject *kind)
 {
     Lane *l = (Lane *)r->lane;
     PyObject *connection = PyTuple_GET_ITEM(kind, 2);
-    return connection == l->connection && is_stream(connection) && stream_clear((Stream *)connection)
-           && ((Stream *)connection)->same_host && l->waits != NULL && PyDict_CheckExact(l->waits)
-           && !PyList_GET_SIZE(r->staged) && r->watcher != NULL && r->kit != NULL
-           && PyTuple_CheckExact(r->kit) && PyTuple_GET_SIZE(r->kit) == 2 && r->buffer != NULL
+    return connection == l->connection && payload_ready(l, connection) && l->waits != NULL
+           && PyDict_CheckExact(l->waits) && !PyList_GET_SIZE(r->staged) && r->watcher != NULL
+           && r->buffer != NULL
            && PyByteArray_Check(r->buffer)
            && PyByteArray_GET_SIZE(r->buffer) + PyBytes_GET_SIZE(PyTuple_GET_ITEM(kind, 1)) + 64
                   < r->full;
@@ -267,18 +149,21 @@ static int await(Recorder *r, PyObject *driver, PyObject *connection, PyObject *
         Py_XDECREF(taken);
     }
     if (led && PyDict_GetItemWithError(leader, zero) == me) {
-        PyObject *type, *error, *traceback, *before;
+        PyObject *type, *error, *traceback, *before, *after = NULL;
         PyErr_Fetch(&type, &error, &traceback);
         PyDict_DelItem(leader, zero);
         before = PyObject_GetAttr(driver, name__receives);
-        if (before == NULL || set_number(driver, name__receives, PyLong_AsUnsignedLongLong(before) + 1))
+        if (before == NULL || (after = PyLong_FromLongLong(PyLong_AsLongLong(before) + 1)) == NULL
+            || PyObject_SetAttr(driver, name__receives, after))
             PyErr_WriteUnraisable(driver);
+        Py_XDECREF(after);
         Py_XDECREF(before);
         PyObject *followers = PyObject_GetAttr(driver, name__followers);
         if (followers == NULL || (PyObject_Size(followers) && tell(driver, name__call_followers, NULL) < 0))
-            PyErr_WriteUnraisable(driver);
+            over = -1; /* Ctrl-C, say */
         Py_XDECREF(followers);
-        PyErr_Restore(type, error, traceback);
+        if (type != NULL)
+            PyErr_Restore(type, error, traceback);
     }
     if (!over && wait_state(wait) == 1) {
         if (r->flush_after && !PyDict_GET_SIZE(((Lane *)r->lane)->waits)) { /* as Core.settled */
@@ -313,12 +198,16 @@ int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make,
         PyBuffer_Release(&from);
         return PyErr_Occurred() ? -1 : 0;
     }
+    if (r->special || !is_plain(r, kind)) { /* another thread had the lock meanwhile */
+        PyBuffer_Release(&from);
+        return recording_let_go(r, 0);
+    }
     PyObject *number = NULL, *wait = NULL, *connection = Py_NewRef(PyTuple_GET_ITEM(kind, 2));
     int failed = post(r, PyTuple_GET_ITEM(kind, 1), array, &from, &number, &wait);
     if (!failed && (l->credit <= 0 || l->connection != connection || ((Stream *)connection)->pending))
         failed = tell((PyObject *)r, name__posted, NULL);
     if (failed && wait != NULL)
-        tell_anyway((PyObject *)r, name_cancel, wait);
+        payload_tell_anyway((PyObject *)r, name_cancel, wait);
     PyBuffer_Release(&from);
     failed = recording_let_go(r, failed);
     if (!failed && r->stalled)

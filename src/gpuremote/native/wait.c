@@ -96,12 +96,14 @@ int wait_delivered(PyObject *wait)
 int wait_for_upload(PyObject *wait, PyObject *entry)
 {
     Wait *w = (Wait *)wait;
-    PyObject *entries = PyList_New(1);
+    if (entry != NULL) {
+        w->left++;
+        return PyList_Append(w->entries, entry);
+    }
+    PyObject *entries = PyList_New(0);
     if (entries == NULL)
         return -1;
-    PyList_SET_ITEM(entries, 0, Py_NewRef(entry));
     Py_XSETREF(w->entries, entries);
-    w->left = 1;
     return 0;
 }
 

@@ -116,6 +116,7 @@ class PythonLane:
     arriving: dict[int, Any]
     _sink: Sink
     _bulk: dict[int, Any]
+    _kit: tuple[type, type]
     _seen: int
     _complete: int
     _limit: int

@@ -116,7 +116,7 @@ class Peer(Lane):
         self.copied = 0
         # Sending side.
         self.sent = 0
-        self._bulk = {}
+        self._bulk, self._kit = {}, (Entry, Region)
         self._limit = WINDOW_BYTES
         # Receiving side.
         self._seen = 0

@@ -149,15 +149,21 @@ class Ready:
             or type(arrival.array) is not np.ndarray  # of which it is known who refers to it
         ):
             return
-        if peer.ready is None or peer.ready[:2] != (self._record, meta):
+        if (
+            peer.ready is None
+            or peer.ready[:2] != (self._record, meta)
+            or peer.ready[-1] is not connection
+        ):
             self._memory = []
         elif len(self._memory) >= IN_A_LOOP:
             return
         self._memory.append((arrival.array, view))
         quota, arriving = self._session.quota, self._arriving
-        peer.ready = self._record, meta, meta.nbytes, quota, arriving, Arrival, self._memory
+        memory = self._memory
+        peer.ready = self._record, meta, meta.nbytes, quota, arriving, Arrival, memory, connection
 
     def drop(self) -> None:
         """Nothing has come for a while."""
-        self._session.peer.ready = None
-        self._memory = []
+        with self._session.lock:
+            self._session.peer.ready = None
+            self._memory = []
