@@ -100,9 +100,9 @@ typedef struct {
     X(_relieve) X(_report_if_due) X(_send) X(_settle) X(_settle_up_to) X(_shared) X(_slots) X(_take_back) X(_take_in) X(_take_origin) X(_take_whole) X(_view) X(_whole) \
     X(_written) X(abort) X(acquire) X(append) X(arg) X(base) X(body) X(cancel) X(cancelled) X(cast) X(check_result) X(checks) X(device) X(digest) X(dispatch) X(done) \
     X(dtype) X(expected) X(f) X(flush) X(failed) X(form) X(free_dropped) X(function) X(held) X(i) X(id) X(inplace) X(inputs) X(interrupted) X(kept) X(kind) \
-    X(isdisjoint) X(left) X(looks) X(lost) X(meta) X(n_out) X(nbytes) X(numbers) X(on_delivered) X(on_executed) X(on_message) X(ops_executed) X(out) \
+    X(isdisjoint) X(left) X(looks) X(lost) X(meta) X(n_out) X(nbytes) X(numbers) X(on_delivered) X(on_executed) X(on_message) X(ops_executed) X(ordering) X(out) \
     X(pending_output) X(popleft) X(put_staged) X(quota) X(receive) X(release) X(regions) X(reserve) X(result) X(run) \
-    X(run_otherwise) X(scratch) X(send) X(seq) X(set_result) X(setflags) X(shape) X(simple) X(slot) X(special) X(source) X(spoil) X(started) X(steady) \
+    X(run_otherwise) X(scratch) X(send) X(seq) X(set_result) X(setflags) X(shape) X(simple) X(slot) X(special) X(source) X(spoil) X(started) X(steady) X(stir) \
     X(step) X(storage) X(target) X(told) X(wait) X(wiring)
 #define DECLARE(name) extern PyObject *name_##name;
 NAMES(DECLARE)
@@ -317,6 +317,9 @@ PyObject *slot_storage(PyObject *slot);
 
 /* As Slot.fill. */
 void slot_put(PyObject *slot, PyObject *value, PyObject *meta, PyObject *storage);
+
+/* So many more transfers read the memory of a Storage. */
+void storage_lend(PyObject *storage, int more);
 
 /* Whether so many bytes fit in a Quota as it is. -1: error. */
 int storage_room(PyObject *quota, PyObject *nbytes);

@@ -124,6 +124,11 @@ PyType_Spec tally_spec = {
     tally_slots,
 };
 
+void storage_lend(PyObject *storage, int more)
+{
+    ((Storage *)storage)->outgoing += more;
+}
+
 int storage_room(PyObject *quota, PyObject *number)
 {
     long long nbytes;

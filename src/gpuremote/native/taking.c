@@ -4,6 +4,8 @@
 
 #include <sched.h>
 
+#define IN_PAYLOAD 1                          /* wire.frames.ResultForm.PAYLOAD */
+#define SENT_AT_ONCE ((Py_ssize_t)4 << 20) /* server.answers */
 
 /* Call a method with up to three arguments: 1 if it gave True, -1: error. */
 static int ask_whether(PyObject *object, PyObject *name, PyObject *a, PyObject *b, PyObject *c)
@@ -45,10 +47,54 @@ static int deliver(Lane *l, const char *body, Py_ssize_t size)
     return taken;
 }
 
-/* A batch that asks for one array, which is there and small: answered at once, if nothing runs
+/* The other end has an array that was sent from where it lies: what it lies in, and a lane. As the
+   callback of Answers.send_array. */
+static PyObject *released(PyObject *whose, PyObject *unused)
+{
+    Lane *l = (Lane *)PyTuple_GET_ITEM(whose, 1);
+    storage_lend(PyTuple_GET_ITEM(whose, 0), -1);
+    PyObject *held = PyObject_GetAttr((PyObject *)l, name_held);
+    Py_XDECREF(held);
+    if (held == NULL)
+        return NULL;
+    if (l->direct && held == Py_False && l->queue != NULL && !PyObject_Size(l->queue))
+        Py_RETURN_NONE; /* nobody waits for that */
+    PyObject *ordering = PyObject_GetAttr(l->sink, name_ordering);
+    int failed = ordering == NULL ? -1 : tell(ordering, name_stir, NULL);
+    Py_XDECREF(ordering);
+    return failed ? NULL : Py_NewRef(Py_None);
+}
+
+static PyMethodDef released_method = {"released", released, METH_NOARGS, NULL};
+
+/* Send an array that is middling, while no other is on its way, as Answers.send_now: 1; 0: it has to
+   queue; -1: error. */
+static int send_now(Lane *l, PyObject *connection, uint64_t number, PyObject *slot, const Py_buffer *from)
+{
+    PyObject *storage = slot_storage(slot);
+    if (from->len > SENT_AT_ONCE || PyDict_GET_SIZE(l->bulk) || !payload_ready(l, connection)
+        || storage == NULL || !Py_IS_TYPE(storage, Storage_Type))
+        return 0;
+    PyObject *whose = PyTuple_Pack(2, storage, (PyObject *)l);
+    PyObject *done = whose == NULL ? NULL : PyCFunction_New(&released_method, whose);
+    int failed = done == NULL ? -1 : 0;
+    if (!failed) {
+        /* Ops that would write to this memory wait until the client has it all. */
+        storage_lend(storage, 1);
+        l->turn = number + 1;
+        const Payload payload = {RESULT, IN_PAYLOAD, number, slot_value(slot), from, done, NULL,
+                                 Py_True, NULL, 0};
+        failed = payload_post(l, &payload);
+    }
+    Py_XDECREF(done);
+    Py_XDECREF(whose);
+    return failed ? -1 : 1;
+}
+
+/* A batch that asks for one array, which is there and not large: answered at once, if nothing runs
    before it. 1: answered, and nothing is left to see to; 0: answered, or to be taken in as any
    other (then *other); -1: error. */
-static int serve(PyObject *self, const char *body, Py_ssize_t size, int *other)
+static int serve(PyObject *self, PyObject *connection, const char *body, Py_ssize_t size, int *other)
 {
     Lane *l = (Lane *)self;
     uint64_t turn, handle;
@@ -74,11 +120,18 @@ static int serve(PyObject *self, const char *body, Py_ssize_t size, int *other)
         return 0;
     }
     PyObject *answer = NULL;
-    if (bytes.len <= l->small && (answer = PyBytes_FromStringAndSize(NULL, 8 + bytes.len))) {
+    int sent = 0;
+    if (bytes.len > l->small)
+        sent = send_now(l, connection, turn, slot, &bytes);
+    else if ((answer = PyBytes_FromStringAndSize(NULL, 8 + bytes.len))) {
         memcpy(PyBytes_AS_STRING(answer), &turn, 8);
         memcpy(PyBytes_AS_STRING(answer) + 8, bytes.buf, (size_t)bytes.len);
     }
     PyBuffer_Release(&bytes);
+    if (sent > 0) {
+        *other = 0;
+        return l->connection == connection && !((Stream *)connection)->pending;
+    }
     if (answer == NULL)
         return PyErr_Occurred() ? -1 : 0;
     *other = 0;
@@ -205,7 +258,7 @@ static int take_in(PyObject *self, PyObject *connection, Py_ssize_t total)
         other = !delivered;
     }
     else if (kind == BATCH && arg == 0)
-        quiet = serve(self, message + HEADER, size - HEADER, &other);
+        quiet = serve(self, connection, message + HEADER, size - HEADER, &other);
     if (other && !quiet && kind == BATCH && arg == 0) {
         int welcome = arriving_welcome(l, connection, message + HEADER, size - HEADER);
         if (welcome < 0)
