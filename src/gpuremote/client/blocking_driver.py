@@ -157,7 +157,10 @@ class BlockingDriver:
             self._better_at = None
             self.link.leave(self.core)
         if timeout is None:
-            self._wait_simply(wait)
+            if self.core.await_answer(self, wait):
+                return wait.value
+            if not wait.done:
+                self._wait_simply(wait)
         if not wait.done:
             self._wait_until(wait, timeout)
         if self.core.flush_after:
@@ -218,7 +221,7 @@ class BlockingDriver:
             self._call_followers()
 
     def _caught(self, connection: Connection, wait: Wait, error: BaseException) -> None:
-        """The same where the part in C receives (``native/uploading.c``), for what it met with."""
+        """The same where the part in C receives (``native/awaiting.c``), for what it met with."""
         try:
             raise error
         except ConnectionLost as lost:

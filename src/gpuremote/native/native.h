@@ -99,7 +99,7 @@ typedef struct {
     X(_input) X(_keep_origins) X(_known) X(_landed) X(_leader) X(_left) X(_owing) X(_posted) X(_prepare) X(_receive) X(_receives) X(_release) X(_renewed) \
     X(_relieve) X(_report_if_due) X(_send) X(_settle) X(_settle_up_to) X(_shared) X(_slots) X(_take_back) X(_take_in) X(_take_origin) X(_take_whole) X(_view) X(_whole) \
     X(_written) X(abort) X(acquire) X(append) X(arg) X(base) X(body) X(cancel) X(cancelled) X(cast) X(check_result) X(checks) X(device) X(digest) X(dispatch) X(done) \
-    X(dtype) X(expected) X(f) X(flush) X(failed) X(form) X(free_dropped) X(function) X(held) X(i) X(id) X(inplace) X(inputs) X(interrupted) X(kept) X(kind) \
+    X(dtype) X(expect) X(expected) X(f) X(flush) X(failed) X(form) X(free_dropped) X(function) X(held) X(i) X(id) X(inplace) X(inputs) X(interrupted) X(kept) X(kind) \
     X(isdisjoint) X(left) X(looks) X(lost) X(meta) X(n_out) X(nbytes) X(numbers) X(on_delivered) X(on_executed) X(on_message) X(ops_executed) X(ordering) X(out) \
     X(pending_output) X(popleft) X(put_staged) X(quota) X(receive) X(release) X(regions) X(reserve) X(result) X(run) \
     X(run_otherwise) X(scratch) X(send) X(seq) X(set_result) X(setflags) X(shape) X(simple) X(slot) X(special) X(source) X(spoil) X(started) X(steady) X(stir) \
@@ -263,6 +263,9 @@ int wait_for_upload(PyObject *wait, PyObject *entry);
 /* One message less to be waited for, as Uploader._put_done. -1: error. */
 int wait_delivered(PyObject *wait);
 
+/* Bytes of the memory that the answer goes to; 0: none. */
+Py_ssize_t wait_into(PyObject *wait);
+
 /* 0: it goes on; 1: it is over; 2: with an error. */
 int wait_state(PyObject *wait);
 
@@ -378,6 +381,13 @@ int recording_free_dropped(Recorder *recorder);
    1, and the new array; 0: nothing was done; -1: error. */
 int uploading_send(Recorder *recorder, PyObject *array, PyObject *kind, PyObject *make,
                    PyObject *driver, PyObject **made);
+
+/* As BlockingDriver.wait, where this thread alone receives over a Stream, and the answer comes: 1; 0:
+   the driver has to; -1: error. */
+int awaiting_wait(Recorder *recorder, PyObject *driver, PyObject *connection, PyObject *wait);
+
+/* Recorder.await_answer, see awaiting.c. */
+PyObject *awaiting_await(PyObject *self, PyObject *const *args, Py_ssize_t count);
 
 /* Recorder.put_at_hand, see putting.c. */
 PyObject *putting_put(PyObject *self, PyObject *const *args, Py_ssize_t count);

@@ -565,6 +565,7 @@ static PyGetSetDef recorder_getset[] = {
 static PyMethodDef recorder_methods[] = {
     {"_append", (PyCFunction)(void (*)(void))recorder_append, METH_FASTCALL, NULL},
     {"issue", (PyCFunction)(void (*)(void))recorder_issue, METH_FASTCALL, NULL},
+    {"await_answer", (PyCFunction)(void (*)(void))awaiting_await, METH_FASTCALL, NULL},
     {"put_at_hand", (PyCFunction)(void (*)(void))putting_put, METH_FASTCALL, NULL},
     {NULL},
 };

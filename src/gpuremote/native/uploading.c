@@ -3,12 +3,9 @@
 
 #include "native.h"
 
-#include <pythread.h>
-
 #define PAYLOAD 2       /* wire.frames.Kind */
 #define FLUSH_NS 150000 /* client.issuing */
 #define MOST LONG_BURST
-#define SLICE 1.0 /* client.blocking_driver */
 
 /* The other end has the bytes of a PUT: its number, who waits, and all who do. As Uploader._put_done. */
 static PyObject *delivered(PyObject *whose, PyObject *unused)
@@ -110,79 +107,6 @@ static int is_plain(Recorder *r, PyObject *kind)
                   < r->full;
 }
 
-static int is_none(PyObject *object, PyObject *name)
-{
-    PyObject *value = PyObject_GetAttr(object, name);
-    Py_XDECREF(value);
-    return value == NULL ? -1 : value == Py_None;
-}
-
-/* As BlockingDriver.wait, where this thread alone receives and the answer comes: 1; 0: the driver has
-   to; -1: error. */
-static int await(Recorder *r, PyObject *driver, PyObject *connection, PyObject *wait)
-{
-    int over = -1, led = 0, simple = is_none(driver, name__better_at);
-    PyObject *leader = PyObject_GetAttr(driver, name__leader), *zero = PyLong_FromLong(0);
-    PyObject *me = PyLong_FromUnsignedLong(PyThread_get_thread_ident());
-    PyObject *looks = PyObject_GetAttr(connection, name_looks), *slice = PyFloat_FromDouble(SLICE);
-    if (simple < 0 || leader == NULL || zero == NULL || me == NULL || looks == NULL || slice == NULL)
-        goto over;
-    over = 0;
-    if (!simple || !PyDict_CheckExact(leader) || PyDict_GET_SIZE(leader)
-        || ((Lane *)r->lane)->connection != connection || ((Stream *)connection)->pending)
-        goto over;
-    led = PyDict_SetDefault(leader, zero, me) == me;
-    PyObject *given[] = {connection, slice, looks};
-    while (led && !over && !wait_state(wait)) {
-        PyObject *taken = lane_take(r->lane, given, 3);
-        if (taken == NULL) {
-            PyObject *type, *error, *traceback;
-            PyErr_Fetch(&type, &error, &traceback);
-            PyErr_NormalizeException(&type, &error, &traceback);
-            over = tell(driver, name__caught, connection, wait, error, NULL) < 0 ? -1 : 2;
-            Py_XDECREF(type);
-            Py_XDECREF(error);
-            Py_XDECREF(traceback);
-        }
-        else if (taken == Py_False)
-            over = 2; /* there may be more to see to */
-        Py_XDECREF(taken);
-    }
-    if (led && PyDict_GetItemWithError(leader, zero) == me) {
-        PyObject *type, *error, *traceback, *before, *after = NULL;
-        PyErr_Fetch(&type, &error, &traceback);
-        PyDict_DelItem(leader, zero);
-        before = PyObject_GetAttr(driver, name__receives);
-        if (before == NULL || (after = PyLong_FromLongLong(PyLong_AsLongLong(before) + 1)) == NULL
-            || PyObject_SetAttr(driver, name__receives, after))
-            PyErr_WriteUnraisable(driver);
-        Py_XDECREF(after);
-        Py_XDECREF(before);
-        PyObject *followers = PyObject_GetAttr(driver, name__followers);
-        if (followers == NULL || (PyObject_Size(followers) && tell(driver, name__call_followers, NULL) < 0))
-            over = -1; /* Ctrl-C, say */
-        Py_XDECREF(followers);
-        if (type != NULL)
-            PyErr_Restore(type, error, traceback);
-    }
-    if (!over && wait_state(wait) == 1) {
-        if (r->flush_after && !PyDict_GET_SIZE(((Lane *)r->lane)->waits)) { /* as Core.settled */
-            r->flush_after = r->idle_pause ? looking_now() + r->idle_pause : 0;
-            r->pause = FLUSH_NS;
-        }
-        over = 1;
-    }
-    else if (over > 0)
-        over = 0;
-over:
-    Py_XDECREF(slice);
-    Py_XDECREF(looks);
-    Py_XDECREF(me);
-    Py_XDECREF(zero);
-    Py_XDECREF(leader);
-    return over;
-}
-
 int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make, PyObject *driver,
                    PyObject **made)
 {
@@ -215,7 +139,7 @@ int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make,
     if (!failed)
         *made = recording_handle(make, r, PyLong_AsLongLong(number), PyTuple_GET_ITEM(kind, 0));
     if (*made != NULL) {
-        int over = await(r, driver, connection, wait);
+        int over = awaiting_wait(r, driver, connection, wait);
         if (over < 0 || (!over && tell(driver, name_wait, wait, NULL) < 0))
             Py_CLEAR(*made);
     }

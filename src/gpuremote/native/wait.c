@@ -78,6 +78,12 @@ static void wait_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
+Py_ssize_t wait_into(PyObject *wait)
+{
+    PyObject *into = ((Wait *)wait)->into;
+    return into == NULL || !PyMemoryView_Check(into) ? 0 : PyMemoryView_GET_BUFFER(into)->len;
+}
+
 int wait_state(PyObject *wait)
 {
     Wait *w = (Wait *)wait;
