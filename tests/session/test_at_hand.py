@@ -60,9 +60,9 @@ def test_it_is_one_step(side: Side, shared: Any, device: Any) -> None:
         pytest.skip("the loop has functions of its own")
     host = np.ones(SIZE, np.int32)
     # One of them tells the driver that there is something to be sent, one sends it.
-    assert [calls_of(device, host) for _ in range(6)].count(["put"]) >= 4
+    assert [calls_of(device, host) for _ in range(9)].count(["put"]) >= 3
     made = [shared.empty(SIZE, np.int32) for _ in range(6)]
-    assert [calls_of(device, array) for array in made].count(["put"]) >= 4
+    assert [calls_of(device, array) for array in made].count(["put"]) >= 3
 
 
 def _others() -> list[Any]:

@@ -231,6 +231,8 @@ class BlockingDriver:
         except BaseException:
             self.core.cancel(wait)
             raise
+        finally:
+            del error, wait  # a circle, which would hold the program's buffers
 
     def _wait_until(self, wait: Wait, timeout: float | None) -> None:
         deadline = None if timeout is None else _clock.now() + timeout

@@ -157,8 +157,16 @@ class Core(Uploader):
                 self.cancel(wait)
                 raise
         if self._stalled:
-            self._relieve()
+            self._relieve_for(wait)
         return wait
+
+    def _relieve_for(self, wait: Wait) -> None:
+        """As ``_relieve``; who does not come back from it waits for nothing."""
+        try:
+            self._relieve()
+        except BaseException:
+            self.cancel(wait)
+            raise
 
     def ask_bytes(self, handle: int, into: memoryview, kind: str) -> Wait:
         """Ask for an array's bytes, and send everything up to it. As :meth:`ask`, in short."""
@@ -182,7 +190,7 @@ class Core(Uploader):
                 if not wait.posted:
                     self._posted()
         if self._stalled:
-            self._relieve()
+            self._relieve_for(wait)
         return wait
 
     def expect(self, wait: Wait) -> None:

@@ -332,15 +332,31 @@ class Uploader(Issuer):
             else:
                 self.trips["put"] = self.trips.get("put", 0) + 1
             self.free_dropped()
+            first = end = self._next
             try:
                 made = post(wait, entries)
+                end = self._next
+                self._posted()
             except BaseException:
-                self.cancel(wait)
+                self._give_up(wait, range(first, self._next))
                 raise
-            self._posted()
         if self._stalled:
-            self._relieve()
+            try:
+                self._relieve()
+            except BaseException:
+                self._give_up(wait, range(first, end))
+                raise
         return made, wait
+
+    def _give_up(self, wait: Wait, numbers: range) -> None:
+        """Ctrl-C: nobody will have the arrays of an upload whose records have these numbers."""
+        with self.lock:
+            unknown = [number for number in numbers if number not in self._waits]
+            self.cancel(wait)
+            if self.dead is None:
+                for number in unknown:
+                    self._record(Op.CANCEL, (number,))
+                self.dropped.extend(numbers)
 
     def free_dropped(self) -> None:
         """Before an upload: the server makes room for it when it is announced, not in its turn, and

@@ -66,6 +66,8 @@ int awaiting_wait(Recorder *r, PyObject *driver, PyObject *connection, PyObject 
         PyObject *followers = PyObject_GetAttr(driver, name__followers);
         if (followers == NULL || (PyObject_Size(followers) && tell(driver, name__call_followers, NULL) < 0))
             over = -1; /* Ctrl-C, say */
+        if (followers == NULL || (over < 0 && type == NULL && !wait_state(wait)))
+            payload_tell_anyway((PyObject *)r, name_cancel, wait);
         Py_XDECREF(followers);
         if (type != NULL)
             PyErr_Restore(type, error, traceback);

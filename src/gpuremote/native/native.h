@@ -87,6 +87,7 @@ typedef struct {
     long gap_looks; /* see more_soon */
     Looking gaps;
     char roams, same_host;
+    char shares; /* payload goes through memory that both ends see, as a rule */
     Looking room; /* looking whether the kernel takes more */
     long long moved; /* when it last went to another processor */
     long long sends, receives, messages_sent, messages_received, bytes_sent, bytes_received,

@@ -397,6 +397,7 @@ static PyMemberDef stream_members[] = {
     {"pending_output", T_BOOL, offsetof(Stream, pending), READONLY, NULL},
     {"roams", T_BOOL, offsetof(Stream, roams), 0, NULL},
     {"_same_host", T_BOOL, offsetof(Stream, same_host), 0, NULL},
+    {"_shares", T_BOOL, offsetof(Stream, shares), 0, NULL},
     {"_gap_looks", T_LONG, offsetof(Stream, gap_looks), 0, NULL},
     {"_pending", T_BOOL, offsetof(Stream, pending), 0, NULL},
     {"_calling", T_BOOL, offsetof(Stream, calling), 0, NULL},

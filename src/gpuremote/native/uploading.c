@@ -107,6 +107,17 @@ static int is_plain(Recorder *r, PyObject *kind)
                   < r->full;
 }
 
+/* Nobody will have the array of an upload that failed in the middle, with the exception set. */
+static void give_up(Recorder *r, PyObject *wait)
+{
+    PyObject *last = PyLong_FromLongLong(r->last);
+    if (wait != NULL)
+        payload_tell_anyway((PyObject *)r, name_cancel, wait);
+    if (r->last)
+        payload_tell_anyway((PyObject *)r, name__take_back, last);
+    Py_XDECREF(last);
+}
+
 int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make, PyObject *driver,
                    PyObject **made)
 {
@@ -127,17 +138,20 @@ int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make,
         return recording_let_go(r, 0);
     }
     PyObject *number = NULL, *wait = NULL, *connection = Py_NewRef(PyTuple_GET_ITEM(kind, 2));
+    r->last = 0;
     int failed = post(r, PyTuple_GET_ITEM(kind, 1), array, &from, &number, &wait);
     if (!failed && (l->credit <= 0 || l->connection != connection || ((Stream *)connection)->pending))
         failed = tell((PyObject *)r, name__posted, NULL);
-    if (failed && wait != NULL)
-        payload_tell_anyway((PyObject *)r, name_cancel, wait);
+    if (failed)
+        give_up(r, wait);
     PyBuffer_Release(&from);
     failed = recording_let_go(r, failed);
-    if (!failed && r->stalled)
-        failed = tell((PyObject *)r, name__relieve, NULL);
     if (!failed)
         *made = recording_handle(make, r, PyLong_AsLongLong(number), PyTuple_GET_ITEM(kind, 0));
+    if (*made != NULL && r->stalled && tell((PyObject *)r, name__relieve, NULL) < 0) {
+        payload_tell_anyway((PyObject *)r, name_cancel, wait);
+        Py_CLEAR(*made);
+    }
     if (*made != NULL) {
         int over = awaiting_wait(r, driver, connection, wait);
         if (over < 0 || (!over && tell(driver, name_wait, wait, NULL) < 0))

@@ -130,6 +130,7 @@ class ShmConnection(TcpConnection):
         self, sock: socket.socket, side: socket.socket, *, blocking: bool, limit: int = 0
     ) -> None:
         super().__init__(sock, blocking=blocking, reason="shared memory, proved by a number in it")
+        self._shares = True
         self._side = Side(side)
         most = int(SHARE * host_memory())
         self._arena = Arena(min(limit, most) if limit else most, self._side.send, self._drop)
