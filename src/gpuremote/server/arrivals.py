@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Arrival", "Ready", "Upload"]
 
-READY: Final = 32 << 20
+READY: Final = 4 << 20
 """Bytes of an array up to which there is memory before it is announced."""
 IN_A_LOOP: Final = 3
 """Arrays that a program has at a time which uploads the next one before it drops the last."""
