@@ -4,8 +4,7 @@
 
 #include "native.h"
 
-#define PAYLOAD 2         /* wire.frames.Kind */
-#define MANY (1 << 16)    /* handles; nearer to wire.caps.MAX_HANDLES the twin counts them */
+#define MANY (1 << 16) /* handles; nearer to wire.caps.MAX_HANDLES the twin counts them */
 
 /* What Lane.ready holds: the record; what it announces; its bytes; what they count for; what is on its
    way; server.arrivals.Arrival; memory, as (array, view), for as many of them as a loop has at a time;

@@ -5,8 +5,7 @@
 
 #include <pythread.h>
 
-#define SLICE 1.0       /* client.blocking_driver */
-#define FLUSH_NS 150000 /* client.issuing */
+#define SLICE 1.0 /* client.blocking_driver */
 
 static int is_none(PyObject *object, PyObject *name)
 {

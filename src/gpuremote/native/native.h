@@ -20,6 +20,8 @@
        Looking  gpuremote.transport._looking
        Loops  gpuremote.backend.fused
        Segment, Shelf  gpuremote.memory.shelves
+       await_answer  gpuremote.client.blocking_driver
+       Lane.ready  gpuremote.server.session
        put_at_hand  none: gpuremote.client.device takes all its steps in Python as well
        Repeats  none: gpuremote.wire.repeats does without where this module is not built
        fits    gpuremote.memory.host
@@ -53,6 +55,7 @@
 #define BURST ((Py_ssize_t)8 << 20)       /* transport._sending */
 #define LONG_BURST ((Py_ssize_t)64 << 20) /* transport.base */
 #define BATCH 1  /* wire.frames.Kind */
+#define PAYLOAD 2
 #define RESULT 3
 #define ACK 5
 #define MAX_LIMIT ((uint64_t)1 << 62) /* rpc.peer */
@@ -62,6 +65,7 @@
 #define FREE_NEAR 24
 #define MAX_FREES 65536 /* wire.caps */
 #define KINDS 9
+#define FLUSH_NS 150000 /* client.issuing */
 
 /* How far what was expected has come. */
 typedef struct {

@@ -105,8 +105,9 @@ static int queue_rest(Lane *l, PyObject *connection, const Payload *p, const cha
 int payload_ready(Lane *l, PyObject *connection)
 {
     return is_stream(connection) && stream_clear((Stream *)connection)
-           && ((Stream *)connection)->same_host && !((Stream *)connection)->shares && l->kit != NULL && PyTuple_CheckExact(l->kit)
-           && PyTuple_GET_SIZE(l->kit) == 2 && l->bulk != NULL && PyDict_CheckExact(l->bulk);
+           && ((Stream *)connection)->same_host && !((Stream *)connection)->shares
+           && l->kit != NULL && PyTuple_CheckExact(l->kit) && PyTuple_GET_SIZE(l->kit) == 2
+           && l->bulk != NULL && PyDict_CheckExact(l->bulk);
 }
 
 int payload_post(Lane *l, const Payload *p)

@@ -1,7 +1,7 @@
 /* Recorder.put_at_hand: an upload for which a block of shared memory is at hand, or of what lies in
-   one already, or over a socket within this host, in one step. What
-   was copied just now has pushed the code of the program's next steps out of the caches, so each
-   of them takes several times as long there as elsewhere. */
+   one already, or over a socket within this host, in one step. What was copied just now has pushed
+   the code of the program's next steps out of the caches, so each of them takes several times as
+   long there as elsewhere. */
 
 #include "native.h"
 

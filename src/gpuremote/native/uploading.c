@@ -3,8 +3,6 @@
 
 #include "native.h"
 
-#define PAYLOAD 2       /* wire.frames.Kind */
-#define FLUSH_NS 150000 /* client.issuing */
 #define MOST LONG_BURST
 
 /* The other end has the bytes of a PUT: its number, who waits, and all who do. As Uploader._put_done. */
