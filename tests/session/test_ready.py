@@ -15,12 +15,12 @@ from gpuremote._speed import NATIVE, native
 from gpuremote.backend.numpy_backend import NumpyBackend
 from gpuremote.client.blocking import Session
 from gpuremote.errors import DeadlineExceeded, OutOfDeviceMemory
-from gpuremote.server.arrivals import IN_A_LOOP, READY
+from gpuremote.server.arrivals import IN_A_LOOP, READY, Prepared
 from gpuremote.server.session import WorkerSession
 from gpuremote.testing.servers import RunningServer
 from gpuremote.transport.base import Region
 from gpuremote.transport.tcp import pair
-from gpuremote.wire.batch import Op, blob_record, free_record
+from gpuremote.wire.batch import Op, blob_record, fixed_record, free_record
 from gpuremote.wire.frames import HEADER, NUMBER, Kind, pack_info
 
 MIB = 1 << 20
@@ -131,15 +131,60 @@ def test_memory_that_somebody_has_is_not_used(loop: Loop, how: str) -> None:
 
 
 @in_c
-def test_what_is_larger_or_kept_for_others_has_no_memory_ready(loop: Loop) -> None:
+def test_of_what_is_larger_no_memory_is_kept(loop: Loop) -> None:
+    """It is made when it is announced."""
     last: list[int] = []
-    for k in range(4):
+    for k in range(6):
         last = [loop.put(array(k, READY + 1), *last)]
-    assert loop.session.peer.ready is None
+        assert loop.value(last[0]).min() == loop.value(last[0]).max() == k
+    ready = loop.session.peer.ready
+    assert isinstance(ready, Prepared)
+    assert ready.memory is None
+    assert loop.made == 6
+    assert loop.session.quota.used == READY + 1
+    assert not loop.session._arriving
+
+
+@in_c
+def test_what_is_kept_for_others_has_no_memory_ready(loop: Loop) -> None:
+    last: list[int] = []
     for k in range(4):
         last = [loop.put(array(k), *last, keep=True)]
         assert loop.value(last[0]).max() == k
     assert loop.session.peer.ready is None
+
+
+@in_c
+@pytest.mark.parametrize("size", [MIB, READY + 1])
+def test_arrays_that_are_all_kept(loop: Loop, size: int) -> None:
+    """Batches without a free, and then one with many: other sizes than the server reckoned with."""
+    numbers = [loop.put(array(k, size)) for k in range(9)]
+    numbers.append(loop.put(array(9, size), *numbers[:5]))
+    for k, number in enumerate(numbers[5:], 5):
+        assert loop.value(number).min() == loop.value(number).max() == k
+    assert loop.session.quota.used == 5 * size
+
+
+@in_c
+def test_another_upload_is_announced_and_cancelled_between(loop: Loop) -> None:
+    """What is ready stays that of the array it was made for."""
+    for k in range(3):
+        loop.put(array(k))
+    other = loop.number
+    blob = [[2 * MIB], "u1", 0]
+    body = NUMBER.pack(other) + blob_record(Op.PUT, blob=pack_info(blob))
+    loop.number += 1
+    loop.send(Kind.BATCH, body)
+    loop.take()
+    loop.send(Kind.BATCH, NUMBER.pack(loop.number) + fixed_record(Op.CANCEL, other))
+    loop.number += 1
+    loop.take()
+    kept = [loop.put(array(k)) for k in range(10, 20)]
+    for k, number in enumerate(kept, 10):
+        assert loop.value(number).shape == (MIB,)
+        assert loop.value(number).min() == loop.value(number).max() == k
+    number = loop.put(array(5, 2 * MIB))
+    assert loop.value(number).shape == (2 * MIB,)
 
 
 @in_c

@@ -533,6 +533,7 @@ def _add(stats: SessionStats, connection: Connection) -> None:
     stats.payload_sent += found.payload_sent
     stats.payload_received += found.payload_received
     stats.payload_copied += found.payload_copied
+    stats.payload_lent += found.payload_lent
 
 
 _cores: weakref.WeakSet[Core] = weakref.WeakSet()

@@ -36,6 +36,9 @@ class SessionStats:
     payload_copied : int
         Array bytes copied in user space on this side (small arrays that travel inside a message,
         first bytes that arrive together with a header, input that was not contiguous).
+    payload_lent : int
+        Of ``payload_sent``, array bytes that the kernel did not copy on this side either, but the
+        other end only: over TCP within a host, where that was faster.
     payload_spared : int
         Array bytes that were not sent, as the server had them already.
     implicit_downloads : int
@@ -61,6 +64,7 @@ class SessionStats:
     payload_sent: int = 0
     payload_received: int = 0
     payload_copied: int = 0
+    payload_lent: int = 0
     payload_spared: int = 0
     implicit_downloads: int = 0
     freed: int = 0

@@ -15,7 +15,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
+
+from gpuremote._speed import native
 
 __all__ = ["TAIL", "Tail"]
 
@@ -23,9 +25,26 @@ log = logging.getLogger("gpuremote.client")
 
 PAUSE: Final = 0.002
 """Seconds between two looks."""
+BLIND: Final = 10
+"""Looks in a row that are left out while nobody says that something is left. What a session owes
+the server (word that a payload came) it does not say."""
 LINGER: Final = 250
 """Looks in a row that found nothing, before the thread sleeps until it is woken: to wake it takes
 whoever leaves something some 40 µs, where its processor sleeps too."""
+
+
+def _python_doze(left: bytearray, pause: float, looks: int) -> int:
+    """Sleep ``pause`` seconds, again while ``left`` is 0, up to ``looks`` times; how often."""
+    count = 0
+    while count < looks and not (count and left[0]):
+        time.sleep(pause)  # which takes the interpreter's lock less than waiting for an event
+        count += 1
+    return count
+
+
+doze = _python_doze
+if not TYPE_CHECKING and native is not None:
+    doze = native.doze  # without the interpreter's lock, which the program may be about to need
 
 
 class Leaver(Protocol):
@@ -48,6 +67,7 @@ class Tail:
         self._leavers: list[weakref.ref[Leaver]] = []
         self._called = threading.Event()
         self._asleep = False
+        self._left = bytearray(1)
         self._thread: threading.Thread | None = None
 
     def add(self, leaver: Leaver) -> Callable[[], None]:
@@ -57,7 +77,10 @@ class Tail:
             self._leavers = [*self._leavers, weakref.ref(leaver, self._gone)]
             if self._thread is None:
                 thread = threading.Thread(
-                    target=self._run, args=(self._called,), name="gpuremote-tail", daemon=True
+                    target=self._run,
+                    args=(self._called, self._left),
+                    name="gpuremote-tail",
+                    daemon=True,
                 )
                 self._thread = thread
                 try:
@@ -85,17 +108,19 @@ class Tail:
             if left or thread is None:
                 return None
             self._thread = None
+            self._left[0] = 1
             self._called.set()
             self._called = threading.Event()
             return thread
 
     def _call(self) -> None:
-        """On the hot path: a look at a flag, unless the thread is asleep."""
+        """On the hot path: two flags, unless the thread is asleep."""
+        self._left[0] = 1
         if self._asleep:
             self._called.set()
 
-    def _run(self, called: threading.Event) -> None:
-        me, idle = threading.current_thread(), 0
+    def _run(self, called: threading.Event, left: bytearray) -> None:
+        me, idle, looks = threading.current_thread(), 0, 1
         while self._thread is me:
             if idle >= LINGER:
                 self._asleep = True
@@ -104,9 +129,13 @@ class Tail:
                     called.wait()
                 called.clear()
                 self._asleep = False
-                idle = 0
-            time.sleep(PAUSE)  # which takes the interpreter's lock less than waiting for an event
-            idle = 0 if self._send() else idle + 1
+                idle, looks = 0, 1
+            slept = doze(left, PAUSE, looks)
+            left[0] = 0
+            if self._send():
+                idle, looks = 0, 1
+            else:
+                idle, looks = idle + slept, BLIND
 
     def _send(self) -> bool:
         left = False

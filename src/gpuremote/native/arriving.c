@@ -4,26 +4,25 @@
 
 #include "native.h"
 
+#define IN_A_LOOP 3      /* as server.arrivals has it */
 #define MANY (1 << 16) /* handles; nearer to wire.caps.MAX_HANDLES the twin counts them */
 
-/* What Lane.ready holds: the record; what it announces; its bytes; what they count for; what is on its
-   way; server.arrivals.Arrival; memory, as (array, view), for as many of them as a loop has at a time;
-   and the connection over which they come. */
-enum { RECORD, META, NBYTES, QUOTA, ARRIVING, ARRIVAL, MEMORY, CONNECTION, READY };
+/* What Lane.ready holds: server.arrivals.Prepared. */
+enum { RECORD, BATCH_SIZE, META, NBYTES, QUOTA, ARRIVING, ARRIVAL, MEMORY, PLACE, CONNECTION, READY };
 
 static int is_one(PyObject *ready)
 {
-    return ready != NULL && PyTuple_CheckExact(ready) && PyTuple_GET_SIZE(ready) == READY
+    return ready != NULL && PyTuple_Check(ready) && PyTuple_GET_SIZE(ready) == READY
            && PyBytes_CheckExact(PyTuple_GET_ITEM(ready, RECORD))
-           && PyDict_CheckExact(PyTuple_GET_ITEM(ready, ARRIVING))
-           && PyList_CheckExact(PyTuple_GET_ITEM(ready, MEMORY));
+           && PyLong_CheckExact(PyTuple_GET_ITEM(ready, BATCH_SIZE))
+           && PyDict_CheckExact(PyTuple_GET_ITEM(ready, ARRIVING));
 }
 
 Py_ssize_t arriving_size(Lane *l)
 {
     if (!is_one(l->ready))
         return 0;
-    return FRAME + HEADER + 8 + 18 + PyBytes_GET_SIZE(PyTuple_GET_ITEM(l->ready, RECORD));
+    return FRAME + HEADER + PyLong_AsSsize_t(PyTuple_GET_ITEM(l->ready, BATCH_SIZE));
 }
 
 static int is_ready(Lane *l)
@@ -57,6 +56,8 @@ static int is_alone(PyObject *array)
 /* Such memory, borrowed; NULL: there is none, or an error. */
 static PyObject *spare(PyObject *memory)
 {
+    if (!PyList_CheckExact(memory))
+        return NULL;
     for (Py_ssize_t k = PyList_GET_SIZE(memory); k-- > 0;) {
         PyObject *pair = PyList_GET_ITEM(memory, k);
         if (!PyTuple_CheckExact(pair) || PyTuple_GET_SIZE(pair) != 2
@@ -70,9 +71,12 @@ static PyObject *spare(PyObject *memory)
     return NULL;
 }
 
-/* Whether it is of an array that memory is kept for. */
-static int is_kept(PyObject *memory, PyObject *array)
+/* Whether nothing is left to be done for an array that is here: its memory is kept already, or will
+   not be. */
+static int is_settled(PyObject *memory, PyObject *array)
 {
+    if (!PyList_CheckExact(memory) || PyList_GET_SIZE(memory) >= IN_A_LOOP)
+        return 1;
     for (Py_ssize_t k = 0; k < PyList_GET_SIZE(memory); k++)
         if (PyTuple_GET_ITEM(PyList_GET_ITEM(memory, k), 0) == array)
             return 1;
@@ -84,7 +88,7 @@ static int set(PyObject *object, PyObject *name, PyObject *value)
     return object == NULL || value == NULL ? -1 : PyObject_SetAttr(object, name, value);
 }
 
-/* An Arrival whose memory is there, or NULL. */
+/* An Arrival; ``pair`` is its memory, or NULL if that is to be seen to. */
 static PyObject *arrival_of(PyObject *ready, PyObject *slot, PyObject *storage, PyObject *pair)
 {
     static PyObject *nothing;
@@ -94,8 +98,9 @@ static PyObject *arrival_of(PyObject *ready, PyObject *slot, PyObject *storage, 
     PyObject *arrival = type->tp_alloc(type, 0);
     if (set(arrival, name_slot, slot) || set(arrival, name_meta, PyTuple_GET_ITEM(ready, META))
         || set(arrival, name_storage, storage) || set(arrival, name_digest, nothing)
-        || set(arrival, name_kept, Py_False) || set(arrival, name__array, PyTuple_GET_ITEM(pair, 0))
-        || set(arrival, name_target, PyTuple_GET_ITEM(pair, 1)))
+        || set(arrival, name_kept, Py_False)
+        || set(arrival, name__array, pair == NULL ? Py_None : PyTuple_GET_ITEM(pair, 0))
+        || (pair != NULL && set(arrival, name_target, PyTuple_GET_ITEM(pair, 1))))
         Py_CLEAR(arrival);
     return arrival;
 }
@@ -112,6 +117,19 @@ static int expect(Lane *l, Stream *s, unsigned long long number, PyObject *view)
     return receiving_hint(s, header, sizeof header, view, answer, sizeof answer);
 }
 
+/* Where the bytes of an arrival go, a new reference: there is memory for it now. None: there is none,
+   of which the client has been told. NULL: error. */
+static PyObject *place(PyObject *ready, PyObject *number, PyObject *arrival)
+{
+    PyObject *given[] = {number, arrival};
+    PyObject *placed = PyObject_Vectorcall(PyTuple_GET_ITEM(ready, PLACE), given, 2, NULL);
+    PyObject *target = placed == NULL      ? NULL
+                       : placed == Py_True ? PyObject_GetAttr(arrival, name_target)
+                                           : Py_NewRef(Py_None);
+    Py_XDECREF(placed);
+    return target;
+}
+
 /* PUT ``l->turn``, as WorkerSession.announce and place. -1: error. */
 static int announce(Lane *l, Stream *s, PyObject *ready, PyObject *pair)
 {
@@ -119,10 +137,17 @@ static int announce(Lane *l, Stream *s, PyObject *ready, PyObject *pair)
     PyObject *slot = storage == NULL ? NULL : Slot_Type->tp_alloc(Slot_Type, 0);
     PyObject *arrival = slot == NULL ? NULL : arrival_of(ready, slot, storage, pair);
     PyObject *number = arrival == NULL ? NULL : PyLong_FromUnsignedLongLong(l->turn);
+    PyObject *target = NULL;
     int failed = -1;
     if (number != NULL && !PyDict_SetItem(l->table, number, slot)
-        && !PyDict_SetItem(PyTuple_GET_ITEM(ready, ARRIVING), number, arrival))
-        failed = expect(l, s, l->turn++, PyTuple_GET_ITEM(pair, 1)) < 0 ? -1 : 0;
+        && !PyDict_SetItem(PyTuple_GET_ITEM(ready, ARRIVING), number, arrival)) {
+        uint64_t turn = l->turn++;
+        target = pair == NULL ? place(ready, number, arrival) : Py_NewRef(PyTuple_GET_ITEM(pair, 1));
+        failed = target == NULL                ? -1
+                 : !PyMemoryView_Check(target) ? 0
+                                               : (expect(l, s, turn, target) < 0 ? -1 : 0);
+    }
+    Py_XDECREF(target);
     Py_XDECREF(number);
     Py_XDECREF(arrival);
     Py_XDECREF(slot);
@@ -148,10 +173,10 @@ int arriving_welcome(Lane *l, PyObject *connection, const char *body, Py_ssize_t
     }
     int room = storage_room(PyTuple_GET_ITEM(ready, QUOTA), PyTuple_GET_ITEM(ready, NBYTES));
     PyObject *pair = spare(PyTuple_GET_ITEM(ready, MEMORY));
-    if (turn != l->turn || room <= 0 || pair == NULL)
+    if (turn != l->turn || room <= 0 || PyErr_Occurred())
         return PyErr_Occurred() ? -1 : 0;
     Py_INCREF(ready);
-    Py_INCREF(pair);
+    Py_XINCREF(pair);
     int failed = 0;
     for (offset = 8; offset < end && !failed; l->turn++) {
         Py_ssize_t taken = calls_free(l->table, body + offset, end - offset);
@@ -160,7 +185,7 @@ int arriving_welcome(Lane *l, PyObject *connection, const char *body, Py_ssize_t
     }
     if (!failed)
         failed = announce(l, (Stream *)connection, ready, pair);
-    Py_DECREF(pair);
+    Py_XDECREF(pair);
     Py_DECREF(ready);
     return failed ? -1 : 1;
 }
@@ -186,7 +211,7 @@ int arriving_landed(PyObject *self, Stream *s, uint64_t named, int told)
     taken = target && held && meta && array && slot && storage ? 0 : -1;
     /* One that was announced by the twin may have more to it, and its memory is to be kept. */
     if (taken || target != s->landing.place || held != Py_False || meta != PyTuple_GET_ITEM(ready, META)
-        || !is_kept(PyTuple_GET_ITEM(ready, MEMORY), array) || !Py_IS_TYPE(slot, Slot_Type))
+        || !is_settled(PyTuple_GET_ITEM(ready, MEMORY), array) || !Py_IS_TYPE(slot, Slot_Type))
         goto over;
     PyObject *kept = PyObject_GetAttr(arrival, name_kept);
     taken = kept == NULL ? -1 : kept == Py_False;

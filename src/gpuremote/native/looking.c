@@ -7,6 +7,7 @@
 #include <sched.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <time.h>
 
 /* A yield that takes so long has most likely let another thread run on this processor, and when
    others had it for so long in one look, this is not the place to look. */
@@ -99,4 +100,24 @@ PyObject *looking_more_soon(PyObject *self, PyObject *unused)
     ((Stream *)self)->hands_off = 0;
     int ready = stream_more_soon((Stream *)self);
     return ready < 0 ? NULL : PyBool_FromLong(ready);
+}
+
+/* doze(left, pause, looks): sleep ``pause`` seconds, again while the byte ``left`` is 0, up to ``looks``
+   times, without the interpreter's lock; how often. Twin: gpuremote.client.tail. */
+PyObject *looking_doze(PyObject *module, PyObject *args)
+{
+    Py_buffer left;
+    double pause;
+    long looks, count = 0;
+    if (!PyArg_ParseTuple(args, "y*dl", &left, &pause, &looks))
+        return NULL;
+    const struct timespec time = {(time_t)pause, (long)((pause - (double)(time_t)pause) * 1e9)};
+    Py_BEGIN_ALLOW_THREADS;
+    do {
+        nanosleep(&time, NULL);
+        count++;
+    } while (count < looks && left.len && !__atomic_load_n((char *)left.buf, __ATOMIC_ACQUIRE));
+    Py_END_ALLOW_THREADS;
+    PyBuffer_Release(&left);
+    return PyLong_FromLong(count);
 }

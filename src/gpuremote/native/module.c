@@ -57,6 +57,7 @@ static PyObject *fits(PyObject *module, PyObject *const *args, Py_ssize_t count)
 static PyMethodDef module_methods[] = {
     {"copy", (PyCFunction)(void (*)(void))copy_bytes, METH_FASTCALL, NULL},
     {"address", copy_address, METH_O, NULL},
+    {"doze", looking_doze, METH_VARARGS, NULL},
     {"lead", (PyCFunction)(void (*)(void))follow_lead, METH_FASTCALL, NULL},
     {"follow", (PyCFunction)(void (*)(void))follow_follow, METH_FASTCALL, NULL},
     {"fits", (PyCFunction)(void (*)(void))fits, METH_FASTCALL, NULL},

@@ -35,6 +35,7 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <sys/socket.h>
 #include <structmember.h>
 
 /* transport._framing: length u32, kind u8 (MESSAGE = 1), flags u8, channel u16. */
@@ -54,6 +55,8 @@
 #define MAX_CHUNK (4 << 20)
 #define BURST ((Py_ssize_t)8 << 20)       /* transport._sending */
 #define LONG_BURST ((Py_ssize_t)64 << 20) /* transport.base */
+#define LONGEST ((Py_ssize_t)256 << 20)   /* the same, within a host, where nobody waits meanwhile */
+#define ALONE_NS 1000000000 /* how long only one thread has used a session that is taken for its own */
 #define BATCH 1  /* wire.frames.Kind */
 #define PAYLOAD 2
 #define RESULT 3
@@ -74,6 +77,14 @@ typedef struct {
     Py_ssize_t placed, left, chunk;
 } Landing;
 
+/* Nanoseconds per byte of uploads that were lent, and that were copied; see lending.c. */
+typedef struct {
+    double lent, copied;
+    unsigned count;
+} LentTimes;
+
+#define LENT_KINDS 9 /* up to 128 KiB, 256 KiB, ... 32 MiB */
+
 typedef struct {
     PyObject_HEAD
     PyObject *stats;  /* TransportStats, less what is counted below */
@@ -93,9 +104,12 @@ typedef struct {
     char roams, same_host;
     char shares; /* payload goes through memory that both ends see, as a rule */
     Looking room; /* looking whether the kernel takes more */
+    char lends_not;
+    int pipe_in, pipe_out, pipe_room; /* bytes that fit in the pipe; 0: there is none */
+    LentTimes lent[LENT_KINDS];
     long long moved; /* when it last went to another processor */
     long long sends, receives, messages_sent, messages_received, bytes_sent, bytes_received,
-        payload_sent, payload_received;
+        payload_sent, payload_received, payload_lent;
 } Stream;
 
 /* Names of attributes and methods, as Python objects: name_append, name_done, ... */
@@ -143,6 +157,8 @@ typedef struct {
     PyObject *staged, *kinds, *made, *lane; /* see putting.c */
     PyObject *watcher; /* see uploading.c */
     long long first, next, last, named, oldest, full, flush_after, freed, pause, idle_pause;
+    unsigned long thread; /* which had the lock, and since when there was no other */
+    long long alone;
     double writes;
     int depth;
     char special, stalled, told, far;
@@ -186,6 +202,9 @@ void looking_woke(Stream *stream);
    lock; -1: an exception is set. Where it does not help it is left out (``gaps``, whom the wait
    that follows is to be told). */
 int stream_more_soon(Stream *stream);
+
+/* doze(), see looking.c. */
+PyObject *looking_doze(PyObject *module, PyObject *args);
 
 /* Stream._more_soon, see looking.c. */
 PyObject *looking_more_soon(PyObject *self, PyObject *unused);
@@ -234,12 +253,26 @@ PyObject *sending_payload(PyObject *self, PyObject *args);
 
 /* What comes before the payload of a message with one region: LEAD bytes, and the header. */
 #define LEAD (FRAME + 2 + 8)
+/* What comes before the bytes of an upload: that with its header, which has a number, and the head of
+   the first DATA frame. */
+#define UPLOAD_HEAD (LEAD + HEADER + 8 + FRAME)
 Py_ssize_t sending_lead(char *lead, const char *header, Py_ssize_t size, const Py_buffer *from);
 
 /* Send ``size`` bytes of ``lead``, and a payload in DATA frames on channel 0, behind nothing else:
-   how many went out in all is in ``bytes``. -1: error. */
-int sending_run(Stream *stream, const char *lead, Py_ssize_t size, const Py_buffer *from,
+   how many went out in all is in ``bytes``. With ``lends`` as lending_begin said. -1: error. */
+int sending_run(Stream *stream, const char *lead, Py_ssize_t size, const Py_buffer *from, int lends,
                 Py_ssize_t *bytes);
+
+/* Whether an upload of ``size`` bytes, which is waited for, is to be lent; and how long it took. */
+int lending_begin(Stream *stream, Py_ssize_t size);
+void lending_took(Stream *stream, Py_ssize_t size, int lent, long long nanoseconds);
+
+/* As sendmsg(2), with its large parts lent. */
+ssize_t lending_sendmsg(Stream *stream, const struct msghdr *message);
+
+/* Give back what lending takes; the same as Stream._end_lending. */
+void lending_end(Stream *stream);
+PyObject *lending_end_lending(PyObject *self, PyObject *unused);
 
 /* What _take called MESSAGE as a transport.base.Incoming, or NULL. */
 PyObject *stream_whole(Stream *stream, Py_ssize_t size);
@@ -367,6 +400,7 @@ typedef struct {
     PyObject *steady; /* as transport.base.Region has it */
     const char *first; /* messages that go out before it, frames and all; SMALL bytes at most */
     Py_ssize_t first_size;
+    int lends; /* as sending_run has it */
 } Payload;
 
 /* Whether a connection takes such a message at once. */

@@ -24,14 +24,24 @@ static Py_ssize_t unheard(Recorder *r)
     return bulk == NULL || !PyDict_CheckExact(bulk) ? PY_SSIZE_T_MAX : PyDict_GET_SIZE(bulk);
 }
 
-/* What Uploader.note_kind has noted of such arrays: 1; 0: nothing, or its memory is not its own;
+/* Whether the memory of an array is its own, or that of one that it is a view of: it is not
+   session.empty's then. -1: error. */
+static int is_of_arrays(PyObject *array)
+{
+    PyObject *base = PyObject_GetAttr(array, name_base);
+    if (base != NULL && Py_IS_TYPE(base, Py_TYPE(array)))
+        Py_SETREF(base, PyObject_GetAttr(base, name_base));
+    Py_XDECREF(base);
+    return base == NULL ? -1 : base == Py_None;
+}
+
+/* What Uploader.note_kind has noted of such arrays: 1; 0: nothing, or its memory is another's;
    -1: error. */
 static int kind_of(Recorder *r, PyObject *array, PyObject *device, PyObject **kind)
 {
-    PyObject *base = PyObject_GetAttr(array, name_base);
-    Py_XDECREF(base);
-    if (base != Py_None)
-        return base == NULL ? -1 : 0;
+    int is = is_of_arrays(array);
+    if (is <= 0)
+        return is;
     PyObject *shape = PyObject_GetAttr(array, name_shape);
     PyObject *dtype = shape == NULL ? NULL : PyObject_GetAttr(array, name_dtype);
     PyObject *key = dtype == NULL ? NULL : PyTuple_Pack(3, shape, dtype, device);

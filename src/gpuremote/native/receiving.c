@@ -248,7 +248,7 @@ int receiving_land(Stream *s, double wait)
     memcpy(PyBytes_AS_STRING(frame) + OPEN_ACK, rx + OPEN_ACK, 8);
     s->expected = NULL;
     s->rx_touching = PyThread_get_thread_ident();
-    int failed = receive_run(s, &run, wait > 0 ? LONG_BURST : BURST, wait);
+    int failed = receive_run(s, &run, wait > 0 ? LONGEST : BURST, wait);
     s->rx_touching = 0;
     s->receives += run.calls;
     s->bytes_received += run.bytes;

@@ -2,6 +2,8 @@
 
 #include "native.h"
 
+#include <pythread.h>
+
 #include <time.h>
 
 #define CALL_HEAD 4 /* ops.plan.layout_of: the plan's number u32, then 8 bytes per operand here */
@@ -152,6 +154,11 @@ static int number_of(PyObject *plan, PyObject *name, long long *number)
 int recording_lock(Recorder *r)
 {
     PyObject *held = PyObject_CallNoArgs(r->acquire);
+    unsigned long me = PyThread_get_thread_ident();
+    if (r->thread != me) {
+        r->thread = me;
+        r->alone = looking_now();
+    }
     Py_XDECREF(held);
     return held == NULL ? -1 : 0;
 }

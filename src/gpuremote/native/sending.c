@@ -21,6 +21,7 @@ typedef struct {
     Py_ssize_t chunk; /* of that, in the DATA frame under way */
     Py_ssize_t head;  /* bytes that are left of that frame's head */
     unsigned short channel;
+    char lends;
     /* Counted: */
     Py_ssize_t bytes, payload, calls;
 } Run;
@@ -81,7 +82,8 @@ static int send_some(Stream *s, Run *run, Py_ssize_t size, Py_ssize_t most)
     int reason;
     do {
         Py_BEGIN_ALLOW_THREADS;
-        count = sendmsg(s->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        count = run->lends ? lending_sendmsg(s, &message)
+                           : sendmsg(s->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
         reason = errno;
         Py_END_ALLOW_THREADS;
         run->calls++;
@@ -205,13 +207,14 @@ PyObject *sending_payload(PyObject *self, PyObject *args)
     return answer;
 }
 
-int sending_run(Stream *s, const char *lead, Py_ssize_t size, const Py_buffer *from,
+int sending_run(Stream *s, const char *lead, Py_ssize_t size, const Py_buffer *from, int lends,
                 Py_ssize_t *bytes)
 {
     Run run = {.lead = lead, .lead_left = size, .from = from->buf, .left = from->len};
+    run.lends = (char)lends;
     s->tx_busy = 1;
     s->tx_touching = PyThread_get_thread_ident();
-    int failed = send_run(s, &run, MAX_CHUNK, LONG_BURST) < 0 ? -1 : 0;
+    int failed = send_run(s, &run, MAX_CHUNK, PY_SSIZE_T_MAX) < 0 ? -1 : 0;
     if (failed)
         stream_reword((PyObject *)s, name__broken);
     s->tx_touching = 0;

@@ -39,6 +39,7 @@ static void stream_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
+    lending_end((Stream *)self);
     stream_clear_references(self);
     type->tp_free(self);
     Py_DECREF(type);
@@ -127,6 +128,22 @@ static int is_numbered(const char *message, Py_ssize_t size)
     return seq != 0;
 }
 
+/* Whether what came with the message before is the head of the payload that is expected: it is at the
+   beginning of the buffer then, as if it had come by itself. */
+static int bring_ahead(Stream *s, PyObject *expected)
+{
+    if (expected == NULL || s->plain || PyBytes_GET_SIZE(expected) + FRAME != UPLOAD_HEAD)
+        return 0;
+    char *rx = PyMemoryView_GET_BUFFER(s->rx)->buf;
+    memmove(rx, rx + s->start, UPLOAD_HEAD);
+    s->start = 0;
+    s->end = UPLOAD_HEAD;
+    if (!receiving_is_expected(s))
+        return 0;
+    s->end = 0;
+    return 1;
+}
+
 enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **other)
 {
     PyObject *self = (PyObject *)s, *expected = Py_XNewRef(s->expected);
@@ -134,6 +151,10 @@ enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **othe
     s->rx_busy = 1;
     if (s->closed) {
         stream_raise(self, name__gone);
+        goto over;
+    }
+    if (s->end - s->start == UPLOAD_HEAD && bring_ahead(s, expected)) {
+        found = receiving_land(s, wait) < 0 ? FAILED : LANDED;
         goto over;
     }
     if (!s->plain || (wait > 0 && (wait < 0.5 || !s->blocking))) {
@@ -153,7 +174,7 @@ enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **othe
     Py_ssize_t room = s->idle < buffer->len ? s->idle : buffer->len;
     /* Up to the payload that is expected: what came along of that would have to be copied. */
     Py_ssize_t first = expected == NULL ? 0 : PyBytes_GET_SIZE(expected) + FRAME;
-    Py_ssize_t most = first ? first : s->most;
+    Py_ssize_t most = first ? first : s->most ? s->most + UPLOAD_HEAD : 0;
     if (most && most < room)
         room = most;
     Py_ssize_t count;
@@ -194,10 +215,17 @@ enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **othe
     if (frame - PLAIN > (uint64_t)(count - FRAME) && frame - PLAIN <= (uint64_t)(buffer->len - FRAME)
         && take_rest(s, buffer->buf, &count, FRAME + (Py_ssize_t)(frame - PLAIN)) < 0)
         goto over;
-    if (frame == PLAIN + (uint64_t)(count - FRAME)) {
+    const int ahead = !first && s->most && count > s->most
+                      && frame == PLAIN + (uint64_t)(s->most - FRAME);
+    if (ahead || frame == PLAIN + (uint64_t)(count - FRAME)) {
         s->messages_received++;
-        *size = count;
+        *size = ahead ? s->most : count;
         found = MESSAGE;
+        if (ahead) { /* the head of what it announces, and nothing of that */
+            s->start = s->most;
+            s->end = count;
+            s->plain = 0;
+        }
         if (expected != NULL && is_numbered(buffer->buf, count))
             receiving_expect_none(s); /* which would have been the next one */
     }
@@ -362,7 +390,8 @@ static PyObject *stream_get_stats(PyObject *self, void *unused)
         || add_to(s->stats, "bytes_sent", &s->bytes_sent)
         || add_to(s->stats, "bytes_received", &s->bytes_received)
         || add_to(s->stats, "payload_sent", &s->payload_sent)
-        || add_to(s->stats, "payload_received", &s->payload_received))
+        || add_to(s->stats, "payload_received", &s->payload_received)
+        || add_to(s->stats, "payload_lent", &s->payload_lent))
         return NULL;
     return Py_NewRef(s->stats);
 }
@@ -422,6 +451,7 @@ static PyMethodDef stream_methods[] = {
     {"_send_payload", sending_payload, METH_VARARGS, NULL},
     {"_pull", receiving_pull, METH_VARARGS, NULL},
     {"expect", (PyCFunction)(void (*)(void))receiving_expect, METH_FASTCALL, NULL},
+    {"_end_lending", lending_end_lending, METH_NOARGS, NULL},
     {"_more_soon", looking_more_soon, METH_NOARGS, NULL},
     {"receive", (PyCFunction)(void (*)(void))stream_receive, METH_VARARGS | METH_KEYWORDS, NULL},
     {NULL},

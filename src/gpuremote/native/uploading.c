@@ -3,8 +3,6 @@
 
 #include "native.h"
 
-#define MOST LONG_BURST
-
 /* The other end has the bytes of a PUT: its number, who waits, and all who do. As Uploader._put_done. */
 static PyObject *delivered(PyObject *whose, PyObject *unused)
 {
@@ -55,7 +53,7 @@ static int take_records(Recorder *r, char *data, Py_ssize_t room, Py_ssize_t *si
 }
 
 /* The record and the bytes of an array, with the lock held. -1: error. */
-static int post(Recorder *r, PyObject *record, PyObject *array, const Py_buffer *from,
+static int post(Recorder *r, PyObject *record, PyObject *array, const Py_buffer *from, int lends,
                 PyObject **number, PyObject **wait)
 {
     static PyObject *put;
@@ -79,7 +77,7 @@ static int post(Recorder *r, PyObject *record, PyObject *array, const Py_buffer 
         r->flush_after = due;
     if (!failed) {
         const Payload payload = {PAYLOAD, 0, PyLong_AsUnsignedLongLong(*number), array, from, done,
-                                 *wait, Py_False, data, size};
+                                 *wait, Py_False, data, size, lends};
         failed = payload_post(l, &payload);
     }
     Py_XDECREF(done);
@@ -127,17 +125,22 @@ int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make,
         PyErr_Clear();
         return 0;
     }
-    if (from.len < 1 || from.len > MOST || recording_lock(r) < 0) {
+    if (from.len < 1 || from.len > LONGEST || recording_lock(r) < 0) {
         PyBuffer_Release(&from);
         return PyErr_Occurred() ? -1 : 0;
     }
-    if (r->special || !is_plain(r, kind)) { /* another thread had the lock meanwhile */
+    const int keeps_waiting = from.len > LONG_BURST && looking_now() - r->alone < ALONE_NS;
+    if (keeps_waiting || r->special || !is_plain(r, kind)) { /* another thread had the lock meanwhile */
         PyBuffer_Release(&from);
         return recording_let_go(r, 0);
     }
     PyObject *number = NULL, *wait = NULL, *connection = Py_NewRef(PyTuple_GET_ITEM(kind, 2));
+    Stream *stream = (Stream *)connection;
+    Py_ssize_t size = from.len;
+    int lends = lending_begin(stream, size);
+    long long begin = looking_now();
     r->last = 0;
-    int failed = post(r, PyTuple_GET_ITEM(kind, 1), array, &from, &number, &wait);
+    int failed = post(r, PyTuple_GET_ITEM(kind, 1), array, &from, lends, &number, &wait);
     if (!failed && (l->credit <= 0 || l->connection != connection || ((Stream *)connection)->pending))
         failed = tell((PyObject *)r, name__posted, NULL);
     if (failed)
@@ -152,7 +155,9 @@ int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make,
     }
     if (*made != NULL) {
         int over = awaiting_wait(r, driver, connection, wait);
-        if (over < 0 || (!over && tell(driver, name_wait, wait, NULL) < 0))
+        if (over > 0)
+            lending_took(stream, size, lends, looking_now() - begin);
+        else if (over < 0 || tell(driver, name_wait, wait, NULL) < 0)
             Py_CLEAR(*made);
     }
     Py_DECREF(connection);

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from gpuremote.backend.base import Backend
 from gpuremote.ops.meta import Meta
-from gpuremote.server.storage import Slot, Storage
-from gpuremote.transport.base import Target
+from gpuremote.server.storage import Quota, Slot, Storage
+from gpuremote.transport.base import Connection, Target
 
 if TYPE_CHECKING:
     from gpuremote.server.session import WorkerSession
 
-__all__ = ["Arrival", "Ready", "Upload"]
+__all__ = ["IN_A_LOOP", "READY", "Arrival", "Prepared", "Ready", "Upload"]
 
 READY: Final = 4 << 20
 """Bytes of an array up to which there is memory before it is announced."""
@@ -115,9 +116,46 @@ class Upload:
         self.scratch = scratch
 
 
+class Prepared(NamedTuple):
+    """What the part in C is to know of an upload before its record comes.
+
+    Attributes
+    ----------
+    record : bytes
+        That of the upload before.
+    batch : int
+        Bytes of the batch that ended with it: of the next one nothing behind that is received.
+    meta, nbytes
+        What it announces.
+    quota : Quota
+        Where its bytes count.
+    arriving : dict
+        What is on its way, by number.
+    arrival : type
+        Of what is on its way.
+    memory : list or None
+        Arrays and their bytes, for as many as a loop has at a time; None: none is kept.
+    place : callable
+        Sees to memory, where all of that is in use.
+    connection : Connection
+        Over which it comes.
+    """
+
+    record: bytes
+    batch: int
+    meta: Meta
+    nbytes: int
+    quota: Quota
+    arriving: dict[int, Arrival]
+    arrival: type[Arrival]
+    memory: list[tuple[Any, memoryview]] | None
+    place: Callable[[int, Arrival], bool]
+    connection: Connection
+
+
 class Ready:
     """Makes ready for an upload like the one before, as programs upload the same shape again and
-    again: its memory is there when it is announced. It is counted from then on.
+    again: unless it is large, its memory is there when it is announced. It is counted from then on.
 
     The part in C takes it, see ``native/arriving.c``; the twin does not.
     """
@@ -125,13 +163,14 @@ class Ready:
     def __init__(self, session: WorkerSession, arriving: dict[int, Arrival]) -> None:
         self._number = 0
         self._record = b""
+        self._batch = 0
         self._session = session
         self._arriving = arriving
         self._memory: list[tuple[Any, memoryview]] = []
 
-    def heard(self, number: int, record: bytes) -> None:
-        """A batch ended with this PUT."""
-        self._number, self._record = number, record
+    def heard(self, number: int, record: bytes, batch: int) -> None:
+        """A batch of that many bytes ended with this PUT."""
+        self._number, self._record, self._batch = number, record, batch
 
     def keep(self, number: int, arrival: Arrival) -> None:
         """Keep the memory of an upload that is here for further ones, while nobody else refers to
@@ -145,22 +184,38 @@ class Ready:
             or not connection.expects
             or not peer.direct
             or not isinstance(view, memoryview)
-            or not 0 < view.nbytes <= READY
             or type(arrival.array) is not np.ndarray  # of which it is known who refers to it
         ):
             return
+        before = peer.ready
         if (
-            peer.ready is None
-            or peer.ready[:2] != (self._record, meta)
-            or peer.ready[-1] is not connection
+            not isinstance(before, Prepared)
+            or before.record != self._record
+            or before.meta != meta
+            or before.connection is not connection
         ):
             self._memory = []
-        elif len(self._memory) >= IN_A_LOOP:
-            return
-        self._memory.append((arrival.array, view))
-        quota, arriving = self._session.quota, self._arriving
-        memory = self._memory
-        peer.ready = self._record, meta, meta.nbytes, quota, arriving, Arrival, memory, connection
+        if view.nbytes <= READY and len(self._memory) < IN_A_LOOP:
+            self._memory.append((arrival.array, view))
+        peer.ready = Prepared(
+            self._record,
+            self._batch,
+            meta,
+            meta.nbytes,
+            self._session.quota,
+            self._arriving,
+            Arrival,
+            self._memory or None,
+            self._place,
+            connection,
+        )
+
+    def _place(self, number: int, arrival: Arrival) -> bool:
+        """See to memory for one like it, where none is there that nobody refers to."""
+        ready = self._session.peer.ready
+        assert isinstance(ready, Prepared)
+        self.heard(number, ready.record, ready.batch)
+        return self._session.place(number, arrival, "put")
 
     def drop(self) -> None:
         """Nothing has come for a while."""

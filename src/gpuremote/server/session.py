@@ -284,7 +284,7 @@ class WorkerSession:
                 continue
             op, values, offset = read(body, offset, number, plans)
             if op == Op.PUT and offset == size:
-                self.ready.heard(number, bytes(body[start:]))
+                self.ready.heard(number, bytes(body[start:]), size)
             if isinstance(op, Executable):
                 _check_handles(len(table) + op.n_out)
                 peer.turn += op.n_out or 1

@@ -88,6 +88,9 @@ class PythonStream:
         self._gaps.looked(found)
         return found
 
+    def _end_lending(self) -> None:
+        """In C uploads may be lent to the kernel, which takes a pipe."""
+
     @property
     def pending_output(self) -> bool:
         return self._pending

@@ -141,6 +141,8 @@ class TransportStats:
     payload_received: int = 0
     payload_copied: int = 0
     """Payload bytes that this side copied in user space (they arrived with a header)."""
+    payload_lent: int = 0
+    """Of ``payload_sent``, bytes that the kernel did not copy either (see ``native/lending.c``)."""
     sends: int = 0
     """System calls that sent."""
     receives: int = 0

@@ -28,6 +28,7 @@ _TCP_INFO: Final[int | None] = getattr(socket, "TCP_INFO", None)
 # milliseconds).
 _RTT: Final = struct.Struct("=68xI")
 _RECEIVED: Final = struct.Struct("=52xI")
+_TICK: Final = 4e-3  # seconds of most kernels' clock, in which that is measured
 
 
 def available() -> list[str]:
@@ -45,8 +46,8 @@ def round_trip(sock: socket.socket) -> float | None:
 
 
 def since_received(sock: socket.socket) -> float:
-    """Seconds since the latest bytes came, read or not, to a millisecond; 0.0 where unknown."""
-    return (_told(sock, _RECEIVED) or 0) / 1e3
+    """Seconds since the latest bytes came, read or not, at least; 0.0 where unknown."""
+    return max(0.0, (_told(sock, _RECEIVED) or 0) / 1e3 - _TICK)
 
 
 def _told(sock: socket.socket, place: struct.Struct) -> int | None:

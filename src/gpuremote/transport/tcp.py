@@ -93,6 +93,7 @@ class StreamConnection(Sender):
     name = "tcp"
     # Where it is ``_in_c``.
     _pull: Callable[..., tuple[int, int, int, int]]
+    _end_lending: Callable[[], None]
     _more_soon: Callable[[], bool]
 
     def __init__(
@@ -185,6 +186,7 @@ class StreamConnection(Sender):
         self._rx_failure = self._tx_failure = None
         if not self._tx_busy:
             self._outbox = Outbox()
+            self._end_lending()
         for payload in list(self._channels.values()):
             payload.release()
         if not self._rx_busy:
