@@ -23,7 +23,7 @@ from gpuremote.client.blocking import Session
 from gpuremote.testing.servers import RunningServer
 
 MIB = 1 << 20
-TURNS = 8
+TURNS = 16
 """Uploads of a size that are lent and copied in turns, as in native/lending.c."""
 in_c = pytest.mark.skipif(native is None, reason=f"_native: {NATIVE}")
 

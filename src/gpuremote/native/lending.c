@@ -22,8 +22,9 @@
 #define ROOM (256 << 10)   /* bytes that are lent at once: a pipe has a slot for each page */
 #define SMALLEST_PART 4096 /* heads of frames are sent: they lie on the stack */
 #define FIRST_PART (64 << 10)
-#define FIRST 8            /* uploads of a size that take turns between both ways */
-#define AGAIN 16           /* one in so many takes the other way, as things change */
+#define RUN 4              /* uploads of a size one after the other that go the same way, at least */
+#define FIRST 4            /* runs that take turns between both ways */
+#define AGAIN 16           /* one run in so many goes the other way, as things change */
 
 /* Of uploads of that many bytes, within a factor of two. */
 static LentTimes *times_of(Stream *s, Py_ssize_t size)
@@ -71,10 +72,10 @@ int lending_begin(Stream *s, Py_ssize_t size)
     if (s->lends_not || !s->same_host || size < LEAST || size > MOST)
         return 0;
     LentTimes *times = times_of(s, size);
-    unsigned turn = times->count++;
-    int lends = turn < FIRST ? turn % 2 : times->lent < times->copied;
-    if (turn >= FIRST && turn % AGAIN == 0)
-        lends = !lends;
+    unsigned run = times->count++ / RUN;
+    int lends = run < FIRST ? run % 2 : (times->lent < times->copied) != (run % AGAIN == 0);
+    times->changed = times->lends != lends;
+    times->lends = (char)lends;
     /* A splice to a connection that is gone raises a signal, which Python ignores; a program may not. */
     if (!lends || sigaction(SIGPIPE, NULL, &now) < 0 || now.sa_handler != SIG_IGN)
         return 0;
@@ -88,6 +89,8 @@ int lending_begin(Stream *s, Py_ssize_t size)
 void lending_took(Stream *s, Py_ssize_t size, int lent, long long nanoseconds)
 {
     LentTimes *times = times_of(s, size);
+    if (times->changed) /* the caches are still those of the other way */
+        return;
     double *usual = lent ? &times->lent : &times->copied, now = (double)nanoseconds / (double)size;
     if (*usual == 0 || now < *usual)
         *usual = *usual == 0 ? now : (*usual + now) / 2;

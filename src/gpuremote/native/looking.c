@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "native.h"
 
+#include <errno.h>
 #include <poll.h>
 #include <sched.h>
 #include <sys/resource.h>
@@ -46,15 +47,29 @@ static long switches(void)
     return 0;
 }
 
+/* Whether there is one of ``events`` of poll. For input, in a program that waits for an answer, by a
+   receive that takes nothing: while that has the socket, what the peer tells of an upload's bytes is
+   seen to here afterwards (thousands of pages are given back), and not by the peer itself, on its
+   processor, while it is copying the last of them. */
+static int there(Stream *s, short events)
+{
+    if (events != POLLIN || s->roams) {
+        struct pollfd watched = {.fd = s->fd, .events = events};
+        return poll(&watched, 1, 0) > 0;
+    }
+    char byte;
+    return recv(s->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0
+           || (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR);
+}
+
 int looking_look(Stream *s, short events, long looks, const char *over)
 {
-    struct pollfd watched = {.fd = s->fd, .events = events};
     long long begin = looking_now(), now = begin, taken = 0;
     long switched = s->roams ? switches() : 0;
     int ready = 0;
-    for (long k = 0; k < looks && ready <= 0 && now - begin < WITHIN_NS; k++) {
-        ready = poll(&watched, 1, 0);
-        if (ready > 0 || *(const volatile char *)over)
+    for (long k = 0; k < looks && !ready && now - begin < WITHIN_NS; k++) {
+        ready = there(s, events);
+        if (ready || *(const volatile char *)over)
             break;
         long long before = now;
         /* Whoever else wants this processor, the peer first of all, is not kept from it. */
@@ -67,7 +82,7 @@ int looking_look(Stream *s, short events, long looks, const char *over)
                 step_aside(s);
         }
     }
-    return ready > 0;
+    return ready;
 }
 
 void looking_woke(Stream *s)

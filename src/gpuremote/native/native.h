@@ -81,6 +81,7 @@ typedef struct {
 typedef struct {
     double lent, copied;
     unsigned count;
+    char lends, changed; /* the latest one, and whether the one before went the other way */
 } LentTimes;
 
 #define LENT_KINDS 9 /* up to 128 KiB, 256 KiB, ... 32 MiB */
