@@ -58,15 +58,17 @@ class Loop:
         while self.session.peer.take(self.there, 0.0):
             pass
 
-    def put(self, host: Any, *freed: int, keep: bool = False) -> int:
-        """As a client does; its number."""
+    def put(self, host: Any, *freed: int, keep: bool = False, at_once: bool = False) -> int:
+        """As a client does; its number. ``at_once``: the server sees the record and the payload's
+        beginning at the same time."""
         blob = [list(host.shape), host.dtype.str.lstrip("<|="), 0, *([True] if keep else [])]
         records = b"".join(free_record([handle]) for handle in freed)
         body = NUMBER.pack(self.number) + records + blob_record(Op.PUT, blob=pack_info(blob))
         number = self.number + len(freed)
         self.number = number + 1
         self.send(Kind.BATCH, body)
-        self.take()
+        if not at_once:
+            self.take()
         self.send(Kind.PAYLOAD, NUMBER.pack(number), [Region(host)])
         self.take()
         return number
@@ -163,6 +165,41 @@ def test_arrays_that_are_all_kept(loop: Loop, size: int) -> None:
     for k, number in enumerate(numbers[5:], 5):
         assert loop.value(number).min() == loop.value(number).max() == k
     assert loop.session.quota.used == 5 * size
+
+
+@in_c
+@pytest.mark.parametrize("freed", [0, 1, 2])
+@pytest.mark.parametrize("size", [MIB, READY + 1])
+def test_the_head_of_the_payload_comes_with_the_record(loop: Loop, size: int, freed: int) -> None:
+    """Received together where the batch is as long as the one before, and nothing behind it."""
+    numbers = [loop.put(array(k, size), at_once=True) for k in range(8 * freed + 1)]
+    copied = loop.there.stats.payload_copied
+    for k in range(8):
+        numbers.append(loop.put(array(k, size), *numbers[:freed], at_once=True))
+        del numbers[:freed]
+        assert loop.value(numbers[-1]).min() == loop.value(numbers[-1]).max() == k
+        if k == 1:
+            copied = loop.there.stats.payload_copied
+    assert loop.there.stats.payload_copied == copied
+    assert not loop.session._arriving
+
+
+@in_c
+def test_others_are_under_way_when_a_head_comes_with_a_record(loop: Loop) -> None:
+    for k in range(3):
+        last = loop.put(array(k))
+    slow, host = loop.number, array(7, 2 * MIB)
+    blob = [[2 * MIB], "u1", 0]
+    loop.number += 1
+    loop.send(Kind.BATCH, NUMBER.pack(slow) + blob_record(Op.PUT, blob=pack_info(blob)))
+    loop.take()
+    loop.seq += 1
+    header = HEADER.pack(Kind.PAYLOAD, 0, 0, 0, loop.seq, 0) + NUMBER.pack(slow)
+    loop.here.send(header, [Region(host)])  # some of it is in the kernel, the rest is not
+    for k in range(3, 6):
+        last = loop.put(array(k), last, at_once=True)
+        assert loop.value(last).min() == loop.value(last).max() == k
+    assert loop.value(slow).min() == loop.value(slow).max() == 7
 
 
 @in_c

@@ -4,7 +4,7 @@
 
 #include "native.h"
 
-#define IN_A_LOOP 3      /* as server.arrivals has it */
+#define IN_A_LOOP 3 /* as server.arrivals has it */
 #define MANY (1 << 16) /* handles; nearer to wire.caps.MAX_HANDLES the twin counts them */
 
 /* What Lane.ready holds: server.arrivals.Prepared. */

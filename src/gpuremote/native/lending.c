@@ -21,7 +21,6 @@
 #define MOST (32 << 20)    /* bytes of which many may lie in a cache */
 #define ROOM (256 << 10)   /* bytes that are lent at once: a pipe has a slot for each page */
 #define SMALLEST_PART 4096 /* heads of frames are sent: they lie on the stack */
-#define FIRST_PART (64 << 10)
 #define RUN 4              /* uploads of a size one after the other that go the same way, at least */
 #define FIRST 4            /* runs that take turns between both ways */
 #define AGAIN 16           /* one run in so many goes the other way, as things change */
@@ -138,7 +137,6 @@ ssize_t lending_sendmsg(Stream *s, const struct msghdr *message)
 {
     struct iovec *part = message->msg_iov, *end = part + message->msg_iovlen;
     ssize_t sent = 0, count;
-    int started = 0;
     while (part < end) {
         size_t copied = s->lends_not ? (size_t)(end - part) : heads(part, (size_t)(end - part));
         if (copied) {
@@ -159,9 +157,6 @@ ssize_t lending_sendmsg(Stream *s, const struct msghdr *message)
         part++;
         while (left && !full) {
             size_t room = (size_t)s->pipe_room, size = room && room < left ? room : left;
-            if (!started && size > FIRST_PART)
-                size = FIRST_PART; /* so that the peer begins */
-            started = 1;
             count = lend(s, from, size, size < left || part < end, &full);
             if (count < 0)
                 return sent ? sent : count;

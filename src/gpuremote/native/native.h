@@ -95,6 +95,7 @@ typedef struct {
     Py_ssize_t idle;  /* bytes to ask for when nothing is under way */
     Py_ssize_t most;  /* the same, of a message that payload may follow; 0: as ever */
     Py_ssize_t start, end;
+    Py_ssize_t ahead; /* where in the buffer lies what came with the message before; 0: nothing did */
     int fd;
     unsigned long rx_touching; /* the thread that is writing to lent memory */
     unsigned long tx_touching; /* the thread that is reading it */

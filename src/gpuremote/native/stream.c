@@ -132,14 +132,17 @@ static int is_numbered(const char *message, Py_ssize_t size)
    beginning of the buffer then, as if it had come by itself. */
 static int bring_ahead(Stream *s, PyObject *expected)
 {
-    if (expected == NULL || s->plain || PyBytes_GET_SIZE(expected) + FRAME != UPLOAD_HEAD)
+    Py_ssize_t at = s->ahead;
+    s->ahead = 0;
+    if (!at || s->start != at || s->end != at + UPLOAD_HEAD || expected == NULL
+        || PyBytes_GET_SIZE(expected) + FRAME != UPLOAD_HEAD)
         return 0;
     char *rx = PyMemoryView_GET_BUFFER(s->rx)->buf;
-    memmove(rx, rx + s->start, UPLOAD_HEAD);
+    memmove(rx, rx + at, UPLOAD_HEAD);
     s->start = 0;
     s->end = UPLOAD_HEAD;
     if (!receiving_is_expected(s))
-        return 0;
+        return 0; /* the twin takes it from there */
     s->end = 0;
     return 1;
 }
@@ -153,7 +156,7 @@ enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **othe
         stream_raise(self, name__gone);
         goto over;
     }
-    if (s->end - s->start == UPLOAD_HEAD && bring_ahead(s, expected)) {
+    if (bring_ahead(s, expected)) {
         found = receiving_land(s, wait) < 0 ? FAILED : LANDED;
         goto over;
     }
@@ -222,7 +225,7 @@ enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **othe
         *size = ahead ? s->most : count;
         found = MESSAGE;
         if (ahead) { /* the head of what it announces, and nothing of that */
-            s->start = s->most;
+            s->start = s->ahead = s->most;
             s->end = count;
             s->plain = 0;
         }
