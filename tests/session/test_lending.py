@@ -197,3 +197,26 @@ def test_its_files_are_given_back(server: RunningServer) -> None:
     while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < until:
         time.sleep(0.01)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@in_c
+def test_records_that_go_out_with_it_are_not_lent(session: Session) -> None:
+    """They lie on the stack, which is used again at once; however long they are."""
+    device, core = session.devices[0], session._core
+    host = pattern(0, MIB)
+    device.put(host).get()
+    one = device.put(np.ones(4, np.float32))
+    head = 90 + len(next(iter(core._kinds.values()))[1])
+    found = 0
+    for _ in range(2000):
+        made = []
+        while head + len(core._buffer) < 4090:
+            made.append(one + one)
+        found += head + len(core._buffer) <= 4146
+        remote = device.put(host)
+        assert np.array_equal(remote.get(), host)
+        assert made[-1].get().tolist() == [2.0] * 4
+        if found >= 2 * TURNS:
+            break
+    assert found >= 2 * TURNS
+    assert lent(session) > 0

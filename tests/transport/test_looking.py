@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -14,6 +17,7 @@ from collections.abc import Iterator
 import pytest
 
 from gpuremote._speed import native
+from gpuremote.errors import ConnectionLost
 from gpuremote.transport._sockets import processors
 from gpuremote.transport.base import Incoming, Region
 from gpuremote.transport.tcp import TcpConnection, pair
@@ -128,3 +132,17 @@ def _discard_after(steps: int, data: bytes, here: TcpConnection, there: TcpConne
         over.set()
         there.send(b"the last one")
         receiver.join()
+
+
+def test_a_look_does_not_lose_why_it_broke() -> None:
+    """The kernel tells of an error once: to whoever receives, or looks, next."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        here = TcpConnection(socket.create_connection(listener.getsockname()), blocking=True)
+        there, _ = listener.accept()
+    there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+    there.close()
+    assert select.select([here.fileno()], [], [], 5)[0]
+    assert here._more_soon()
+    with pytest.raises(ConnectionLost, match="reset"):
+        here.receive(1.0)
+    here.abort()

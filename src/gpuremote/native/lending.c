@@ -11,6 +11,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -20,7 +21,6 @@
 #define LEAST (128 << 10)  /* bytes that are worth the further calls */
 #define MOST (32 << 20)    /* bytes of which many may lie in a cache */
 #define ROOM (256 << 10)   /* bytes that are lent at once: a pipe has a slot for each page */
-#define SMALLEST_PART 4096 /* heads of frames are sent: they lie on the stack */
 #define RUN 4              /* uploads of a size one after the other that go the same way, at least */
 #define FIRST 4            /* runs that take turns between both ways */
 #define AGAIN 16           /* one run in so many goes the other way, as things change */
@@ -37,17 +37,14 @@ static LentTimes *times_of(Stream *s, Py_ssize_t size)
 /* A pipe whose two ends are this connection's; 0: no. */
 static int open_pipe(Stream *s)
 {
-    /* A splice to a socket that blocks waits for room (it has no MSG_DONTWAIT): for a moment. */
-    const struct timeval moment = {0, 1000};
     int ends[2];
-    if (setsockopt(s->fd, SOL_SOCKET, SO_SNDTIMEO, &moment, sizeof moment) < 0
-        || pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0)
+    if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0)
         return 0;
     int room = fcntl(ends[1], F_SETPIPE_SZ, ROOM); /* fails where a user has many */
-    s->pipe_room = room > 0 ? room : fcntl(ends[1], F_GETPIPE_SZ);
+    s->pipe_room = room > 0 ? room : PIPE_BUF;
     s->pipe_out = ends[0];
     s->pipe_in = ends[1];
-    return s->pipe_room > 0;
+    return 1;
 }
 
 void lending_end(Stream *s)
@@ -65,56 +62,69 @@ PyObject *lending_end_lending(PyObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-int lending_begin(Stream *s, Py_ssize_t size)
+/* A splice to a connection that is gone raises a signal, which Python ignores. A program may not, or may
+   block it, and then it would stay. */
+static int is_harmless(int signal)
 {
     struct sigaction now;
-    if (s->lends_not || !s->same_host || size < LEAST || size > MOST)
-        return 0;
-    LentTimes *times = times_of(s, size);
-    unsigned run = times->count++ / RUN;
-    int lends = run < FIRST ? run % 2 : (times->lent < times->copied) != (run % AGAIN == 0);
-    times->changed = times->lends != lends;
-    times->lends = (char)lends;
-    /* A splice to a connection that is gone raises a signal, which Python ignores; a program may not. */
-    if (!lends || sigaction(SIGPIPE, NULL, &now) < 0 || now.sa_handler != SIG_IGN)
-        return 0;
-    if (!s->pipe_room && !open_pipe(s)) {
-        lending_end(s);
-        s->lends_not = 1;
+    sigset_t blocked;
+    return !sigaction(signal, NULL, &now) && now.sa_handler == SIG_IGN
+           && !pthread_sigmask(SIG_BLOCK, NULL, &blocked) && !sigismember(&blocked, signal);
+}
+
+static int can_lend(Stream *s)
+{
+    if (!s->lends_not && !s->pipe_room) {
+        /* A splice to a socket that blocks waits for room (it has no MSG_DONTWAIT): for a moment. All
+           else that is sent does not wait. */
+        const struct timeval moment = {0, 1000};
+        s->lends_not = setsockopt(s->fd, SOL_SOCKET, SO_SNDTIMEO, &moment, sizeof moment) < 0
+                       || !open_pipe(s);
     }
     return !s->lends_not;
 }
 
-void lending_took(Stream *s, Py_ssize_t size, int lent, long long nanoseconds)
+LentTimes *lending_begin(Stream *s, Py_ssize_t size, int *lends)
 {
+    *lends = 0;
+    if (s->lends_not || !s->same_host || size < LEAST || size > MOST || !is_harmless(SIGPIPE))
+        return NULL;
     LentTimes *times = times_of(s, size);
+    unsigned run = times->count++ / RUN;
+    *lends = run < FIRST ? run % 2 : (times->lent < times->copied) != (run % AGAIN == 0);
+    times->changed = times->lends != *lends;
+    times->lends = (char)*lends;
+    if (*lends)
+        *lends = can_lend(s);
+    return times;
+}
+
+void lending_took(LentTimes *times, Py_ssize_t size, long long nanoseconds)
+{
     if (times->changed) /* the caches are still those of the other way */
         return;
-    double *usual = lent ? &times->lent : &times->copied, now = (double)nanoseconds / (double)size;
+    double *usual = times->lends ? &times->lent : &times->copied;
+    double now = (double)nanoseconds / (double)size;
     if (*usual == 0 || now < *usual)
         *usual = *usual == 0 ? now : (*usual + now) / 2;
     else /* slowly: whoever was kept from running says little of the way */
         *usual += ((now < 1.25 * *usual ? now : 1.25 * *usual) - *usual) / 8;
 }
 
-/* As send(2), of the pages themselves; ``full``: the kernel takes no more. */
-static ssize_t lend(Stream *s, const char *from, size_t size, int more, int *full)
+/* As send(2), of the pages themselves; ``full``: the kernel takes no more. -1, and nothing is to be lent
+   any more: it does not lend these, or at all. */
+static ssize_t lend(Stream *s, const struct iovec *part, int more, int *full)
 {
-    struct iovec part = {(char *)from, size};
-    ssize_t given = vmsplice(s->pipe_in, &part, 1, SPLICE_F_NONBLOCK), taken;
+    ssize_t given = vmsplice(s->pipe_in, part, 1, SPLICE_F_NONBLOCK);
     if (given < 0) {
-        /* Memory that has no pages, or a kernel that does not lend them: copied from now on. */
         s->lends_not = errno != EINTR;
-        taken = send(s->fd, from, size, MSG_DONTWAIT | MSG_NOSIGNAL | (more ? MSG_MORE : 0));
-        *full = taken < (ssize_t)size;
-        return taken;
+        *full = !s->lends_not;
+        return -1;
     }
-    more = more || (size_t)given < size; /* where it begins within a page, the pipe takes less */
-    taken = splice(s->pipe_out, NULL, s->fd, NULL, (size_t)given,
-                   SPLICE_F_NONBLOCK | (more ? SPLICE_F_MORE : 0));
+    more = more || (size_t)given < part->iov_len; /* from within a page on, the pipe takes less */
+    ssize_t taken = splice(s->pipe_out, NULL, s->fd, NULL, (size_t)given,
+                           SPLICE_F_NONBLOCK | (more ? SPLICE_F_MORE : 0));
     *full = taken < given;
-    if (taken > 0)
-        s->payload_lent += taken;
     if (*full) { /* what was not taken must not come before what is sent next */
         int reason = errno;
         lending_end(s);
@@ -124,46 +134,58 @@ static ssize_t lend(Stream *s, const char *from, size_t size, int more, int *ful
     return taken;
 }
 
-/* Parts one after the other from ``part`` on that are sent: the heads of frames lie on the stack. */
-static size_t heads(const struct iovec *part, size_t count)
+/* Of a message that is its head, and then a head and the bytes of each frame: the parts one after the
+   other from ``part`` on that are copied. The heads lie on the stack. */
+static size_t heads(const Stream *s, const struct msghdr *message, const struct iovec *part)
 {
-    size_t k = 0;
-    while (k < count && part[k].iov_len < SMALLEST_PART)
-        k++;
-    return k;
+    const struct iovec *first = part, *end = message->msg_iov + message->msg_iovlen;
+    while (part < end && (s->lends_not || part == message->msg_iov || (part - message->msg_iov) % 2))
+        part++;
+    return (size_t)(part - first);
 }
 
-ssize_t lending_sendmsg(Stream *s, const struct msghdr *message)
+/* As sendmsg(2), of some of the parts; ``full``: the kernel takes no more. */
+static ssize_t copy(Stream *s, struct iovec *part, size_t count, int more, int *full)
+{
+    struct msghdr some = {.msg_iov = part, .msg_iovlen = count};
+    size_t size = 0;
+    for (size_t k = 0; k < count; k++)
+        size += part[k].iov_len;
+    ssize_t sent =
+        size ? sendmsg(s->fd, &some, MSG_DONTWAIT | MSG_NOSIGNAL | (more ? MSG_MORE : 0)) : 0;
+    *full = sent < (ssize_t)size;
+    return sent;
+}
+
+ssize_t lending_sendmsg(Stream *s, const struct msghdr *message, long long *lent)
 {
     struct iovec *part = message->msg_iov, *end = part + message->msg_iovlen;
     ssize_t sent = 0, count;
-    while (part < end) {
-        size_t copied = s->lends_not ? (size_t)(end - part) : heads(part, (size_t)(end - part));
+    int full = 0;
+    while (part < end && !full) {
+        size_t copied = heads(s, message, part);
         if (copied) {
-            struct msghdr some = {.msg_iov = part, .msg_iovlen = copied};
-            int more = part + copied < end ? MSG_MORE : 0;
-            size_t size = 0;
-            for (size_t k = 0; k < copied; k++)
-                size += part[k].iov_len;
-            count = sendmsg(s->fd, &some, MSG_DONTWAIT | MSG_NOSIGNAL | more);
-            if (count < (ssize_t)size)
-                return count > 0 ? sent + count : sent ? sent : count;
+            count = copy(s, part, copied, part + copied < end, &full);
+            if (count < 0)
+                return sent ? sent : count;
             sent += count, part += copied;
             continue;
         }
-        const char *from = part->iov_base;
-        size_t left = part->iov_len;
-        int full = 0;
-        part++;
-        while (left && !full) {
-            size_t room = (size_t)s->pipe_room, size = room && room < left ? room : left;
-            count = lend(s, from, size, size < left || part < end, &full);
+        struct iovec left = *part++;
+        while (left.iov_len && !full) {
+            size_t room = s->lends_not ? left.iov_len : (size_t)s->pipe_room;
+            struct iovec some = {left.iov_base, room < left.iov_len ? room : left.iov_len};
+            int more = some.iov_len < left.iov_len || part < end;
+            count = s->lends_not ? -1 : lend(s, &some, more, &full);
+            if (count >= 0)
+                *lent += count;
+            else if (s->lends_not && !full) /* memory without pages, say */
+                count = copy(s, &some, 1, more, &full);
             if (count < 0)
                 return sent ? sent : count;
-            from += count, left -= (size_t)count, sent += count;
+            left.iov_base = (char *)left.iov_base + count;
+            left.iov_len -= (size_t)count, sent += count;
         }
-        if (full)
-            break;
     }
     return sent;
 }

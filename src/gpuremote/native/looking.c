@@ -58,8 +58,12 @@ static int there(Stream *s, short events)
         return poll(&watched, 1, 0) > 0;
     }
     char byte;
-    return recv(s->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0
-           || (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR);
+    if (recv(s->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0)
+        return 1;
+    if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
+        return 0;
+    s->peeked = errno; /* which is told once */
+    return 1;
 }
 
 int looking_look(Stream *s, short events, long looks, const char *over)

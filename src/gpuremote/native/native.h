@@ -84,7 +84,7 @@ typedef struct {
     char lends, changed; /* the latest one, and whether the one before went the other way */
 } LentTimes;
 
-#define LENT_KINDS 9 /* up to 128 KiB, 256 KiB, ... 32 MiB */
+#define LENT_KINDS 9 /* below 256 KiB, 512 KiB, ... 32 MiB, and that */
 
 typedef struct {
     PyObject_HEAD
@@ -106,6 +106,7 @@ typedef struct {
     char roams, same_host;
     char shares; /* payload goes through memory that both ends see, as a rule */
     Looking room; /* looking whether the kernel takes more */
+    int peeked; /* errno of a look: the next receive would not be told */
     char lends_not;
     int pipe_in, pipe_out, pipe_room; /* bytes that fit in the pipe; 0: there is none */
     LentTimes lent[LENT_KINDS];
@@ -159,7 +160,7 @@ typedef struct {
     PyObject *staged, *kinds, *made, *lane; /* see putting.c */
     PyObject *watcher; /* see uploading.c */
     long long first, next, last, named, oldest, full, flush_after, freed, pause, idle_pause;
-    unsigned long thread; /* which had the lock, and since when there was no other */
+    unsigned long thread; /* the latest to record from C, and since when there was no other */
     long long alone;
     double writes;
     int depth;
@@ -265,12 +266,14 @@ Py_ssize_t sending_lead(char *lead, const char *header, Py_ssize_t size, const P
 int sending_run(Stream *stream, const char *lead, Py_ssize_t size, const Py_buffer *from, int lends,
                 Py_ssize_t *bytes);
 
-/* Whether an upload of ``size`` bytes, which is waited for, is to be lent; and how long it took. */
-int lending_begin(Stream *stream, Py_ssize_t size);
-void lending_took(Stream *stream, Py_ssize_t size, int lent, long long nanoseconds);
+/* Whether an upload of ``size`` bytes, which is waited for, is to be lent: where it is noted how long it
+   took, which is said then (NULL: nowhere). */
+LentTimes *lending_begin(Stream *stream, Py_ssize_t size, int *lends);
+void lending_took(LentTimes *times, Py_ssize_t size, long long nanoseconds);
 
-/* As sendmsg(2), with its large parts lent. */
-ssize_t lending_sendmsg(Stream *stream, const struct msghdr *message);
+/* As sendmsg(2), of a head, and a head and the bytes of each frame, with these bytes lent: how many of
+   them is added to ``lent``. */
+ssize_t lending_sendmsg(Stream *stream, const struct msghdr *message, long long *lent);
 
 /* Give back what lending takes; the same as Stream._end_lending. */
 void lending_end(Stream *stream);

@@ -78,6 +78,8 @@ static int receive_run(Stream *s, Run *run, Py_ssize_t burst, double wait)
         reason = errno;
         Py_END_ALLOW_THREADS;
         run->calls++;
+        if (count == 0 && s->peeked)
+            count = -1, reason = s->peeked;
         if (PyErr_CheckSignals() < 0)
             return -1; /* the connection is given up: what came comes again */
         if (count < 0) {

@@ -155,7 +155,7 @@ int recording_lock(Recorder *r)
 {
     PyObject *held = PyObject_CallNoArgs(r->acquire);
     unsigned long me = PyThread_get_thread_ident();
-    if (r->thread != me) {
+    if (held != NULL && r->thread != me) {
         r->thread = me;
         r->alone = looking_now();
     }

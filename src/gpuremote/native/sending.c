@@ -24,6 +24,7 @@ typedef struct {
     char lends;
     /* Counted: */
     Py_ssize_t bytes, payload, calls;
+    long long lent;
 } Run;
 
 /* Begin the next DATA frame, if none is under way. */
@@ -82,7 +83,7 @@ static int send_some(Stream *s, Run *run, Py_ssize_t size, Py_ssize_t most)
     int reason;
     do {
         Py_BEGIN_ALLOW_THREADS;
-        count = run->lends ? lending_sendmsg(s, &message)
+        count = run->lends ? lending_sendmsg(s, &message, &run->lent)
                            : sendmsg(s->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
         reason = errno;
         Py_END_ALLOW_THREADS;
@@ -221,6 +222,7 @@ int sending_run(Stream *s, const char *lead, Py_ssize_t size, const Py_buffer *f
     s->tx_busy = 0;
     s->sends += run.calls;
     s->bytes_sent += run.bytes;
+    s->payload_lent += run.lent;
     if (!run.left)
         s->payload_sent += run.payload; /* of what is queued the queue says it */
     *bytes = run.bytes;

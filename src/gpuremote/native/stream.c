@@ -193,6 +193,8 @@ enum taken stream_take(Stream *s, double wait, Py_ssize_t *size, PyObject **othe
             count = recv(s->fd, buffer->buf, (size_t)room, MSG_DONTWAIT);
             reason = errno;
         }
+        if (count == 0 && s->peeked)
+            count = -1, reason = s->peeked;
         if (PyErr_CheckSignals() < 0) {
             /* Before nothing comes, the connection is as good as it was, whatever the signal
                raised. What has come must not be lost: it comes again over the next connection. */

@@ -137,7 +137,8 @@ int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make,
     PyObject *number = NULL, *wait = NULL, *connection = Py_NewRef(PyTuple_GET_ITEM(kind, 2));
     Stream *stream = (Stream *)connection;
     Py_ssize_t size = from.len;
-    int lends = lending_begin(stream, size);
+    int lends;
+    LentTimes *times = lending_begin(stream, size, &lends);
     long long begin = looking_now();
     r->last = 0;
     int failed = post(r, PyTuple_GET_ITEM(kind, 1), array, &from, lends, &number, &wait);
@@ -155,10 +156,10 @@ int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make,
     }
     if (*made != NULL) {
         int over = awaiting_wait(r, driver, connection, wait);
-        if (over > 0)
-            lending_took(stream, size, lends, looking_now() - begin);
-        else if (over < 0 || tell(driver, name_wait, wait, NULL) < 0)
+        if (over < 0 || (!over && tell(driver, name_wait, wait, NULL) < 0))
             Py_CLEAR(*made);
+        else if (over && times != NULL)
+            lending_took(times, size, looking_now() - begin);
     }
     Py_DECREF(connection);
     Py_XDECREF(number);

@@ -179,6 +179,7 @@ class Worker:
             if queue:
                 self._run_default()
             if not self._quiet(connection):
+                self._left_over = connection.buffered
                 return
         # A second without any message.
         now = _clock.now()

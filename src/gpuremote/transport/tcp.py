@@ -199,7 +199,8 @@ class StreamConnection(Sender):
 
     def _wait_untouched(self) -> None:
         """Return when no other thread reads or writes lent memory; it takes microseconds, as no
-        call sleeps while it has such memory (one that looks for more, or for room, ends that)."""
+        call sleeps while it has such memory (one that looks for more, or for room, ends that);
+        where pages are lent to the kernel some milliseconds."""
         me = get_ident()
         deadline = 0.0
         self._hands_off = True
