@@ -34,9 +34,9 @@ _PACKAGES: Final = (
     *("gpuremote", "numpy", "uvloop", "pyzmq", "msgpack", "torch", "ucxx-cu12", "libucx-cu12"),
     *("nixl", "mooncake-transfer-engine-non-cuda", "grpcio", "pyarrow", "ray", "distributed"),
 )
-_TCP_INFO_SIZE: Final = 208
+_TCP_INFO_SIZE: Final = 216
 _RECEIVED: Final = struct.Struct("=128xQ")  # tcpi_bytes_received
-_SENT: Final = struct.Struct("=200xQ")  # tcpi_bytes_sent
+_SENT: Final = struct.Struct("=200xQQ")  # tcpi_bytes_sent, tcpi_bytes_retrans of them
 
 
 def facts() -> dict[str, Any]:
@@ -106,7 +106,8 @@ def reset_peak(process: int) -> None:
 def tcp_bytes() -> int:
     """Bytes sent and received by the TCP sockets that this process has open.
 
-    Counted by the kernel, whoever made the sockets; headers of TCP and IP not included.
+    Counted by the kernel, whoever made the sockets; headers of TCP and IP not included, nor what it
+    sent again, as it does where the other side was kept from running.
     """
     total = 0
     for name in os.listdir("/proc/self/fd"):
@@ -142,9 +143,9 @@ def _counted(sock: socket.socket) -> int:
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
     if len(info) < _TCP_INFO_SIZE:
         return 0
-    sent: int = _SENT.unpack_from(info)[0]
+    sent, again = _SENT.unpack_from(info)
     received: int = _RECEIVED.unpack_from(info)[0]
-    return sent + received
+    return int(sent - again) + received
 
 
 def _status(process: int, field: str) -> float:
