@@ -29,7 +29,7 @@ T = TypeVar("T")
 GROUP: Final = 4096
 """Arrays of one message."""
 STAGED: Final = 8
-STAGED_BYTES: Final = 32 << 20
+STAGED_BYTES: Final = 64 << 20
 """Arrays in shared memory, and bytes of them, of which the server is told at the latest when memory
 is wanted for another one. To be told wakes it, often on this core: that takes longer than to copy a
 MiB."""

@@ -2,6 +2,7 @@
 
 #define _GNU_SOURCE
 #include "native.h"
+#include "ways.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -9,129 +10,38 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
 
-/* From here on the bytes may go past the caches: what is larger would be out of them by the time
-   somebody reads it, and memory that is written around them need not be read first. The C library
-   does so as well, but later by far: from some 200 MiB on. Whether it is faster depends on the
-   machine and on what else runs there, so both ways are tried, and the faster one is used. */
+/* From here on a copy may go past the caches. */
 #define PAST_CACHES ((Py_ssize_t)2 << 20)
 /* From here on if it is another process that reads them: what this one has in its caches stays
    there, its code above all. */
 #define PAST_CACHES_AWAY ((Py_ssize_t)256 << 10)
-/* From here on more than one processor copies, as one alone does not keep the memory busy. To start
+/* From here on more than one processor may copy, as one alone may not keep the memory busy. To start
    a thread takes some 30 us, in which half a MiB is copied. */
 #define SHARED_OUT ((Py_ssize_t)8 << 20)
 /* From here on if another process reads them: it does not copy at the same time. */
 #define SHARED_OUT_AWAY ((Py_ssize_t)4 << 20)
+/* From here on hardly any of them are still in a cache. */
+#define IN_NO_CACHE ((Py_ssize_t)32 << 20)
 #define MOST 4
 /* Bytes that a thread takes at a time: one that came late, or has to share its processor, takes
    fewer. */
 #define PIECE ((size_t)512 << 10)
+/* What the ways are for copies of the sizes between these: the smaller, the more of them find their
+   memory in a cache by the time that they come to it again. */
+#define SIZES                                                                                       \
+    {                                                                                               \
+        {.run = 24, .alone = 1, .cached = 1}, {.run = 8, .alone = 1},                               \
+            {.run = 4, .alone = 1, .shared = 1}, {.run = 2, .shared = 1},                           \
+    }
 /* Below this, letting go of the interpreter's lock costs more than it gives others. */
 #define WITH_LOCK ((Py_ssize_t)64 << 10)
-
-/* What is known of either way (0: the C library's, 1: past the caches) for copies of about one
-   size: bytes per nanosecond of the latest ones. The best of them counts: the others had to wait
-   for pages, for a processor or for caches that were cold. */
-#define LATEST 8
-typedef struct {
-    double rates[2][LATEST];
-    unsigned counts[2];
-    unsigned rest; /* copies until the other one is tried again: memory may be busier by then */
-    unsigned trials;
-} Ways;
-#define AGAIN 64
-
-static double best(const Ways *ways, int way)
-{
-    double found = 0;
-    for (int i = 0; i < LATEST; i++)
-        if (ways->rates[way][i] > found)
-            found = ways->rates[way][i];
-    return found;
-}
-
-/* Trials come in pairs, as the first one may find caches that the other way has left behind (the
-   very first pair is one of each); at first after a few copies, later after more and more of them. */
-static int choose(Ways *ways)
-{
-#ifdef __SSE2__
-    int better = best(ways, 1) > best(ways, 0);
-    if (ways->rest > 0) {
-        ways->rest--;
-        return better;
-    }
-    if (++ways->trials % 2 == 0)
-        ways->rest = ways->trials < AGAIN / 2 ? 2 * ways->trials : AGAIN;
-    return !better;
-#else
-    return 0;
-#endif
-}
-
-static void learn(Ways *ways, int way, double rate)
-{
-    ways->rates[way][ways->counts[way]++ % LATEST] = rate;
-}
 
 static double nanoseconds(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return 1e9 * (double)now.tv_sec + (double)now.tv_nsec;
-}
-
-#ifdef __SSE2__
-static inline void stream_line(char *to, const char *from)
-{
-    const __m128i *in = (const __m128i *)from;
-    __m128i a = _mm_loadu_si128(in), b = _mm_loadu_si128(in + 1);
-    __m128i c = _mm_loadu_si128(in + 2), d = _mm_loadu_si128(in + 3);
-    __m128i *out = (__m128i *)to;
-    _mm_stream_si128(out, a);
-    _mm_stream_si128(out + 1, b);
-    _mm_stream_si128(out + 2, c);
-    _mm_stream_si128(out + 3, d);
-}
-#endif
-
-/* Four pages take turns, a line each: so the memory has four rows open, and the processor fetches
-   ahead in four places. Page after page takes up to twice as long, and with prefetches that leave
-   the caches out (prefetchnta) it did on a Xeon. */
-#define ABREAST 4
-#define PAGE 4096
-#define LINE 64
-
-static void copy_past_caches(char *to, const char *from, size_t size)
-{
-#ifdef __SSE2__
-    size_t head = -(uintptr_t)to & (LINE - 1);
-    head = head < size ? head : size;
-    memcpy(to, from, head);
-    to += head, from += head, size -= head;
-    while (size >= ABREAST * PAGE) {
-        for (size_t at = 0; at < PAGE; at += LINE)
-            for (size_t page = at; page < ABREAST * PAGE; page += PAGE)
-                stream_line(to + page, from + page);
-        to += ABREAST * PAGE, from += ABREAST * PAGE, size -= ABREAST * PAGE;
-    }
-    for (; size >= LINE; size -= LINE, to += LINE, from += LINE)
-        stream_line(to, from);
-    /* Such stores come in any order: what says that they are there must not overtake them. */
-    _mm_sfence();
-#endif
-    memcpy(to, from, size);
-}
-
-void copy_one_way(char *to, const char *from, size_t size, int way)
-{
-    if (way)
-        copy_past_caches(to, from, size);
-    else
-        memcpy(to, from, size);
 }
 
 /* A copy that several threads share: each takes the next piece. A thread that comes when there are
@@ -253,19 +163,21 @@ void copy_flat(char *to, const char *from, Py_ssize_t size, int away)
         memcpy(to, from, (size_t)size);
         Py_END_ALLOW_THREADS
     } else {
-        static Ways known[3]; /* touched with the interpreter's lock only */
-        Ways *ways = &known[size < PAST_CACHES ? 0 : size < shared_out ? 1 : 2];
-        int way = choose(ways);
+        /* touched with the interpreter's lock only */
+        static Ways known[2][4] = {SIZES, SIZES};
+        int kind = (size >= PAST_CACHES) + (size >= shared_out) + (size >= IN_NO_CACHE);
+        Ways *ways = &known[away][kind];
+        int way = ways_choose(ways);
         double taken;
         Py_BEGIN_ALLOW_THREADS
         taken = nanoseconds();
-        if (size < shared_out)
+        if (way < WAY_SHARED)
             copy_one_way(to, from, (size_t)size, way);
         else
             share_out(to, from, (size_t)size, way);
         taken = nanoseconds() - taken;
         Py_END_ALLOW_THREADS
-        learn(ways, way, (double)size / (taken + 1));
+        ways_learn(ways, way, (double)size / (taken + 1));
     }
 }
 

@@ -3,6 +3,7 @@
    takes no message to say. Used by transport.shm; without it messages say the same. */
 
 #include "native.h"
+#include "ways.h"
 
 #include <sched.h>
 
@@ -57,14 +58,14 @@ PyObject *follow_lead(PyObject *module, PyObject *const *args, Py_ssize_t count)
         PyErr_SetString(PyExc_TypeError, "lead() takes target, source, counter, before, large");
     if (PyErr_Occurred() || get_views(&views, args, PyBUF_WRITABLE) < 0)
         return NULL;
-    int large = args[4] == Py_True;
+    const int way = args[4] == Py_True ? WAY_ABREAST : WAY_PLAIN;
     char *to = views.to.buf;
     const char *from = views.from.buf;
     uint32_t *counter = views.counter.buf;
     Py_BEGIN_ALLOW_THREADS;
     for (Py_ssize_t done = 0, size; done < views.to.len; done += size) {
         size = views.to.len - done < STEP ? views.to.len - done : STEP;
-        copy_one_way(to + done, from + done, (size_t)size, large);
+        copy_one_way(to + done, from + done, (size_t)size, way);
         __atomic_store_n(counter, (uint32_t)(before + (unsigned long)(done + size)),
                          __ATOMIC_RELEASE);
     }
@@ -89,7 +90,7 @@ PyObject *follow_follow(PyObject *module, PyObject *const *args, Py_ssize_t coun
         PyErr_SetString(PyExc_TypeError, "follow() takes 6 arguments");
     if (PyErr_Occurred() || get_views(&views, args, PyBUF_SIMPLE) < 0)
         return NULL;
-    int large = args[5] == Py_True;
+    const int way = args[5] == Py_True ? WAY_ABREAST : WAY_PLAIN;
     char *to = views.to.buf;
     const char *from = views.from.buf;
     const uint32_t *counter = views.counter.buf;
@@ -104,7 +105,7 @@ PyObject *follow_follow(PyObject *module, PyObject *const *args, Py_ssize_t coun
         if (there > size)
             there = size;
         if (there > done) {
-            copy_one_way(to + done, from + done, (size_t)(there - done), large);
+            copy_one_way(to + done, from + done, (size_t)(there - done), way);
             done = there;
             since = looking_now();
         }

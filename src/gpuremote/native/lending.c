@@ -3,8 +3,8 @@
    copying; the peer does all of it then, so that it takes longer where the bytes lie in no cache. So
    both ways are timed, and the shorter one is taken.
 
-   Only for what is waited for until the peer has it: until then the buffer is not to change. Without a
-   twin: Python's way is the other one. */
+   Only for what stays as it is until the peer says that it has it: an upload that is waited for, or a
+   server's array, as ops that would write to it wait. Without a twin: Python's way is the other one. */
 
 #define _GNU_SOURCE
 #include "native.h"
@@ -19,8 +19,9 @@
 #include <unistd.h>
 
 #define LEAST (128 << 10)  /* bytes that are worth the further calls */
-#define MOST (32 << 20)    /* bytes of which many may lie in a cache */
+#define MOST (256 << 20)   /* bytes that are waited for in one step */
 #define ROOM (256 << 10)   /* bytes that are lent at once: a pipe has a slot for each page */
+#define CACHED (32 << 20)  /* bytes of which many may lie in a cache */
 #define RUN 4              /* uploads of a size one after the other that go the same way, at least */
 #define FIRST 4            /* runs that take turns between both ways */
 #define AGAIN 16           /* one run in so many goes the other way, as things change */
@@ -40,7 +41,9 @@ static int open_pipe(Stream *s)
     int ends[2];
     if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0)
         return 0;
-    int room = fcntl(ends[1], F_SETPIPE_SZ, ROOM); /* fails where a user has many */
+    int room = fcntl(ends[1], F_SETPIPE_SZ, ROOM);
+    if (room <= 0) /* the user has many */
+        room = fcntl(ends[1], F_GETPIPE_SZ);
     s->pipe_room = room > 0 ? room : PIPE_BUF;
     s->pipe_out = ends[0];
     s->pipe_in = ends[1];
@@ -90,7 +93,7 @@ LentTimes *lending_begin(Stream *s, Py_ssize_t size, int *lends)
     if (s->lends_not || !s->same_host || size < LEAST || size > MOST || !is_harmless(SIGPIPE))
         return NULL;
     LentTimes *times = times_of(s, size);
-    unsigned run = times->count++ / RUN;
+    unsigned run = times->count++ / (size > CACHED ? RUN / 2 : RUN);
     *lends = run < FIRST ? run % 2 : (times->lent < times->copied) != (run % AGAIN == 0);
     times->changed = times->lends != *lends;
     times->lends = (char)*lends;
@@ -109,6 +112,23 @@ void lending_took(LentTimes *times, Py_ssize_t size, long long nanoseconds)
         *usual = *usual == 0 ? now : (*usual + now) / 2;
     else /* slowly: whoever was kept from running says little of the way */
         *usual += ((now < 1.25 * *usual ? now : 1.25 * *usual) - *usual) / 8;
+}
+
+int lending_answers(Stream *s, Py_ssize_t size)
+{
+    int lends;
+    s->answering = lending_begin(s, size, &lends);
+    s->answer_size = size;
+    s->answered_at = looking_now();
+    return lends;
+}
+
+/* With what the program did until it said so: the shortest times count. */
+void lending_answered(Stream *s)
+{
+    if (s->answering != NULL)
+        lending_took(s->answering, s->answer_size, looking_now() - s->answered_at);
+    s->answering = NULL;
 }
 
 /* As send(2), of the pages themselves; ``full``: the kernel takes no more. -1, and nothing is to be lent

@@ -77,7 +77,7 @@ typedef struct {
     Py_ssize_t placed, left, chunk;
 } Landing;
 
-/* Nanoseconds per byte of uploads that were lent, and that were copied; see lending.c. */
+/* Nanoseconds per byte of payloads that were lent, and that were copied; see lending.c. */
 typedef struct {
     double lent, copied;
     unsigned count;
@@ -110,6 +110,9 @@ typedef struct {
     char lends_not;
     int pipe_in, pipe_out, pipe_room; /* bytes that fit in the pipe; 0: there is none */
     LentTimes lent[LENT_KINDS];
+    LentTimes *answering; /* of the array that was sent last: since when, and its size */
+    long long answered_at;
+    Py_ssize_t answer_size;
     long long moved; /* when it last went to another processor */
     long long sends, receives, messages_sent, messages_received, bytes_sent, bytes_received,
         payload_sent, payload_received, payload_lent;
@@ -262,14 +265,19 @@ PyObject *sending_payload(PyObject *self, PyObject *args);
 Py_ssize_t sending_lead(char *lead, const char *header, Py_ssize_t size, const Py_buffer *from);
 
 /* Send ``size`` bytes of ``lead``, and a payload in DATA frames on channel 0, behind nothing else:
-   how many went out in all is in ``bytes``. With ``lends`` as lending_begin said. -1: error. */
+   how many went out in all is in ``bytes``. With ``lends`` as lending_begin said; with ``gives_way``
+   no more when the other end says something meanwhile. -1: error. */
 int sending_run(Stream *stream, const char *lead, Py_ssize_t size, const Py_buffer *from, int lends,
-                Py_ssize_t *bytes);
+                int gives_way, Py_ssize_t *bytes);
 
-/* Whether an upload of ``size`` bytes, which is waited for, is to be lent: where it is noted how long it
-   took, which is said then (NULL: nowhere). */
+/* Whether a payload of ``size`` bytes, which stays as it is until the other end has it, is to be lent:
+   where it is noted how long it took, which is said then (NULL: nowhere). */
 LentTimes *lending_begin(Stream *stream, Py_ssize_t size, int *lends);
 void lending_took(LentTimes *times, Py_ssize_t size, long long nanoseconds);
+
+/* The same of an array of which the other end says when it has it, one at a time. */
+int lending_answers(Stream *stream, Py_ssize_t size);
+void lending_answered(Stream *stream);
 
 /* As sendmsg(2), of a head, and a head and the bytes of each frame, with these bytes lent: how many of
    them is added to ``lent``. */
@@ -405,7 +413,7 @@ typedef struct {
     PyObject *steady; /* as transport.base.Region has it */
     const char *first; /* messages that go out before it, frames and all; SMALL bytes at most */
     Py_ssize_t first_size;
-    int lends; /* as sending_run has it */
+    int lends, gives_way; /* as sending_run has it */
 } Payload;
 
 /* Whether a connection takes such a message at once. */
@@ -463,8 +471,8 @@ int arriving_landed(PyObject *lane, Stream *stream, uint64_t number, int told);
 /* gather, see runs.c. */
 PyObject *runs_gather(PyObject *module, PyObject *const *args, Py_ssize_t count);
 
-/* Copy as the C library does, or past the caches. */
-void copy_one_way(char *to, const char *from, size_t size, int past_caches);
+/* Copy one of the ways of ways.h. */
+void copy_one_way(char *to, const char *from, size_t size, int way);
 
 /* Copy as ``copy`` does, which lets go of the interpreter's lock for what is not small. */
 void copy_flat(char *to, const char *from, Py_ssize_t size, int away);

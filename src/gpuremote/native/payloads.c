@@ -129,7 +129,7 @@ int payload_post(Lane *l, const Payload *p)
         Py_ssize_t lead = p->first_size
                           + sending_lead(data + p->first_size, header, sizeof header, p->from);
         Py_ssize_t frames = (p->from->len + MAX_CHUNK - 1) / MAX_CHUNK;
-        failed = sending_run(s, data, lead, p->from, p->lends, &sent);
+        failed = sending_run(s, data, lead, p->from, p->lends, p->gives_way, &sent);
         out = sent == lead + p->from->len + FRAME * frames;
         /* The others are counted where they are queued as a whole. */
         s->messages_sent += (p->first_size > 0) + (sent >= p->first_size);

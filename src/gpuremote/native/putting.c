@@ -5,10 +5,9 @@
 
 #include "native.h"
 
-/* client.uploading: STAGED, STAGED_BYTES of all of them, and less than that of one; MOST_STAGED;
-   ALMOST_FULL. */
+/* client.uploading: STAGED, STAGED_BYTES, MOST_STAGED, ALMOST_FULL. */
 #define STAGED 8
-#define MOST ((Py_ssize_t)4 << 20)
+#define STAGED_BYTES ((Py_ssize_t)64 << 20)
 #define MOST_STAGED (8 * STAGED)
 #define RESERVE 1024
 #define MAX_BULK 1024 /* wire.caps */
@@ -58,6 +57,19 @@ static int kind_of(Recorder *r, PyObject *array, PyObject *device, PyObject **ki
     return 1;
 }
 
+/* Tell the server of what is staged if that is much, as Uploader.allocate does, with the lock held. -1:
+   error. */
+static int tell_much(Recorder *r)
+{
+    Py_ssize_t bytes = 0;
+    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(r->staged); k++) {
+        PyObject *one = PyList_GET_ITEM(r->staged, k);
+        PyObject *view = PyTuple_Check(one) && PyTuple_GET_SIZE(one) == 2 ? PyTuple_GET_ITEM(one, 1) : one;
+        bytes += PyMemoryView_Check(view) ? PyMemoryView_GET_BUFFER(view)->len : 0;
+    }
+    return bytes >= STAGED_BYTES ? tell((PyObject *)r, name_flush, NULL) : 0;
+}
+
 /* A view of a block with the bytes of the array: 1; 0: there is none at hand; -1: error. */
 static int copy_in(Recorder *r, PyObject *shelf, PyObject *array, PyObject **view)
 {
@@ -68,19 +80,18 @@ static int copy_in(Recorder *r, PyObject *shelf, PyObject *array, PyObject **vie
         PyErr_Clear();
         return 0;
     }
-    int taken = 0;
-    if (from.len <= MOST) {
-        taken = recording_lock(r);
-        if (!taken) {
+    int taken = recording_lock(r);
+    if (!taken) {
+        taken = tell_much(r);
+        if (!taken)
             taken = shelf_take(shelf, from.len, view);
-            if (recording_let_go(r, taken < 0) < 0)
-                taken = -1;
-        }
-        if (taken > 0)
-            copy_flat(PyMemoryView_GET_BUFFER(*view)->buf, from.buf, from.len, 1);
-        else if (taken < 0)
-            Py_CLEAR(*view);
+        if (recording_let_go(r, taken < 0) < 0)
+            taken = -1;
     }
+    if (taken > 0)
+        copy_flat(PyMemoryView_GET_BUFFER(*view)->buf, from.buf, from.len, 1);
+    else if (taken < 0)
+        Py_CLEAR(*view);
     PyBuffer_Release(&from);
     return taken;
 }

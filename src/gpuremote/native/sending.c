@@ -11,6 +11,8 @@
 
 /* DATA frames of one call. */
 #define FRAMES 16
+/* Bytes of one call of a run that gives way. */
+#define GIVING_WAY (4 << 20)
 
 /* A run of bytes that goes out in DATA frames, behind what leads it in. */
 typedef struct {
@@ -21,7 +23,7 @@ typedef struct {
     Py_ssize_t chunk; /* of that, in the DATA frame under way */
     Py_ssize_t head;  /* bytes that are left of that frame's head */
     unsigned short channel;
-    char lends;
+    char lends, gives_way;
     /* Counted: */
     Py_ssize_t bytes, payload, calls;
     long long lent;
@@ -105,6 +107,13 @@ static int send_some(Stream *s, Run *run, Py_ssize_t size, Py_ssize_t most)
     return 0;
 }
 
+/* Whether the other end says something: this end has to do with it. */
+static int is_called(const Stream *s)
+{
+    struct pollfd there = {.fd = s->fd, .events = POLLIN};
+    return poll(&there, 1, 0) > 0;
+}
+
 /* Send in frames of ``size`` bytes until ``burst`` bytes are out, or the kernel takes no more, nor
    does so soon: a peer on this machine makes room within microseconds, and to come back takes the
    interpreter tens of them. Whether the kernel may take more; -1: error. */
@@ -113,9 +122,11 @@ static int send_run(Stream *s, Run *run, Py_ssize_t size, Py_ssize_t burst)
     int more = 1;
     Py_ssize_t before = -1; /* bytes that were out at the latest look */
     while (run->left > 0 && run->bytes < burst && !s->closed) {
-        more = send_some(s, run, size, burst - run->bytes);
+        more = send_some(s, run, size, run->gives_way ? GIVING_WAY : burst - run->bytes);
         if (more < 0)
             return -1;
+        if (run->gives_way && run->left > 0 && is_called(s))
+            break;
         if (more)
             continue;
         if (!s->same_host || s->gap_looks <= 0 || !looking_due(&s->room) || run->bytes == before)
@@ -209,10 +220,11 @@ PyObject *sending_payload(PyObject *self, PyObject *args)
 }
 
 int sending_run(Stream *s, const char *lead, Py_ssize_t size, const Py_buffer *from, int lends,
-                Py_ssize_t *bytes)
+                int gives_way, Py_ssize_t *bytes)
 {
     Run run = {.lead = lead, .lead_left = size, .from = from->buf, .left = from->len};
     run.lends = (char)lends;
+    run.gives_way = (char)gives_way;
     s->tx_busy = 1;
     s->tx_touching = PyThread_get_thread_ident();
     int failed = send_run(s, &run, MAX_CHUNK, PY_SSIZE_T_MAX) < 0 ? -1 : 0;

@@ -5,7 +5,7 @@
 #include <sched.h>
 
 #define IN_PAYLOAD 1                          /* wire.frames.ResultForm.PAYLOAD */
-#define SENT_AT_ONCE ((Py_ssize_t)4 << 20) /* server.answers */
+#define AT_ONCE ((Py_ssize_t)256 << 20) /* server.answers has less: there nothing is seen to meanwhile */
 
 /* Call a method with up to three arguments: 1 if it gave True, -1: error. */
 static int ask_whether(PyObject *object, PyObject *name, PyObject *a, PyObject *b, PyObject *c)
@@ -53,6 +53,8 @@ static PyObject *released(PyObject *whose, PyObject *unused)
 {
     Lane *l = (Lane *)PyTuple_GET_ITEM(whose, 1);
     storage_lend(PyTuple_GET_ITEM(whose, 0), -1);
+    if (is_stream(l->connection))
+        lending_answered((Stream *)l->connection);
     PyObject *held = PyObject_GetAttr((PyObject *)l, name_held);
     Py_XDECREF(held);
     if (held == NULL)
@@ -67,12 +69,12 @@ static PyObject *released(PyObject *whose, PyObject *unused)
 
 static PyMethodDef released_method = {"released", released, METH_NOARGS, NULL};
 
-/* Send an array that is middling, while no other is on its way, as Answers.send_now: 1; 0: it has to
-   queue; -1: error. */
+/* Send an array while no other is on its way, as Answers.send_now, until something else is to be done:
+   1; 0: it has to queue; -1: error. */
 static int send_now(Lane *l, PyObject *connection, uint64_t number, PyObject *slot, const Py_buffer *from)
 {
     PyObject *storage = slot_storage(slot);
-    if (from->len > SENT_AT_ONCE || PyDict_GET_SIZE(l->bulk) || !payload_ready(l, connection)
+    if (from->len > AT_ONCE || PyDict_GET_SIZE(l->bulk) || !payload_ready(l, connection)
         || storage == NULL || !Py_IS_TYPE(storage, Storage_Type))
         return 0;
     PyObject *whose = PyTuple_Pack(2, storage, (PyObject *)l);
@@ -82,8 +84,9 @@ static int send_now(Lane *l, PyObject *connection, uint64_t number, PyObject *sl
         /* Ops that would write to this memory wait until the client has it all. */
         storage_lend(storage, 1);
         l->turn = number + 1;
+        int lends = lending_answers((Stream *)connection, from->len);
         const Payload payload = {RESULT, IN_PAYLOAD, number, slot_value(slot), from, done, NULL,
-                                 Py_True, NULL, 0};
+                                 Py_True, NULL, 0, lends, 1};
         failed = payload_post(l, &payload);
     }
     Py_XDECREF(done);

@@ -77,7 +77,7 @@ static int post(Recorder *r, PyObject *record, PyObject *array, const Py_buffer 
         r->flush_after = due;
     if (!failed) {
         const Payload payload = {PAYLOAD, 0, PyLong_AsUnsignedLongLong(*number), array, from, done,
-                                 *wait, Py_False, data, size, lends};
+                                 *wait, Py_False, data, size, lends, 0};
         failed = payload_post(l, &payload);
     }
     Py_XDECREF(done);

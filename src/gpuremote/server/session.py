@@ -161,8 +161,7 @@ class WorkerSession:
             raise ProtocolError("a payload that belongs to no PUT")
         places = incoming.adopt() if self.backend.exports_memory else None
         if len(sizes) == 1 and places is None:
-            (number,) = _HANDLES.unpack_from(body)
-            arrival = self._arriving.get(number)
+            arrival = self._arriving.get(number := _HANDLES.unpack_from(body)[0])
             if (
                 arrival is not None
                 and sizes[0] == arrival.meta.nbytes
@@ -595,6 +594,7 @@ class WorkerSession:
             "messages_received": self.peer.messages_received,
             "messages_sent": self.peer.messages_sent,
             "results_kept": self.peer.unacknowledged,
+            "payload_lent": self.peer.connection.stats.payload_lent if self.peer.connection else 0,
             "uploads_taken": self.sharing.taken,
             "uploads_kept": self.sharing.kept,
         }
