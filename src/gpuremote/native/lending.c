@@ -96,9 +96,9 @@ LentTimes *lending_begin(Stream *s, Py_ssize_t size, int *lends)
     unsigned run = times->count++ / (size > CACHED ? RUN / 2 : RUN);
     *lends = run < FIRST ? run % 2 : (times->lent < times->copied) != (run % AGAIN == 0);
     times->changed = times->lends != *lends;
-    times->lends = (char)*lends;
     if (*lends)
         *lends = can_lend(s);
+    times->lends = (char)*lends;
     return times;
 }
 

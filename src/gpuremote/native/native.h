@@ -266,7 +266,7 @@ Py_ssize_t sending_lead(char *lead, const char *header, Py_ssize_t size, const P
 
 /* Send ``size`` bytes of ``lead``, and a payload in DATA frames on channel 0, behind nothing else:
    how many went out in all is in ``bytes``. With ``lends`` as lending_begin said; with ``gives_way``
-   no more when the other end says something meanwhile. -1: error. */
+   no more when the other end says something meanwhile, or takes its time. -1: error. */
 int sending_run(Stream *stream, const char *lead, Py_ssize_t size, const Py_buffer *from, int lends,
                 int gives_way, Py_ssize_t *bytes);
 

@@ -88,6 +88,8 @@ static int send_now(Lane *l, PyObject *connection, uint64_t number, PyObject *sl
         const Payload payload = {RESULT, IN_PAYLOAD, number, slot_value(slot), from, done, NULL,
                                  Py_True, NULL, 0, lends, 1};
         failed = payload_post(l, &payload);
+        if (((Stream *)connection)->pending) /* the rest goes another way */
+            ((Stream *)connection)->answering = NULL;
     }
     Py_XDECREF(done);
     Py_XDECREF(whose);

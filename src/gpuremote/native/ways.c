@@ -139,23 +139,28 @@ static int best(const Ways *ways)
    touched before. */
 static void next_run(Ways *ways)
 {
+    ways->begun = 1;
     ways->done = 0;
     ways->way = best(ways);
     if (ways->runs++ == 0 || ways->rest > 0) {
         ways->rest -= ways->rest > 0;
         return;
     }
-    int usual = ways->way, first = ways->trials < WAYS;
-    do
-        ways->way = ways->trials++ % WAYS;
-    while (!goes(ways, ways->way) || (!first && ways->way == usual));
+    const int usual = ways->way, first = ways->trials < WAYS;
+    for (int k = 0; k < WAYS; k++) {
+        int way = (int)(ways->trials++ % WAYS);
+        if (goes(ways, way) && (first || way != usual)) {
+            ways->way = way;
+            break;
+        }
+    }
     if (ways->trials >= WAYS) /* each has had its turn */
         ways->rest = ways->trials < AGAIN ? ways->trials : AGAIN;
 }
 
 int ways_choose(Ways *ways)
 {
-    if (ways->done == 0)
+    if (!ways->begun)
         next_run(ways);
     return ways->way;
 }
@@ -164,7 +169,7 @@ int ways_choose(Ways *ways)
    blocks of memory take turns, until each of them has had its turn. */
 void ways_learn(Ways *ways, int way, double rate)
 {
-    if (way != ways->way) /* another thread's copy has ended the run */
+    if (way != ways->way || !ways->begun) /* another thread's copy has ended the run */
         return;
     int half = ways->run / 2, at = ways->done++ - half;
     if (at >= 0) {
@@ -174,7 +179,7 @@ void ways_learn(Ways *ways, int way, double rate)
     }
     if (ways->done < ways->run)
         return;
-    ways->done = 0;
+    ways->begun = 0;
     if (ways->runs == 1)
         return;
     double median = ways->latest[(ways->run - half) / 2], *usual = &ways->rates[way];

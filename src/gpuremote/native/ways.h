@@ -19,7 +19,7 @@ typedef struct {
     int run;           /* copies, up to MOST_RUN */
     int alone, cached, shared; /* which ways there are: by one processor, also one instruction; by several */
     double rates[WAYS];
-    int way, done; /* of the present run: which way, and how many have ended */
+    int way, begun, done; /* of the present run: which way, whether there is one, how many have ended */
     double latest[MOST_RUN];
     unsigned runs, trials, rest; /* all, those of another way than the best, those until the next one */
 } Ways;
