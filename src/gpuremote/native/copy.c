@@ -32,7 +32,7 @@
 #define SIZES                                                                                       \
     {                                                                                               \
         {.run = 24, .alone = 1, .cached = 1}, {.run = 8, .alone = 1},                               \
-            {.run = 4, .alone = 1, .shared = 1}, {.run = 2, .shared = 1},                           \
+            {.run = 4, .alone = 1, .shared = 1}, {.run = 2, .alone = 1, .shared = 1},               \
     }
 /* Below this, letting go of the interpreter's lock costs more than it gives others. */
 #define WITH_LOCK ((Py_ssize_t)64 << 10)
