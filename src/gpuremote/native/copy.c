@@ -27,12 +27,13 @@
 /* Bytes that a thread takes at a time: one that came late, or has to share its processor, takes
    fewer. */
 #define PIECE ((size_t)512 << 10)
-/* What the ways are for copies of the sizes between these: the smaller, the more of them find their
-   memory in a cache by the time that they come to it again. */
+/* The ways of copies of the sizes between these: the smaller, the more of them find their memory in a
+   cache by the time that they come to it again. Of the first run nothing is learnt, as it finds memory
+   that nobody has touched before. */
 #define SIZES                                                                                       \
     {                                                                                               \
-        {.run = 24, .alone = 1, .cached = 1}, {.run = 8, .alone = 1},                               \
-            {.run = 4, .alone = 1, .shared = 1}, {.run = 2, .alone = 1, .shared = 1},               \
+        {.run = 24, .ways = WAYS_CACHED, .warms = 1}, {.run = 8, .ways = WAYS_ALONE, .warms = 1},   \
+            {.run = 4, .ways = WAYS_SHARED, .warms = 1}, {.run = 2, .ways = WAYS_SHARED, .warms = 1}, \
     }
 /* Below this, letting go of the interpreter's lock costs more than it gives others. */
 #define WITH_LOCK ((Py_ssize_t)64 << 10)
@@ -164,10 +165,10 @@ void copy_flat(char *to, const char *from, Py_ssize_t size, int away)
         Py_END_ALLOW_THREADS
     } else {
         /* touched with the interpreter's lock only */
-        static Ways known[2][4] = {SIZES, SIZES};
+        static Choice known[2][4] = {SIZES, SIZES};
         int kind = (size >= PAST_CACHES) + (size >= shared_out) + (size >= IN_NO_CACHE);
-        Ways *ways = &known[away][kind];
-        int way = ways_choose(ways);
+        Choice *ways = &known[away][kind];
+        int way = choosing_way(ways);
         double taken;
         Py_BEGIN_ALLOW_THREADS
         taken = nanoseconds();
@@ -177,7 +178,7 @@ void copy_flat(char *to, const char *from, Py_ssize_t size, int away)
             share_out(to, from, (size_t)size, way);
         taken = nanoseconds() - taken;
         Py_END_ALLOW_THREADS
-        ways_learn(ways, way, (double)size / (taken + 1));
+        choosing_learn(ways, way, (double)size / (taken + 1));
     }
 }
 

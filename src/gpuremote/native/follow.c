@@ -50,11 +50,11 @@ static void release_views(Views *views)
 
 /* The ways of what is large, touched with the interpreter's lock only. Whoever follows measures what
    both take. */
-static Ways leading = {.run = 4, .alone = 1}, following = {.run = 4, .alone = 1};
+static Choice leading = {.run = 4, .ways = WAYS_ALONE}, following = {.run = 4, .ways = WAYS_ALONE};
 
-static void learn(Ways *ways, int way, Py_ssize_t size, long long since)
+static void learn(Choice *ways, int way, Py_ssize_t size, long long since)
 {
-    ways_learn(ways, way, (double)size / (double)(looking_now() - since + 1));
+    choosing_learn(ways, way, (double)size / (double)(looking_now() - since + 1));
 }
 
 /* lead(target, source, counter, before, large): copy, and say how far it is; ``before`` bytes lie in
@@ -67,7 +67,7 @@ PyObject *follow_lead(PyObject *module, PyObject *const *args, Py_ssize_t count)
         PyErr_SetString(PyExc_TypeError, "lead() takes target, source, counter, before, large");
     if (PyErr_Occurred() || get_views(&views, args, PyBUF_WRITABLE) < 0)
         return NULL;
-    const int large = args[4] == Py_True, way = large ? ways_choose(&leading) : WAY_PLAIN;
+    const int large = args[4] == Py_True, way = large ? choosing_way(&leading) : WAY_PLAIN;
     const long long begin = looking_now();
     char *to = views.to.buf;
     const char *from = views.from.buf;
@@ -102,7 +102,7 @@ PyObject *follow_follow(PyObject *module, PyObject *const *args, Py_ssize_t coun
         PyErr_SetString(PyExc_TypeError, "follow() takes 6 arguments");
     if (PyErr_Occurred() || get_views(&views, args, PyBUF_SIMPLE) < 0)
         return NULL;
-    const int large = args[5] == Py_True, way = large ? ways_choose(&following) : WAY_PLAIN;
+    const int large = args[5] == Py_True, way = large ? choosing_way(&following) : WAY_PLAIN;
     char *to = views.to.buf;
     const char *from = views.from.buf;
     const uint32_t *counter = views.counter.buf;

@@ -21,18 +21,19 @@
 #define LEAST (128 << 10)  /* bytes that are worth the further calls */
 #define MOST (256 << 20)   /* bytes that are waited for in one step */
 #define ROOM (256 << 10)   /* bytes that are lent at once: a pipe has a slot for each page */
-#define CACHED (32 << 20)  /* bytes of which many may lie in a cache */
-#define RUN 4              /* uploads of a size one after the other that go the same way, at least */
-#define FIRST 4            /* runs that take turns between both ways */
-#define AGAIN 16           /* one run in so many goes the other way, as things change */
+#define CACHED (8 << 20)   /* bytes of which many lie in a cache by the next time */
+#define NOT_CACHED (32 << 20) /* bytes of which hardly any do */
 
 /* Of uploads of that many bytes, within a factor of two. */
-static LentTimes *times_of(Stream *s, Py_ssize_t size)
+static Choice *choice_of(Stream *s, Py_ssize_t size)
 {
     int kind = 0;
-    for (size >>= 18; size && kind < LENT_KINDS - 1; size >>= 1)
+    for (Py_ssize_t left = size >> 18; left && kind < LENT_KINDS - 1; left >>= 1)
         kind++;
-    return &s->lent[kind];
+    Choice *choice = &s->lent[kind];
+    choice->ways = 3; /* 0: they are copied; 1: lent */
+    choice->run = size < CACHED ? 8 : size < NOT_CACHED ? 4 : 2;
+    return choice;
 }
 
 /* A pipe whose two ends are this connection's; 0: no. */
@@ -87,47 +88,34 @@ static int can_lend(Stream *s)
     return !s->lends_not;
 }
 
-LentTimes *lending_begin(Stream *s, Py_ssize_t size, int *lends)
+Choice *lending_begin(Stream *s, Py_ssize_t size, int *lends)
 {
     *lends = 0;
     if (s->lends_not || !s->same_host || size < LEAST || size > MOST || !is_harmless(SIGPIPE))
         return NULL;
-    LentTimes *times = times_of(s, size);
-    unsigned run = times->count++ / (size > CACHED ? RUN / 2 : RUN);
-    *lends = run < FIRST ? run % 2 : (times->lent < times->copied) != (run % AGAIN == 0);
-    times->changed = times->lends != *lends;
-    if (*lends)
-        *lends = can_lend(s);
-    times->lends = (char)*lends;
-    return times;
+    Choice *choice = choice_of(s, size);
+    *lends = choosing_way(choice) && can_lend(s);
+    return choice;
 }
 
-void lending_took(LentTimes *times, Py_ssize_t size, long long nanoseconds)
+void lending_took(Choice *choice, int lends, Py_ssize_t size, long long nanoseconds)
 {
-    if (times->changed) /* the caches are still those of the other way */
-        return;
-    double *usual = times->lends ? &times->lent : &times->copied;
-    double now = (double)nanoseconds / (double)size;
-    if (*usual == 0 || now < *usual)
-        *usual = *usual == 0 ? now : (*usual + now) / 2;
-    else /* slowly: whoever was kept from running says little of the way */
-        *usual += ((now < 1.25 * *usual ? now : 1.25 * *usual) - *usual) / 8;
+    choosing_learn(choice, lends, (double)size / (double)(nanoseconds + 1));
 }
 
 int lending_answers(Stream *s, Py_ssize_t size)
 {
-    int lends;
-    s->answering = lending_begin(s, size, &lends);
+    s->answering = lending_begin(s, size, &s->answer_lent);
     s->answer_size = size;
     s->answered_at = looking_now();
-    return lends;
+    return s->answer_lent;
 }
 
-/* With what the program did until it said so: the shortest times count. */
+/* With what the program did until it said so, in either way. */
 void lending_answered(Stream *s)
 {
     if (s->answering != NULL)
-        lending_took(s->answering, s->answer_size, looking_now() - s->answered_at);
+        lending_took(s->answering, s->answer_lent, s->answer_size, looking_now() - s->answered_at);
     s->answering = NULL;
 }
 

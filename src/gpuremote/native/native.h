@@ -43,6 +43,7 @@
 #define PLAIN ((uint64_t)1 << 32)
 /* wire.frames: kind u8, flags u8, reserved u16, arg u32, seq u64, ack u64. */
 #define HEADER 24
+#include "choosing.h"
 #include "looking.h"
 
 /* Messages up to this size, frame and all, are put together on the stack. */
@@ -77,14 +78,7 @@ typedef struct {
     Py_ssize_t placed, left, chunk;
 } Landing;
 
-/* Nanoseconds per byte of payloads that were lent, and that were copied; see lending.c. */
-typedef struct {
-    double lent, copied;
-    unsigned count;
-    char lends, changed; /* the latest one, and whether the one before went the other way */
-} LentTimes;
-
-#define LENT_KINDS 9 /* below 256 KiB, 512 KiB, ... 32 MiB, and that */
+#define LENT_KINDS 12 /* below 256 KiB, 512 KiB, ... 256 MiB, and that */
 
 typedef struct {
     PyObject_HEAD
@@ -109,8 +103,9 @@ typedef struct {
     int peeked; /* errno of a look: the next receive would not be told */
     char lends_not;
     int pipe_in, pipe_out, pipe_room; /* bytes that fit in the pipe; 0: there is none */
-    LentTimes lent[LENT_KINDS];
-    LentTimes *answering; /* of the array that was sent last: since when, and its size */
+    Choice lent[LENT_KINDS]; /* whether payloads of that size are lent, see lending.c */
+    Choice *answering; /* of the array that was sent last: how, since when, and its size */
+    int answer_lent;
     long long answered_at;
     Py_ssize_t answer_size;
     long long moved; /* when it last went to another processor */
@@ -272,8 +267,8 @@ int sending_run(Stream *stream, const char *lead, Py_ssize_t size, const Py_buff
 
 /* Whether a payload of ``size`` bytes, which stays as it is until the other end has it, is to be lent:
    where it is noted how long it took, which is said then (NULL: nowhere). */
-LentTimes *lending_begin(Stream *stream, Py_ssize_t size, int *lends);
-void lending_took(LentTimes *times, Py_ssize_t size, long long nanoseconds);
+Choice *lending_begin(Stream *stream, Py_ssize_t size, int *lends);
+void lending_took(Choice *choice, int lends, Py_ssize_t size, long long nanoseconds);
 
 /* The same of an array of which the other end says when it has it, one at a time. */
 int lending_answers(Stream *stream, Py_ssize_t size);

@@ -138,7 +138,7 @@ int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make,
     Stream *stream = (Stream *)connection;
     Py_ssize_t size = from.len;
     int lends;
-    LentTimes *times = lending_begin(stream, size, &lends);
+    Choice *choice = lending_begin(stream, size, &lends);
     long long begin = looking_now();
     r->last = 0;
     int failed = post(r, PyTuple_GET_ITEM(kind, 1), array, &from, lends, &number, &wait);
@@ -158,8 +158,8 @@ int uploading_send(Recorder *r, PyObject *array, PyObject *kind, PyObject *make,
         int over = awaiting_wait(r, driver, connection, wait);
         if (over < 0 || (!over && tell(driver, name_wait, wait, NULL) < 0))
             Py_CLEAR(*made);
-        else if (over && times != NULL)
-            lending_took(times, size, looking_now() - begin);
+        else if (over && choice != NULL)
+            lending_took(choice, lends, size, looking_now() - begin);
     }
     Py_DECREF(connection);
     Py_XDECREF(number);

@@ -1,10 +1,10 @@
-/* The ways to copy flat bytes of one process, and which of them is the fastest here.
+/* The ways to copy flat bytes.
 
    What is larger than the caches may go past them: it would be out of them by the time somebody reads
    it, and memory that is written around them need not be read first. The C library does so as well, but
    later by far: from some 200 MiB on. Whether that is faster, in which order the lines are best taken,
-   and whether a second processor helps, depends on the machine, and on what else runs there. So all are
-   tried, and the fastest one is used. */
+   and whether a second processor helps, depends on the machine, and on what else runs there: see
+   choosing.c. */
 
 #include "native.h"
 #include "ways.h"
@@ -16,7 +16,6 @@
 
 #define PAGE 4096
 #define LINE 64
-#define AGAIN 32 /* runs of the best way for one of another, in the long run */
 
 #ifdef __x86_64__
 /* One instruction: on some processors it takes memory over line by line without reading it first. */
@@ -112,76 +111,4 @@ void copy_one_way(char *to, const char *from, size_t size, int way)
     default:
         memcpy(to, from, size);
     }
-}
-
-/* Whether copies of that size go this way at times. */
-static int goes(const Ways *ways, int way)
-{
-#ifndef __x86_64__
-    if (way % WAY_SHARED != WAY_PLAIN)
-        return 0;
-#endif
-    return way < WAY_SHARED ? ways->alone && (ways->cached || way != WAY_STRING)
-                            : ways->shared && way % WAY_SHARED != WAY_STRING;
-}
-
-static int best(const Ways *ways)
-{
-    int found = ways->alone ? WAY_PLAIN : WAY_SHARED;
-    for (int way = 0; way < WAYS; way++)
-        if (ways->rates[way] > ways->rates[found])
-            found = way;
-    return found;
-}
-
-/* Another one than the best takes a run, each in its turn: at first all of them, later one after more
-   and more runs of the best. Of the very first run nothing is learnt: it finds memory that nobody has
-   touched before. */
-static void next_run(Ways *ways)
-{
-    ways->begun = 1;
-    ways->done = 0;
-    ways->way = best(ways);
-    if (ways->runs++ == 0 || ways->rest > 0) {
-        ways->rest -= ways->rest > 0;
-        return;
-    }
-    const int usual = ways->way, first = ways->trials < WAYS;
-    for (int k = 0; k < WAYS; k++) {
-        int way = (int)(ways->trials++ % WAYS);
-        if (goes(ways, way) && (first || way != usual)) {
-            ways->way = way;
-            break;
-        }
-    }
-    if (ways->trials >= WAYS) /* each has had its turn */
-        ways->rest = ways->trials < AGAIN ? ways->trials : AGAIN;
-}
-
-int ways_choose(Ways *ways)
-{
-    if (!ways->begun)
-        next_run(ways);
-    return ways->way;
-}
-
-/* The median of the run's second half. The first finds caches that another way has left behind: where
-   blocks of memory take turns, until each of them has had its turn. */
-void ways_learn(Ways *ways, int way, double rate)
-{
-    if (way != ways->way || !ways->begun) /* another thread's copy has ended the run */
-        return;
-    int half = ways->run / 2, at = ways->done++ - half;
-    if (at >= 0) {
-        for (; at > 0 && ways->latest[at - 1] > rate; at--)
-            ways->latest[at] = ways->latest[at - 1];
-        ways->latest[at] = rate;
-    }
-    if (ways->done < ways->run)
-        return;
-    ways->begun = 0;
-    if (ways->runs == 1)
-        return;
-    double median = ways->latest[(ways->run - half) / 2], *usual = &ways->rates[way];
-    *usual = *usual == 0 ? median : (*usual + median) / 2;
 }

@@ -1,0 +1,29 @@
+/* Choosing the fastest of several ways to do the same, see choosing.c. */
+
+#ifndef GPUREMOTE_CHOOSING_H
+#define GPUREMOTE_CHOOSING_H
+
+#define MOST_WAYS 8
+#define MOST_RUN 24
+
+typedef struct {
+    int run;       /* steps that go one way, one after the other, up to MOST_RUN */
+    unsigned ways; /* a bit for each that there is */
+    int warms;     /* nothing is learnt of the present run */
+    /* Filled in here: */
+    double worth[MOST_WAYS]; /* how fast each is, beside the others; 0: not known yet */
+    int best, way, begun, done;
+    double rates[MOST_RUN]; /* of the present run, in order */
+    int before;             /* the way of the run before, and its rate; 0: not known */
+    double rate;
+    int challenger;
+    unsigned rest, patience; /* runs of the best until another one has its turn, now and next */
+    long long last;          /* when the latest step began */
+    int paused;              /* it came after a pause */
+} Choice;
+
+/* The way that the next step goes, and how fast it was. Steps of several threads may overlap. */
+int choosing_way(Choice *choice);
+void choosing_learn(Choice *choice, int way, double rate);
+
+#endif

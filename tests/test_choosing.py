@@ -1,0 +1,87 @@
+"""Which of several ways is the fastest is told from how long they take, as conditions change."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections import Counter
+
+import pytest
+
+from gpuremote._speed import NATIVE, native
+
+pytestmark = pytest.mark.skipif(native is None, reason=f"_native: {NATIVE}")
+
+
+class Choice(ctypes.Structure):
+    """What the caller fills in; behind it lies what native/choosing.c keeps."""
+
+    _fields_ = (
+        ("run", ctypes.c_int),
+        ("ways", ctypes.c_uint),
+        ("warms", ctypes.c_int),
+        ("kept", ctypes.c_char * 1024),
+    )
+
+    def __init__(self, run: int, ways: int, warms: int) -> None:
+        super().__init__(run, ways, warms)
+        library = ctypes.CDLL(native.__file__)
+        self.choose, self.note = library.choosing_way, library.choosing_learn
+        self.note.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_double]
+
+    def way(self) -> int:
+        return int(self.choose(ctypes.byref(self)))
+
+    def learn(self, way: int, rate: float) -> None:
+        self.note(ctypes.byref(self), way, rate)
+
+
+def steps(
+    choice: Choice, rates: dict[int, float], count: int, noise: random.Random
+) -> Counter[int]:
+    """So many steps on a machine that is half as fast now and then: how often each way was gone."""
+    gone: Counter[int] = Counter()
+    busy = 1.0
+    for _ in range(count):
+        if noise.random() < 0.1 / choice.run:
+            busy = noise.choice([1.0, 0.5])
+        way = choice.way()
+        gone[way] += 1
+        choice.learn(way, rates[way] * busy * (0.3 if noise.random() < 0.05 else 1.0))
+    return gone
+
+
+@pytest.mark.parametrize("warms", [0, 1])
+@pytest.mark.parametrize("run", [2, 4, 8, 24])
+@pytest.mark.parametrize("fastest", [0, 3, 7])
+def test_most_steps_go_the_fastest_way(run: int, fastest: int, warms: int) -> None:
+    choice, noise = Choice(run, 0b11011101, warms), random.Random(run)
+    rates = {way: 20.0 + way for way in (0, 2, 3, 4, 6, 7)} | {fastest: 40.0}
+    gone = steps(choice, rates, 20 * run, noise)
+    assert set(gone) == set(rates)
+    gone = steps(choice, rates, 200 * run, noise)
+    assert gone[fastest] > 0.8 * 200 * run
+
+
+def test_another_one_becomes_the_fastest() -> None:
+    choice, noise = Choice(4, 0b11, 0), random.Random(0)
+    steps(choice, {0: 10.0, 1: 7.0}, 2000, noise)
+    steps(choice, {0: 7.0, 1: 10.0}, 1000, noise)
+    assert steps(choice, {0: 7.0, 1: 10.0}, 1000, noise)[1] > 850
+
+
+def test_where_there_is_one_way_it_is_gone() -> None:
+    choice = Choice(2, 0b10000000 >> 7, 1)
+    assert steps(choice, {0: 1.0}, 1000, random.Random(0)) == {0: 1000}
+
+
+def test_steps_of_two_threads_that_overlap() -> None:
+    choice, rates = Choice(4, 0b111, 1), {0: 10.0, 1: 30.0, 2: 20.0}
+    under_way = choice.way()
+    gone: Counter[int] = Counter()
+    for _ in range(4000):
+        way = choice.way()
+        gone[way] += 1
+        choice.learn(under_way, rates[under_way])
+        under_way = way
+    assert gone[1] > 3200
