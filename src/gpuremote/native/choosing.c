@@ -11,8 +11,9 @@
 
 #define PAUSE_NS 50000000LL /* behind it, the first steps find other caches than the next ones do */
 #define MUCH 1.25           /* times as fast that are believed at once */
-#define SOON 2              /* runs before the first comparison, and after another way has won */
-#define SELDOM 32           /* and in the long run */
+#define LONG 32             /* runs of the best way for one of another, in the long run */
+#define SOON 4              /* trials one after the other, at first and after another way has won */
+#define SELDOM 9            /* trials after which there is one in a long while */
 
 static int is_there(const Choice *c, int way)
 {
@@ -46,8 +47,8 @@ static void begin_run(Choice *c)
         c->rest--;
         return;
     }
-    c->patience = c->patience < SOON ? SOON : c->patience < SELDOM ? 2 * c->patience : SELDOM;
-    c->rest = c->patience;
+    c->trials++;
+    c->rest = c->trials < SOON ? 1 : c->trials < SELDOM ? 1u << (c->trials - SOON) : LONG;
     c->way = c->challenger = next_challenger(c);
 }
 
@@ -83,7 +84,8 @@ static void end_run(Choice *c, double rate)
         if (c->worth[way] > c->worth[c->best])
             c->best = way;
     if (c->best != former) { /* which is given a chance to defend itself */
-        c->patience = c->rest = SOON;
+        c->trials = 0;
+        c->rest = 1;
         c->challenger = (former + MOST_WAYS - 1) % MOST_WAYS;
     }
 }
@@ -94,7 +96,8 @@ int choosing_way(Choice *c)
     const int pause = c->last != 0 && now - c->last > PAUSE_NS;
     if (pause && !c->paused) { /* a burst begins; where each step comes after a pause they are alike */
         c->begun = 0;
-        c->warms = 1;
+        c->rate = 0;
+        c->warms = c->run > 2; /* else it is so much that caches do not matter */
     }
     c->paused = pause;
     c->last = now;

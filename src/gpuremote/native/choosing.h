@@ -17,7 +17,7 @@ typedef struct {
     int before;             /* the way of the run before, and its rate; 0: not known */
     double rate;
     int challenger;
-    unsigned rest, patience; /* runs of the best until another one has its turn, now and next */
+    unsigned trials, rest;   /* since another way won; runs of the best until the next one */
     long long last;          /* when the latest step began */
     int paused;              /* it came after a pause */
 } Choice;

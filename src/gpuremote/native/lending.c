@@ -32,7 +32,7 @@ static Choice *choice_of(Stream *s, Py_ssize_t size)
         kind++;
     Choice *choice = &s->lent[kind];
     choice->ways = 3; /* 0: they are copied; 1: lent */
-    choice->run = size < CACHED ? 8 : size < NOT_CACHED ? 4 : 2;
+    choice->run = size < CACHED ? 8 : size < NOT_CACHED ? 4 : 1;
     return choice;
 }
 
