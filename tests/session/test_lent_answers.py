@@ -16,7 +16,7 @@ import gpuremote
 from gpuremote._speed import NATIVE, native
 from gpuremote.backend.numpy_backend import NumpyBackend
 from gpuremote.client.blocking import Session
-from gpuremote.errors import DeadlineExceeded
+from gpuremote.errors import ConnectionLost, DeadlineExceeded
 from gpuremote.server.session import WorkerSession
 from gpuremote.server.storage import Slot, Storage
 from gpuremote.testing.servers import RunningServer
@@ -26,7 +26,8 @@ from gpuremote.wire.frames import HEADER, NUMBER, Kind, encode_ack
 
 MIB = 1 << 20
 TURNS = 16
-"""Arrays of a size that are lent and copied in turns, as in native/lending.c."""
+"""Answers of a size of which half are copied and half lent, as in native/lending.c; more, if some
+of them come behind a pause (native/choosing.c), as on a busy machine."""
 in_c = pytest.mark.skipif(native is None, reason=f"_native: {NATIVE}")
 
 
@@ -49,12 +50,14 @@ def lent(session: Session) -> int:
 def test_the_same_bytes_come(session: Session, nbytes: int) -> None:
     host = pattern(nbytes, nbytes)
     array, out = session.devices[0].put(host), np.empty_like(host)
-    for _ in range(TURNS + 2):
+    for k in range(400):
         out[:] = 0
         array.get(out=out)
         assert np.array_equal(out, host)
+        if k >= TURNS and (native is None or lent(session)):
+            break
     if native is not None:
-        assert 3 * nbytes <= lent(session) <= (TURNS - 2) * nbytes
+        assert 0 < lent(session) <= k * nbytes  # one of them at least was copied
 
 
 def test_memory_is_used_again_behind_gets_that_were_given_up(session: Session) -> None:
@@ -140,8 +143,11 @@ def test_nothing_may_write_to_it_before_the_client_has_it() -> None:
     """What is lent shows what is written: so it counts as outgoing until it is acknowledged."""
     bench = Bench(128 << 10)
     try:
-        shown = set()
-        for seq in range(1, TURNS + 1):
+        shown: set[int] = set()
+        seq = 0
+        while shown != {1, 2}:  # copied, and lent
+            seq += 1
+            assert seq < 400
             bench.slot.value[:] = 1
             bench.get(seq)
             assert bench.session.peer.bulk_in_flight == bench.storage.outgoing == 1
@@ -150,8 +156,7 @@ def test_nothing_may_write_to_it_before_the_client_has_it() -> None:
             while len(found) < bench.slot.value.nbytes:
                 found += bench.here._sock.recv(MIB)
             shown.add(found[-1])
-        assert shown == {1, 2}  # copied, and lent
-        bench.say(Kind.ACK, 0, TURNS, encode_ack(1 << 20, 0, []))
+        bench.say(Kind.ACK, 0, seq, encode_ack(1 << 20, 0, []))
         bench.session.peer.take(bench.there, 0.0)
         assert bench.session.peer.bulk_in_flight == bench.storage.outgoing == 0
     finally:
@@ -165,15 +170,11 @@ def _out_at_once(says: bool) -> int:
 
     def reads() -> None:
         buffer, first = bytearray(MIB), says
-        while True:
-            try:
-                if not bench.here._sock.recv_into(buffer):
-                    return
-            except OSError:
-                return
-            if first:
-                first = False
-                bench.say(Kind.PING, 0, 0)
+        with contextlib.suppress(OSError, ConnectionLost):  # it is over
+            while bench.here._sock.recv_into(buffer):
+                if first:
+                    first = False
+                    bench.say(Kind.PING, 0, 0)
 
     thread = threading.Thread(target=reads)
     thread.start()
@@ -193,10 +194,10 @@ def test_it_gives_way_to_what_the_client_says() -> None:
     assert max(_out_at_once(True) for _ in range(10)) < 48 * MIB
 
 
-@in_c
-def test_it_gives_way_where_the_client_takes_its_time() -> None:
-    """The session's lock is not kept for as long as a slow reader likes; nor are the pages."""
-    size, slow, over = 40 * MIB, threading.Event(), threading.Event()
+def _out_to_a_slow_reader(size: int) -> tuple[int, int]:
+    """Bytes that are out of the second array that is asked for, whose reader takes its time, and
+    bytes that were lent."""
+    slow, over = threading.Event(), threading.Event()
     bench = Bench(size)
     taken = 0
 
@@ -210,15 +211,27 @@ def test_it_gives_way_where_the_client_takes_its_time() -> None:
     thread = threading.Thread(target=reads)
     thread.start()
     try:
-        for seq in range(1, 4):  # two that are copied, and the first one that is lent
-            bench.get(seq)
-            while taken < seq * size and not slow.is_set():
-                bench.there.flush()
-            if seq == 2:
-                slow.set()
-        assert bench.there.stats.payload_lent > 0
-        assert bench.there.stats.bytes_sent < 2.75 * size
+        bench.get(1)  # is copied
+        while taken < size:
+            bench.there.flush()
+        slow.set()
+        before = bench.there.stats.bytes_sent
+        bench.get(2)  # is lent, as the other way
+        stats = bench.there.stats
+        return stats.bytes_sent - before, stats.payload_lent
     finally:
         over.set()
         thread.join()
         bench.close()
+
+
+@in_c
+def test_it_gives_way_where_the_client_takes_its_time() -> None:
+    """The session's lock is not kept for as long as a slow reader likes; nor are the pages."""
+    for _ in range(20):  # where there was a pause, none is lent yet
+        out, lent = _out_to_a_slow_reader(40 * MIB)
+        assert out < 30 * MIB
+        if lent:
+            break
+    else:
+        raise AssertionError("none was lent")
