@@ -46,6 +46,7 @@ REGISTERED: Final = "both buffers are registered once and kept"
 NONE: Final = "nothing"
 CALLERS: Final = "the caller's array"
 FROM_HERE: Final = "the caller's array, from where its put left it: the server is not asked again"
+WITHDRAWN: Final = "pooled memory: that of the put before the last one, as no op has used it"
 REUSED: Final = "a buffer that is reused"
 FRESH: Final = "fresh memory"
 FRESH_COPIED: Final = "fresh memory, then copied to the caller's array"
@@ -238,12 +239,12 @@ CONTENDERS: Final = {
             "device_paths",
             "SharedMemory",
             families=_PEERS,
-            traits=_shared(replace(_OURS, get_into=FROM_HERE)),
+            traits=_shared(replace(_OURS, put_into=WITHDRAWN, get_into=FROM_HERE)),
             lacks=_no_shm,
         ),
         Entry(
             "gpuremote-shm-results",
-            "gpuremote, shared memory, gets of what an op has made",
+            "gpuremote, shared memory, arrays of ops",
             "device_paths",
             "SharedResults",
             families=_PEERS,

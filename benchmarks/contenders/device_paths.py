@@ -56,10 +56,14 @@ class SharedArrays(SharedMemory):
 
 
 class SharedResults(SharedMemory):
-    """Gets of what the server has made, for which it has to be asked each time."""
+    """Puts of arrays that an op uses, so that the server is told of each, and gets of what one has
+    made, for which it has to be asked each time."""
 
     def puts(self, source: Bytes, count: int) -> list[int]:
-        times = super().puts(source, count)
-        assert self._kept is not None
+        times: list[int] = []
+        for _ in range(count):
+            times += super().puts(source, 1)
+            assert self._kept is not None
+            self._used = self._kept[:1]
         self._kept = self._kept + np.uint8(0)
         return times

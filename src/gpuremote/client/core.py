@@ -517,6 +517,7 @@ class Core(Uploader):
             found.records = self._next - 1
             found.ops += len(self._origins) - self._named
             found.freed = self._freed
+            found.withdrawn = self._withdrawn
             found.batches = self.peer.batches
             found.messages_sent = self.peer.messages_sent
             found.messages_received = self.peer.messages_received

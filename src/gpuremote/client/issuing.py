@@ -161,6 +161,10 @@ class Issuer(Recorder):
         self._own = OWN
         self._lane = self.peer
         self._freed = 0
+        self._withdrawn = 0
+        self._unused_from = self._unused_to = 0
+        """Between these numbers there are only records of what was staged, and of what was freed:
+        no op uses the arrays made there as long as the second is that of the next record."""
         self._staged = []
         """Arrays whose records are out or in the buffer, and where their bytes lie: memory that
         the server sees too, of which it has not been told."""
@@ -397,7 +401,8 @@ class Issuer(Recorder):
                 return
             with self.peer.together():
                 self._send_records(pause)
-                self._send_staged()
+                if self._staged:  # still: what was dropped is not told
+                    self._send_staged()
             self._posted()
 
     def _send_records(self, pause: int) -> None:
@@ -459,9 +464,23 @@ class Issuer(Recorder):
             end = min(handles) + FREE_SPAN
             dropped.extend([handle for handle in handles if handle >= end])
             handles = [handle for handle in handles if handle < end]
-        self._buffer += free_record(handles)
-        self._next += 1
+        record = free_record(handles)
+        self._buffer += record
+        number = self._next
+        self._next = number + 1
         self._freed += len(handles)
+        if number == self._unused_to and not self._special:
+            self._unused_to = number + 1
+            self._withdraw(handles)
+
+    def _withdraw(self, handles: list[int]) -> None:
+        """Of these, which were freed, what was staged and nothing has used: the server, which has
+        not been told where it lies, need not be. Its memory is there for the next one while it is
+        in the caches."""
+        unused = {handle for handle in handles if handle >= self._unused_from}
+        left = [one for one in self._staged if one[0] not in unused]
+        self._withdrawn += len(self._staged) - len(left)
+        self._staged = left
 
     def _drop_streams(self) -> None:
         if self._tape is not None:

@@ -49,6 +49,9 @@ class PythonRecorder:
     _first: int
     _lane: Lane
     _freed: int
+    _unused_from: int
+    _unused_to: int
+    _withdrawn: int
     _origins: list[Origin]
     _next: int
     _last: int

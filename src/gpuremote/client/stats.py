@@ -45,6 +45,9 @@ class SessionStats:
         Arrays that came to the host without ``get`` being called.
     freed : int
         Handles given back.
+    withdrawn : int
+        Of ``freed``, uploads through shared memory that nothing used: the server knows of the array
+        and that it is gone, but was not told where its bytes lie. They are not in ``payload_sent``.
     reconnects : int
     fallbacks : int
         Times that a transport which both ends have did not work, or broke, and another was used.
@@ -68,6 +71,7 @@ class SessionStats:
     payload_spared: int = 0
     implicit_downloads: int = 0
     freed: int = 0
+    withdrawn: int = 0
     reconnects: int = 0
     fallbacks: int = 0
     credit_waits: int = 0

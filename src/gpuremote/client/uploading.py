@@ -30,9 +30,9 @@ GROUP: Final = 4096
 """Arrays of one message."""
 STAGED: Final = 8
 STAGED_BYTES: Final = 64 << 20
-"""Arrays in shared memory, and bytes of them, of which the server is told at the latest when memory
-is wanted for another one. To be told wakes it, often on this core: that takes longer than to copy a
-MiB."""
+"""Arrays in shared memory, and bytes of all but the last of them, of which the server is told
+when memory is wanted for another one at the latest. To be told wakes it, often on this core: that
+takes longer than to copy a MiB."""
 MOST_STAGED: Final = 8 * STAGED
 """The same where no memory is wanted, as the arrays were made before."""
 ALMOST_FULL: Final = FLUSH_BYTES - 1024
@@ -146,9 +146,12 @@ class Uploader(Issuer):
             connection = self.peer.connection
             if connection is None or (shared and not connection.shared):
                 return None
+            if self._staged and not self._special:
+                self.free_dropped()
             staged = self._staged
-            if staged and (
-                len(staged) >= STAGED or sum([v.nbytes for _, v in staged]) >= STAGED_BYTES
+            if (
+                len(staged) >= STAGED
+                or sum([view.nbytes for _, view in staged[:-1]]) >= STAGED_BYTES
             ):
                 self.flush()
             found = connection.allocate(nbytes)
@@ -232,11 +235,14 @@ class Uploader(Issuer):
             with self.lock:
                 self._before_staged(record)
                 due, self.flush_after = self.flush_after, NEVER
+                if self._next != self._unused_to:
+                    self._unused_from = self._next
                 try:
                     number = self._append(record, "put")
                     self._staged.append((number, view))
                 finally:
                     self.flush_after = due
+                self._unused_to = self._next if self._next == self._last + 1 else 0
             if self._stalled:
                 self._relieve()
         except BaseException:

@@ -11,6 +11,8 @@
 
 #define PAUSE_NS 50000000LL /* behind it, the first steps find other caches than the next ones do */
 #define MUCH 1.25           /* times as fast that are believed at once */
+#define FAR 0.75            /* of the best: not worth to be tried often */
+#define SELDOM_FAR 3
 #define LONG 32             /* runs of the best way for one of another, in the long run */
 #define SOON 4              /* trials one after the other, at first and after another way has won */
 #define SELDOM 9            /* trials after which there is one in a long while */
@@ -20,12 +22,14 @@ static int is_there(const Choice *c, int way)
     return c->ways >> way & 1;
 }
 
-/* The next one of those that there are, or the best if there is no other. */
+/* The next one of those that there are, one that was far behind not every time; or the best if there is
+   no other. */
 static int next_challenger(const Choice *c)
 {
     for (int k = 1; k < MOST_WAYS; k++) {
         int way = (c->challenger + k) % MOST_WAYS;
-        if (is_there(c, way) && way != c->best)
+        int far = c->worth[way] < FAR * c->worth[c->best] && (c->trials + (unsigned)way) % SELDOM_FAR;
+        if (is_there(c, way) && way != c->best && !far)
             return way;
     }
     return c->best;
@@ -68,7 +72,7 @@ static void end_run(Choice *c, double rate)
     c->before = c->way;
     c->rate = rate;
     if (c->warms) { /* not even to be compared with */
-        c->warms = 0;
+        c->warms--;
         c->rate = 0;
         return;
     }
@@ -90,6 +94,18 @@ static void end_run(Choice *c, double rate)
     }
 }
 
+void choosing_begin_like(Choice *c, const Choice *others)
+{
+    if (c->last != 0 || c->ways != others->ways)
+        return;
+    for (int way = 0; way < MOST_WAYS; way++)
+        if (is_there(others, way) && others->worth[way] == 0)
+            return;
+    memcpy(c->worth, others->worth, sizeof c->worth);
+    c->best = others->best;
+    c->trials = SOON;
+}
+
 int choosing_way(Choice *c)
 {
     const long long now = looking_now();
@@ -97,7 +113,8 @@ int choosing_way(Choice *c)
     if (pause && !c->paused) { /* a burst begins; where each step comes after a pause they are alike */
         c->begun = 0;
         c->rate = 0;
-        c->warms = c->run > 2; /* else it is so much that caches do not matter */
+        if (c->warms == 0)
+            c->warms = c->run > 2; /* else it is so much that caches do not matter */
     }
     c->paused = pause;
     c->last = now;

@@ -9,10 +9,11 @@
 typedef struct {
     int run;       /* steps that go one way, one after the other, up to MOST_RUN */
     unsigned ways; /* a bit for each that there is */
-    int warms;     /* nothing is learnt of the present run */
+    int warms;     /* runs, from the present one on, of which nothing is learnt */
+    int best;      /* the fastest, and at first that to begin with */
     /* Filled in here: */
     double worth[MOST_WAYS]; /* how fast each is, beside the others; 0: not known yet */
-    int best, way, begun, done;
+    int way, begun, done;
     double rates[MOST_RUN]; /* of the present run, in order */
     int before;             /* the way of the run before, and its rate; 0: not known */
     double rate;
@@ -21,6 +22,9 @@ typedef struct {
     long long last;          /* when the latest step began */
     int paused;              /* it came after a pause */
 } Choice;
+
+/* Nothing is known of these steps yet: what is known of others, that are much like them, will do. */
+void choosing_begin_like(Choice *choice, const Choice *others);
 
 /* The way that the next step goes, and how fast it was. Steps of several threads may overlap. */
 int choosing_way(Choice *choice);

@@ -28,12 +28,14 @@
    fewer. */
 #define PIECE ((size_t)512 << 10)
 /* The ways of copies of the sizes between these: the smaller, the more of them find their memory in a
-   cache by the time that they come to it again. Of the first run nothing is learnt, as it finds memory
-   that nobody has touched before. */
+   cache by the time that they come to it again. Of the first steps nothing is learnt, as they find memory
+   that nobody has touched before. A way past the caches wins the first comparisons, as nothing is in
+   them yet: so what is small begins with what is the fastest later on. */
 #define SIZES                                                                                       \
     {                                                                                               \
-        {.run = 24, .ways = WAYS_CACHED, .warms = 1}, {.run = 8, .ways = WAYS_ALONE, .warms = 1},   \
-            {.run = 4, .ways = WAYS_SHARED, .warms = 1}, {.run = 2, .ways = WAYS_SHARED, .warms = 1}, \
+        {.run = 24, .ways = WAYS_CACHED, .warms = 1, .best = WAY_CACHED},                             \
+            {.run = 8, .ways = WAYS_ALONE, .warms = 1}, {.run = 4, .ways = WAYS_SHARED, .warms = 1},  \
+            {.run = 1, .ways = WAYS_SHARED, .warms = 4},                                              \
     }
 /* Below this, letting go of the interpreter's lock costs more than it gives others. */
 #define WITH_LOCK ((Py_ssize_t)64 << 10)
@@ -168,6 +170,8 @@ void copy_flat(char *to, const char *from, Py_ssize_t size, int away)
         static Choice known[2][4] = {SIZES, SIZES};
         int kind = (size >= PAST_CACHES) + (size >= shared_out) + (size >= IN_NO_CACHE);
         Choice *ways = &known[away][kind];
+        if (kind > 1)
+            choosing_begin_like(ways, &known[away][5 - kind]);
         int way = choosing_way(ways);
         double taken;
         Py_BEGIN_ALLOW_THREADS

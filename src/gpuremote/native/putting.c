@@ -57,12 +57,12 @@ static int kind_of(Recorder *r, PyObject *array, PyObject *device, PyObject **ki
     return 1;
 }
 
-/* Tell the server of what is staged if that is much, as Uploader.allocate does, with the lock held. -1:
-   error. */
+/* Tell the server of what is staged if that is much without the latest one, as Uploader.allocate does,
+   with the lock held. -1: error. */
 static int tell_much(Recorder *r)
 {
     Py_ssize_t bytes = 0;
-    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(r->staged); k++) {
+    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(r->staged) - 1; k++) {
         PyObject *one = PyList_GET_ITEM(r->staged, k);
         PyObject *view = PyTuple_Check(one) && PyTuple_GET_SIZE(one) == 2 ? PyTuple_GET_ITEM(one, 1) : one;
         bytes += PyMemoryView_Check(view) ? PyMemoryView_GET_BUFFER(view)->len : 0;
@@ -82,7 +82,10 @@ static int copy_in(Recorder *r, PyObject *shelf, PyObject *array, PyObject **vie
     }
     int taken = recording_lock(r);
     if (!taken) {
-        taken = tell_much(r);
+        if (!r->special && PyList_GET_SIZE(r->staged) && r->buffer != NULL && PyByteArray_Check(r->buffer))
+            taken = recording_free_dropped(r);
+        if (!taken)
+            taken = tell_much(r);
         if (!taken)
             taken = shelf_take(shelf, from.len, view);
         if (recording_let_go(r, taken < 0) < 0)
@@ -94,6 +97,20 @@ static int copy_in(Recorder *r, PyObject *shelf, PyObject *array, PyObject **vie
         Py_CLEAR(*view);
     PyBuffer_Release(&from);
     return taken;
+}
+
+/* As Issuer._withdraw, of one. */
+static int withdraw(Recorder *r, uint64_t ident)
+{
+    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(r->staged); k++) {
+        PyObject *one = PyList_GET_ITEM(r->staged, k);
+        if (PyTuple_Check(one) && PyTuple_GET_SIZE(one) == 2
+            && PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(one, 0)) == ident) {
+            r->withdrawn++;
+            return PyList_SetSlice(r->staged, k, k + 1, NULL);
+        }
+    }
+    return PyErr_Occurred() ? -1 : 0;
 }
 
 int recording_free_dropped(Recorder *r)
@@ -110,9 +127,12 @@ int recording_free_dropped(Recorder *r)
         return -1;
     memcpy(record + 8, &ident, sizeof ident);
     memcpy(PyByteArray_AS_STRING(r->buffer) + before, record, sizeof record);
+    int unused = r->next == r->unused_to && !r->special;
     r->next++;
     r->freed++;
-    return 0;
+    if (unused)
+        r->unused_to = r->next;
+    return unused && (long long)ident >= r->unused_from ? withdraw(r, ident) : 0;
 }
 
 /* The steps of Uploader.put_staged, with the lock held: the number. 1: it has to take them itself;
@@ -132,11 +152,14 @@ static int stage_now(Recorder *r, PyObject *record, PyObject *view, Py_ssize_t m
     long long due = r->flush_after;
     r->last = 0;
     r->flush_after = LLONG_MAX; /* it goes out with what comes next */
+    if (r->next != r->unused_to)
+        r->unused_from = r->next;
     int failed = recording_append(r, record, put, number);
     r->flush_after = due;
     PyObject *staged = failed ? NULL : PyTuple_Pack(2, *number, view);
     failed = staged == NULL ? -1 : PyList_Append(r->staged, staged);
     Py_XDECREF(staged);
+    r->unused_to = r->next == r->last + 1 ? r->next : 0;
     if (failed && r->last) { /* Ctrl-C, in whatever is told that there are records */
         PyObject *last = PyLong_FromLongLong(r->last);
         payload_tell_anyway((PyObject *)r, name__take_back, last);

@@ -16,9 +16,11 @@ enum {
 #ifdef __x86_64__
 #define WAYS_ALONE (1u << WAY_PLAIN | 1u << WAY_ABREAST | 1u << WAY_IN_ORDER)
 #define WAYS_CACHED (WAYS_ALONE | 1u << WAY_STRING)
+#define WAY_CACHED WAY_STRING
 #else
 #define WAYS_ALONE (1u << WAY_PLAIN)
 #define WAYS_CACHED WAYS_ALONE
+#define WAY_CACHED WAY_PLAIN
 #endif
 #define WAYS_SHARED (WAYS_ALONE | WAYS_ALONE << WAY_SHARED)
 

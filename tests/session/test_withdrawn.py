@@ -1,0 +1,201 @@
+"""Uploads through shared memory that are dropped before anything uses them: the server need not be
+told where they lie, and the memory of one is used for the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpuremote
+from gpuremote.client.issuing import NEVER
+from gpuremote.client.uploading import STAGED
+from gpuremote.errors import OutOfDeviceMemory
+from gpuremote.testing.servers import RunningServer
+from tests.faults.sides import BlockingSide, Side
+
+SIZE = 100_000
+COUNT = 6 * STAGED
+
+
+@pytest.fixture
+def shared(side: Side, server: RunningServer) -> Iterator[Any]:
+    with side.session(f"{server.url}?transport=shm") as session:
+        yield session
+
+
+@pytest.fixture
+def device(side: Side, shared: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of a session that has seen such an array, and sends nothing by itself."""
+    device = shared.devices[0]
+    kept = [side.do(device.put(np.zeros(SIZE, np.int32))) for _ in range(2 * STAGED)]
+    side.do(shared.synchronize())
+    del kept
+    side.do(shared.synchronize())
+    if isinstance(side, BlockingSide):
+        monkeypatch.setattr(shared._core.driver, "send_rest", lambda: False)
+    return device
+
+
+def others(side: Side, device: Any) -> None:
+    """Uploads that would come to lie where others did, if they may."""
+    kept: Any = None
+    for k in range(STAGED):
+        kept = side.do(device.put(np.full(SIZE, 1000 + k, np.int32)))
+    del kept
+
+
+def test_the_server_is_told_of_the_last_ones(side: Side, shared: Any, device: Any) -> None:
+    before, arena = shared.stats(), shared._core.peer.connection.describe()["arena_bytes"]
+    kept: Any = None
+    for k in range(COUNT):
+        kept = side.do(device.put(np.full(SIZE, k, np.int32)))
+    assert int(side.do(kept.max().item())) == int(side.do(kept.min().item())) == COUNT - 1
+    after = shared.stats()
+    withdrawn = after.withdrawn - before.withdrawn
+    if isinstance(side, BlockingSide):  # in a loop batches go out in between, with what is there
+        assert withdrawn == COUNT - 2  # the op came before the last one but one was given back
+        assert shared._core.peer.connection.describe()["arena_bytes"] == arena
+    assert after.payload_sent - before.payload_sent == (COUNT - withdrawn) * 4 * SIZE
+    del kept
+    side.do(shared.synchronize())
+    assert shared.stats().freed - before.freed >= COUNT
+    assert side.do(shared.server_stats())["memory_used"] == 0
+
+
+def test_those_that_are_kept_are_not_touched(side: Side, shared: Any, device: Any) -> None:
+    kept = []
+    for k in range(COUNT):
+        array = side.do(device.put(np.full(SIZE, k, np.int32)))
+        if k % 3 == 0:
+            kept.append((k, array))
+        del array
+    assert all(int(side.do(one.sum().item())) == k * SIZE for k, one in kept)
+
+
+def _sum(array: Any, _: Any, __: Any) -> Any:
+    return array.sum()
+
+
+def _write(array: Any, _: Any, made: Any) -> Any:
+    made += array
+    return made.sum()
+
+
+def _copy(array: Any, session: Any, _: Any) -> Any:
+    return array.copy_to(session.devices[0]).sum()
+
+
+def _view(array: Any, _: Any, __: Any) -> Any:
+    return array[: SIZE // 2].sum() * 2
+
+
+@pytest.mark.parametrize("use", [_sum, _write, _copy, _view])
+def test_what_an_op_uses_stays(
+    side: Side, shared: Any, device: Any, use: Callable[[Any, Any, Any], Any]
+) -> None:
+    made = device.zeros(SIZE, np.int32)
+    results = []
+    for k in range(1, STAGED):
+        shared._core.flush_after = NEVER  # nothing of what follows goes out because it is time
+        array = side.do(device.put(np.full(SIZE, k, np.int32)))
+        result = use(array, shared, made)
+        results.append(side.do(result) if hasattr(result, "__await__") else result)
+        del array, result
+        others(side, device)
+    expected = [k * SIZE for k in range(1, STAGED)]
+    if use is _write:
+        expected = list(np.cumsum(expected))
+    assert [int(side.do(result.item())) for result in results] == expected
+
+
+def test_an_op_in_the_middle_of_an_upload(side: Side, shared: Any, device: Any) -> None:
+    """As a finaliser issues one, which the collector calls wherever it likes."""
+    core = shared._core
+    told, results = core.on_buffered, []
+    kept = [side.do(device.put(np.full(SIZE, 7, np.int32)))]
+
+    def issue() -> None:
+        core.on_buffered = told
+        results.append(kept.pop() + 1)
+
+    core._told, core.on_buffered = False, issue
+    second = side.do(device.put(np.full(SIZE, 8, np.int32)))
+    assert len(results) == 1
+    others(side, device)
+    assert int(side.do(results[0].max().item())) == 8
+    assert int(side.do(second.max().item())) == 8
+
+
+def test_a_record_of_another_kind_keeps_what_was_there(
+    side: Side, shared: Any, device: Any
+) -> None:
+    """Which arrays an op uses is not looked up: whatever was uploaded before it stays."""
+    before, shared._core.flush_after = shared.stats().withdrawn, NEVER
+    array = side.do(device.put(np.ones(SIZE, np.int32)))
+    zeros = device.zeros(3)
+    del array
+    last = side.do(device.put(np.ones(SIZE, np.int32)))
+    assert int(side.do(last.sum().item())) == SIZE
+    assert shared.stats().withdrawn == before
+    del zeros
+
+
+def test_one_for_which_there_is_no_room_is_told_all_the_same(
+    side: Side, server: RunningServer
+) -> None:
+    with side.session(f"{server.url}?transport=shm&memory={4 << 20}") as session:
+        device = session.devices[0]
+        for nbytes in (1 << 20, 5 << 20, 1 << 20):
+            side.do(device.put(np.ones(nbytes, np.uint8)))
+        with pytest.raises(OutOfDeviceMemory):
+            side.do(session.synchronize())
+        assert side.do(session.server_stats())["memory_used"] == 0
+
+
+def test_memory_that_the_program_sees_is_not_used_again(
+    side: Side, shared: Any, device: Any
+) -> None:
+    """Of ``session.empty``: given away, and read-only, but there as long as the program has it."""
+    made = []
+    for k in range(STAGED):
+        local = shared.empty(SIZE, np.int32)
+        local[:] = k
+        side.do(device.put(local))
+        others(side, device)
+        made.append(local)
+    assert [(int(one.min()), int(one.max())) for one in made] == [(k, k) for k in range(STAGED)]
+
+
+def test_the_connection_breaks_in_between(side: Side, shared: Any, device: Any) -> None:
+    kept = []
+    for k in range(4 * STAGED):
+        array = side.do(device.put(np.full(SIZE, k, np.int32)))
+        if k % STAGED == 3:
+            kept.append((k, array))
+        if k % STAGED == 5:
+            shared._core.peer.connection.abort()
+        del array
+    assert all(int(side.do(one.max().item())) == k for k, one in kept)
+    side.do(shared.synchronize())
+    del kept
+    side.do(shared.synchronize())
+    assert side.do(shared.server_stats())["memory_used"] == 0
+
+
+def test_a_graph_that_was_captured_has_its_uploads(server: RunningServer) -> None:
+    """Nothing is withdrawn while somebody else looks at what is sent."""
+    with gpuremote.connect_sync(f"{server.url}?transport=shm") as session:
+        device, core = session.devices[0], session._core
+        host = np.ones(SIZE, np.int32)
+        device.put(host)
+        session.synchronize()
+        before = session.stats().withdrawn
+        core.watch(lambda _: None, set())
+        for _ in range(STAGED):
+            device.put(host)
+        session.synchronize()
+        core.watch(None, None)
+        assert session.stats().withdrawn == before
