@@ -71,6 +71,18 @@ def test_another_one_becomes_the_fastest() -> None:
     assert steps(choice, {0: 7.0, 1: 10.0}, 1000, noise)[1] > 850
 
 
+@pytest.mark.parametrize(("run", "ways"), [(24, 0b1111), (4, 0b11011101), (1, 0b11011101)])
+def test_one_that_was_far_behind_is_found(run: int, ways: int) -> None:
+    there = [way for way in range(8) if ways >> way & 1]
+    for best in there:
+        for late in there:
+            choice, noise = Choice(run, ways, 1), random.Random(1)
+            rates = dict.fromkeys(there, 20.0) | {best: 40.0}
+            steps(choice, rates, 200 * run, noise)
+            found = steps(choice, rates | {late: 120.0}, 2500 * run, noise)
+            assert found[late] > 1250 * run, (best, late, found)
+
+
 def test_where_there_is_one_way_it_is_gone() -> None:
     choice = Choice(2, 0b10000000 >> 7, 1)
     assert steps(choice, {0: 1.0}, 1000, random.Random(0)) == {0: 1000}

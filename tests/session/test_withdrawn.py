@@ -3,6 +3,7 @@ told where they lie, and the memory of one is used for the next."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -111,7 +112,10 @@ def test_what_an_op_uses_stays(
     assert [int(side.do(result.item())) for result in results] == expected
 
 
-def test_an_op_in_the_middle_of_an_upload(side: Side, shared: Any, device: Any) -> None:
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_op_in_the_middle_of_an_upload(
+    side: Side, shared: Any, device: Any, copied: bool
+) -> None:
     """As a finaliser issues one, which the collector calls wherever it likes."""
     core = shared._core
     told, results = core.on_buffered, []
@@ -119,13 +123,15 @@ def test_an_op_in_the_middle_of_an_upload(side: Side, shared: Any, device: Any) 
 
     def issue() -> None:
         core.on_buffered = told
-        results.append(kept.pop() + 1)
+        array = kept.pop()
+        results.append(array.copy_to(device) if copied else array + 0)
 
     core._told, core.on_buffered = False, issue
     second = side.do(device.put(np.full(SIZE, 8, np.int32)))
     assert len(results) == 1
     others(side, device)
-    assert int(side.do(results[0].max().item())) == 8
+    result = side.do(results[0]) if hasattr(results[0], "__await__") else results[0]
+    assert int(side.do(result.max().item())) == 7
     assert int(side.do(second.max().item())) == 8
 
 
@@ -185,8 +191,7 @@ def test_the_connection_breaks_in_between(side: Side, shared: Any, device: Any) 
     assert side.do(shared.server_stats())["memory_used"] == 0
 
 
-def test_a_graph_that_was_captured_has_its_uploads(server: RunningServer) -> None:
-    """Nothing is withdrawn while somebody else looks at what is sent."""
+def test_while_somebody_looks_at_what_is_sent_nothing_is_withdrawn(server: RunningServer) -> None:
     with gpuremote.connect_sync(f"{server.url}?transport=shm") as session:
         device, core = session.devices[0], session._core
         host = np.ones(SIZE, np.int32)
@@ -199,3 +204,45 @@ def test_a_graph_that_was_captured_has_its_uploads(server: RunningServer) -> Non
         session.synchronize()
         core.watch(None, None)
         assert session.stats().withdrawn == before
+
+
+class Finaliser:
+    """Garbage that only the collector finds, and that uses an array then."""
+
+    def __init__(self, array: Any, results: list[Any]) -> None:
+        self.array, self.results, self.me = array, results, self
+
+    def __del__(self) -> None:
+        device = self.array.device
+        self.results.append(self.array.copy_to(device))
+
+
+def test_the_collector_comes_anywhere_in_an_upload(server: RunningServer) -> None:
+    with gpuremote.connect_sync(f"{server.url}?transport=shm") as session:
+        device, core = session.devices[0], session._core
+        host = np.full(SIZE, 8, np.int32)
+        for _ in range(2):
+            device.put(host)
+        session.synchronize()
+        before = gc.get_threshold()
+        for threshold in range(1, 60):
+            results: list[Any] = []
+            gc.collect()
+            gc.disable()
+            core.flush_after = NEVER
+            Finaliser(device.put(np.full(SIZE, 7, np.int32)), results)
+            try:
+                gc.set_threshold(threshold, 1000, 1000)
+                gc.enable()
+                second = device.put(host)
+                gc.disable()
+                gc.collect()
+            finally:
+                gc.set_threshold(*before)
+                gc.enable()
+            kept: Any = None
+            for k in range(STAGED):
+                kept = device.put(np.full(SIZE, 1000 + k, np.int32))
+            assert [int(one.max().item()) for one in results] == [7]
+            assert int(second.max().item()) == 8
+            del kept, second

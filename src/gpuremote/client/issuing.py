@@ -3,6 +3,7 @@ answer, and everything here is on the hot path of every op."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import threading
@@ -471,16 +472,18 @@ class Issuer(Recorder):
         self._freed += len(handles)
         if number == self._unused_to and not self._special:
             self._unused_to = number + 1
-            self._withdraw(handles)
+            self._withdraw_unused(handles)
 
-    def _withdraw(self, handles: list[int]) -> None:
-        """Of these, which were freed, what was staged and nothing has used: the server, which has
-        not been told where it lies, need not be. Its memory is there for the next one while it is
-        in the caches."""
-        unused = {handle for handle in handles if handle >= self._unused_from}
-        left = [one for one in self._staged if one[0] not in unused]
-        self._withdrawn += len(self._staged) - len(left)
-        self._staged = left
+    def _withdraw_unused(self, handles: list[int]) -> None:
+        """Of these, which were freed, what was staged with this batch and nothing has used: the
+        server, which has not been told where it lies, need not be. Its memory is there for the next
+        one while it is in the caches."""
+        least = max(self._unused_from, self._first)
+        unused = {handle for handle in handles if handle >= least}
+        for one in [one for one in self._staged if one[0] in unused]:
+            with contextlib.suppress(ValueError):  # a finaliser has flushed it
+                self._staged.remove(one)
+                self._withdrawn += 1
 
     def _drop_streams(self) -> None:
         if self._tape is not None:

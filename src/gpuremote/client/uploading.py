@@ -235,14 +235,15 @@ class Uploader(Issuer):
             with self.lock:
                 self._before_staged(record)
                 due, self.flush_after = self.flush_after, NEVER
-                if self._next != self._unused_to:
-                    self._unused_from = self._next
                 try:
                     number = self._append(record, "put")
                     self._staged.append((number, view))
                 finally:
                     self.flush_after = due
-                self._unused_to = self._next if self._next == self._last + 1 else 0
+                # What was recorded in between, or by a finaliser behind it, may use what was staged.
+                if number != self._unused_to:
+                    self._unused_from = number
+                self._unused_to = self._next if self._next == number + 1 else 0
             if self._stalled:
                 self._relieve()
         except BaseException:

@@ -11,8 +11,8 @@
 
 #define PAUSE_NS 50000000LL /* behind it, the first steps find other caches than the next ones do */
 #define MUCH 1.25           /* times as fast that are believed at once */
-#define FAR 0.75            /* of the best: not worth to be tried often */
-#define SELDOM_FAR 3
+#define FAR 0.75            /* of the best: is passed over PASSED times before it is tried */
+#define PASSED 2
 #define LONG 32             /* runs of the best way for one of another, in the long run */
 #define SOON 4              /* trials one after the other, at first and after another way has won */
 #define SELDOM 9            /* trials after which there is one in a long while */
@@ -24,13 +24,18 @@ static int is_there(const Choice *c, int way)
 
 /* The next one of those that there are, one that was far behind not every time; or the best if there is
    no other. */
-static int next_challenger(const Choice *c)
+static int next_challenger(Choice *c)
 {
-    for (int k = 1; k < MOST_WAYS; k++) {
+    for (int k = 1; k <= MOST_WAYS; k++) {
         int way = (c->challenger + k) % MOST_WAYS;
-        int far = c->worth[way] < FAR * c->worth[c->best] && (c->trials + (unsigned)way) % SELDOM_FAR;
-        if (is_there(c, way) && way != c->best && !far)
-            return way;
+        if (!is_there(c, way) || way == c->best)
+            continue;
+        if (c->worth[way] < FAR * c->worth[c->best] && c->passed[way] < PASSED) {
+            c->passed[way]++;
+            continue;
+        }
+        c->passed[way] = 0;
+        return way;
     }
     return c->best;
 }

@@ -18,6 +18,7 @@ typedef struct {
     int before;             /* the way of the run before, and its rate; 0: not known */
     double rate;
     int challenger;
+    char passed[MOST_WAYS];  /* how often each was passed over, as it was far behind */
     unsigned trials, rest;   /* since another way won; runs of the best until the next one */
     long long last;          /* when the latest step began */
     int paused;              /* it came after a pause */

@@ -99,8 +99,8 @@ static int copy_in(Recorder *r, PyObject *shelf, PyObject *array, PyObject **vie
     return taken;
 }
 
-/* As Issuer._withdraw, of one. */
-static int withdraw(Recorder *r, uint64_t ident)
+/* As Issuer._withdraw_unused, of one. */
+static int withdraw_unused(Recorder *r, uint64_t ident)
 {
     for (Py_ssize_t k = 0; k < PyList_GET_SIZE(r->staged); k++) {
         PyObject *one = PyList_GET_ITEM(r->staged, k);
@@ -132,7 +132,8 @@ int recording_free_dropped(Recorder *r)
     r->freed++;
     if (unused)
         r->unused_to = r->next;
-    return unused && (long long)ident >= r->unused_from ? withdraw(r, ident) : 0;
+    int untold = (long long)ident >= r->unused_from && (long long)ident >= r->first;
+    return unused && untold ? withdraw_unused(r, ident) : 0;
 }
 
 /* The steps of Uploader.put_staged, with the lock held: the number. 1: it has to take them itself;
@@ -152,14 +153,16 @@ static int stage_now(Recorder *r, PyObject *record, PyObject *view, Py_ssize_t m
     long long due = r->flush_after;
     r->last = 0;
     r->flush_after = LLONG_MAX; /* it goes out with what comes next */
-    if (r->next != r->unused_to)
-        r->unused_from = r->next;
     int failed = recording_append(r, record, put, number);
     r->flush_after = due;
     PyObject *staged = failed ? NULL : PyTuple_Pack(2, *number, view);
     failed = staged == NULL ? -1 : PyList_Append(r->staged, staged);
     Py_XDECREF(staged);
-    r->unused_to = r->next == r->last + 1 ? r->next : 0;
+    /* Whatever else was recorded before it or, by a finaliser, behind it may use what was staged. */
+    long long made = failed ? 0 : PyLong_AsLongLong(*number);
+    if (made != r->unused_to)
+        r->unused_from = made;
+    r->unused_to = r->next == made + 1 ? r->next : 0;
     if (failed && r->last) { /* Ctrl-C, in whatever is told that there are records */
         PyObject *last = PyLong_FromLongLong(r->last);
         payload_tell_anyway((PyObject *)r, name__take_back, last);
