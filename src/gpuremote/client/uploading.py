@@ -240,7 +240,7 @@ class Uploader(Issuer):
                     self._staged.append((number, view))
                 finally:
                     self.flush_after = due
-                # What was recorded in between, or by a finaliser behind it, may use what was staged.
+                # What was recorded in between, or by a finaliser behind, may use what was staged.
                 if number != self._unused_to:
                     self._unused_from = number
                 self._unused_to = self._next if self._next == number + 1 else 0
