@@ -13,6 +13,8 @@
 #define MUCH 1.25           /* times as fast that are believed at once */
 #define FAR 0.75            /* of the best: is passed over PASSED times before it is tried */
 #define PASSED 2
+#define CLOSE 0.9           /* of the best: one that is not so close is tried BEHIND times more seldom */
+#define BEHIND 3            /* at first */
 #define LONG 32             /* runs of the best way for one of another, in the long run */
 #define SOON 4              /* trials one after the other, at first and after another way has won */
 #define SELDOM 9            /* trials after which there is one in a long while */
@@ -50,6 +52,7 @@ static void begin_run(Choice *c)
     for (int way = 0; way < MOST_WAYS; way++)
         if (is_there(c, way) && c->worth[way] == 0) { /* at first each of them, in order */
             c->way = way;
+            c->rest = BEHIND;
             return;
         }
     if (c->rest > 0) {
@@ -59,6 +62,8 @@ static void begin_run(Choice *c)
     c->trials++;
     c->rest = c->trials < SOON ? 1 : c->trials < SELDOM ? 1u << (c->trials - SOON) : LONG;
     c->way = c->challenger = next_challenger(c);
+    if (c->worth[c->way] < CLOSE * c->worth[c->best] && c->rest < LONG)
+        c->rest *= BEHIND;
 }
 
 /* Two runs one after the other: another way was so many times as fast as the best one. Of much more

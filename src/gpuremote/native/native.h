@@ -28,8 +28,9 @@
        copy    gpuremote.memory.host
        doze    gpuremote.client.tail
 
-   Lending (lending.c) and what is fastest (choosing.c) have none: Python does without. No code here runs
-   without the interpreter lock, apart from a receive that waits, the bytes of a payload and a copy, so that a step is one step for other threads and for signals. */
+   Lending (lending.c) and what is fastest (choosing.c) have none: Python does without. No code here
+   runs without the interpreter lock, apart from a receive that waits, the bytes of a payload and a
+   copy, so that a step is one step for other threads and for signals. */
 
 #ifndef GPUREMOTE_NATIVE_H
 #define GPUREMOTE_NATIVE_H
