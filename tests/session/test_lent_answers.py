@@ -27,8 +27,8 @@ from gpuremote.wire.frames import HEADER, NUMBER, Kind, encode_ack
 
 MIB = 1 << 20
 TURNS = 16
-"""Answers of a size of which half are copied and half lent, as in native/lending.c; more, if some
-of them come behind a pause (native/choosing.c), as on a busy machine."""
+"""Answers of a size of which some are copied and some lent (native/lending.c, choosing.c); more, if
+some of them come behind a pause, as on a busy machine."""
 in_c = pytest.mark.skipif(native is None, reason=f"_native: {NATIVE}")
 
 

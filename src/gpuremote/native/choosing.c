@@ -46,12 +46,14 @@ static void begin_run(Choice *c)
 {
     c->begun = 1;
     c->done = 0;
+    c->steps = c->run;
     c->way = c->best;
     if (c->warms || c->worth[c->best] == 0 || c->rate == 0)
         return; /* there is nothing to compare with */
     for (int way = 0; way < MOST_WAYS; way++)
         if (is_there(c, way) && c->worth[way] == 0) { /* at first each of them, in order */
             c->way = way;
+            c->steps = (c->run + 1) / 2; /* a first look */
             c->rest = BEHIND;
             return;
         }
@@ -137,13 +139,13 @@ void choosing_learn(Choice *c, int way, double rate)
 {
     if (way != c->way || !c->begun) /* another thread has ended the run */
         return;
-    const int half = c->run / 2;
+    const int half = c->steps / 2;
     int at = c->done++ - half;
     if (at >= 0) {
         for (; at > 0 && c->rates[at - 1] > rate; at--)
             c->rates[at] = c->rates[at - 1];
         c->rates[at] = rate;
     }
-    if (c->done >= c->run)
-        end_run(c, c->rates[(c->run - half) / 2]);
+    if (c->done >= c->steps)
+        end_run(c, c->rates[(c->steps - half) / 2]);
 }

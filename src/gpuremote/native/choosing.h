@@ -13,7 +13,7 @@ typedef struct {
     int best;      /* the fastest, and at first that to begin with */
     /* Filled in here: */
     double worth[MOST_WAYS]; /* how fast each is, beside the others; 0: not known yet */
-    int way, begun, done;
+    int way, begun, steps, done; /* of the present run: how many there are to be */
     double rates[MOST_RUN]; /* of the present run, in order */
     int before;             /* the way of the run before, and its rate; 0: not known */
     double rate;
