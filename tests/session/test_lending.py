@@ -115,9 +115,9 @@ def test_memory_of_other_kinds(session: Session, tmp_path: Path, kind: str) -> N
 
 def test_a_peer_that_takes_no_more_for_a_while(session: Session) -> None:
     """What the kernel was lent and did not take is sent again, from where it stopped."""
-    device, stopped = session.devices[0], 0
+    device, stopped, host = session.devices[0], 0, pattern(0, 16 * MIB)
     for k in range(400):
-        host, before = pattern(k, 16 * MIB), lent(session)
+        before = lent(session)
         remote = device.put(host)
         if k > 3 and lent(session) == before and native is not None:
             continue  # it was copied, and the next one will most likely be

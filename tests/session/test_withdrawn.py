@@ -135,6 +135,51 @@ def test_an_op_in_the_middle_of_an_upload(
     assert int(side.do(second.max().item())) == 8
 
 
+def test_one_that_was_used_before_the_next_upload(side: Side, shared: Any, device: Any) -> None:
+    core = shared._core
+    core.flush_after = NEVER
+    first = side.do(device.put(np.full(SIZE, 7, np.int32)))
+    result = first.max()
+    core.flush_after = NEVER
+    second = side.do(device.put(np.full(SIZE, 8, np.int32)))
+    del first
+    others(side, device)
+    assert int(side.do(result.item())) == 7
+    assert int(side.do(second.max().item())) == 8
+
+
+def test_the_record_of_one_that_is_withdrawn_was_not_sent(
+    side: Side, shared: Any, device: Any
+) -> None:
+    """Where it was, a server over TCP may be waiting for its bytes."""
+    core = shared._core
+    before, core.flush_after = shared.stats().withdrawn, NEVER
+    array = side.do(device.put(np.full(SIZE, 7, np.int32)))
+    staged, core._staged = core._staged, []
+    core.flush()
+    core._staged, core.flush_after = staged, NEVER
+    del array
+    last = side.do(device.put(np.full(SIZE, 8, np.int32)))
+    assert int(side.do(last.max().item())) == 8
+    assert shared.stats().withdrawn == before
+
+
+@pytest.mark.parametrize("nbytes", [1 << 20, 64 << 20])
+def test_large_ones_go_round_two_blocks(server: RunningServer, nbytes: int) -> None:
+    """What sends what a program has left (client.tail) leaves it alone while it uploads."""
+    with gpuremote.connect_sync(f"{server.url}?transport=shm") as session:
+        device, host = session.devices[0], np.zeros(nbytes, np.uint8)
+        kept: Any = None
+        for k in range(24):
+            host[0] = k
+            kept = device.put(host)
+        assert session.stats().withdrawn >= 12
+        connection: Any = session._core.peer.connection
+        arena = connection.describe()["arena_bytes"]
+        assert arena <= 4 * nbytes + (8 << 20)
+        assert int(kept[0].item()) == 23
+
+
 def test_a_record_of_another_kind_keeps_what_was_there(
     side: Side, shared: Any, device: Any
 ) -> None:

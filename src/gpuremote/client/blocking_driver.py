@@ -128,6 +128,8 @@ class BlockingDriver:
             return True  # the program is at it
         try:
             if core.unsent and now_ns() > core.flush_after + REST_NS:
+                if core.uploading:
+                    return True
                 core.flush()
             elif connection is not None and connection is core.peer.connection:
                 connection.flush()

@@ -19,7 +19,7 @@ from gpuremote.client.offering import Steps, upload
 from gpuremote.client.waits import Wait
 from gpuremote.config import parse_address
 from gpuremote.errors import SessionClosed
-from gpuremote.memory.host import HostArray, copy_bytes, host_array
+from gpuremote.memory.host import HostArray, host_array
 from gpuremote.ops.creation import arange_length
 from gpuremote.ops.meta import Meta, check_dtype
 from gpuremote.wire.batch import Op
@@ -137,7 +137,7 @@ class Device(Generic[A]):
             array, wait = self._put(host, lent=lent)
         else:
             if staged is not host.view:
-                copy_bytes(staged, host.view, away=True)
+                self._core.fill(staged, host.view)
             array = self._put_staged(value, host, staged)
         self._note(value, host, array)
         return array, wait

@@ -163,6 +163,8 @@ class Issuer(Recorder):
         self._lane = self.peer
         self._freed = 0
         self._withdrawn = 0
+        self._filling = 0
+        """Copies to memory that will be staged, which are under way."""
         self._unused_from = self._unused_to = 0
         """Between these numbers there are only records of what was staged, and of what was freed:
         no op uses the arrays made there as long as the second is that of the next record."""
@@ -473,6 +475,12 @@ class Issuer(Recorder):
         if number == self._unused_to and not self._special:
             self._unused_to = number + 1
             self._withdraw_unused(handles)
+
+    @property
+    def uploading(self) -> bool:
+        """Whether the program is in an upload through memory that the server sees, and what is
+        unsent is of such uploads alone: it may be withdrawn yet."""
+        return self._filling > 0 and self._next == self._unused_to
 
     def _withdraw_unused(self, handles: list[int]) -> None:
         """Of these, which were freed, what was staged with this batch and nothing has used: the

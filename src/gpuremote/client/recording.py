@@ -52,6 +52,7 @@ class PythonRecorder:
     _unused_from: int
     _unused_to: int
     _withdrawn: int
+    _filling: int
     _origins: list[Origin]
     _next: int
     _last: int

@@ -176,6 +176,16 @@ class Uploader(Issuer):
         self.stats.payload_copied += nbytes
         return memory.data
 
+    def fill(self, staged: memoryview, view: memoryview) -> None:
+        """Copy bytes to memory from :meth:`allocate`."""
+        with self.lock:
+            self._filling += 1
+        try:
+            copy_bytes(staged, view, away=True)
+        finally:
+            with self.lock:
+                self._filling -= 1
+
     def note_made(self, array: npt.NDArray[Any], block: memoryview) -> None:
         """Remember that ``array`` lies in ``block``, which :meth:`allocate` gave, so that its put
         need not find out."""

@@ -53,7 +53,8 @@ static void begin_run(Choice *c)
     for (int way = 0; way < MOST_WAYS; way++)
         if (is_there(c, way) && c->worth[way] == 0) { /* at first each of them, in order */
             c->way = way;
-            c->steps = (c->run + 1) / 2; /* a first look */
+            c->steps = (c->run + 1) / 2; /* a first look, which may mislead */
+            c->passed[way] = PASSED;
             c->rest = BEHIND;
             return;
         }

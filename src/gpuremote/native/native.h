@@ -160,7 +160,7 @@ typedef struct {
     PyObject *staged, *kinds, *made, *lane; /* see putting.c */
     PyObject *watcher; /* see uploading.c */
     long long first, next, last, named, oldest, full, flush_after, freed, pause, idle_pause;
-    long long unused_from, unused_to, withdrawn; /* see client.issuing */
+    long long unused_from, unused_to, withdrawn, filling; /* see client.issuing */
     unsigned long thread; /* the latest to record from C, and since when there was no other */
     long long alone;
     double writes;

@@ -88,12 +88,14 @@ static int copy_in(Recorder *r, PyObject *shelf, PyObject *array, PyObject **vie
             taken = tell_much(r);
         if (!taken)
             taken = shelf_take(shelf, from.len, view);
+        r->filling++;
         if (recording_let_go(r, taken < 0) < 0)
             taken = -1;
+        if (taken > 0)
+            copy_flat(PyMemoryView_GET_BUFFER(*view)->buf, from.buf, from.len, 1);
+        r->filling--;
     }
-    if (taken > 0)
-        copy_flat(PyMemoryView_GET_BUFFER(*view)->buf, from.buf, from.len, 1);
-    else if (taken < 0)
+    if (taken < 0)
         Py_CLEAR(*view);
     PyBuffer_Release(&from);
     return taken;

@@ -3,7 +3,6 @@
 #include "native.h"
 
 #include <pythread.h>
-
 #include <time.h>
 
 #define CALL_HEAD 4 /* ops.plan.layout_of: the plan's number u32, then 8 bytes per operand here */
@@ -559,6 +558,7 @@ static PyMemberDef recorder_members[] = {
     {"_unused_from", T_LONGLONG, offsetof(Recorder, unused_from), 0, NULL},
     {"_unused_to", T_LONGLONG, offsetof(Recorder, unused_to), 0, NULL},
     {"_withdrawn", T_LONGLONG, offsetof(Recorder, withdrawn), 0, NULL},
+    {"_filling", T_LONGLONG, offsetof(Recorder, filling), 0, NULL},
     {"_oldest", T_LONGLONG, offsetof(Recorder, oldest), 0, NULL},
     {"_depth", T_INT, offsetof(Recorder, depth), 0, NULL},
     {"_special", T_BOOL, offsetof(Recorder, special), 0, NULL},
