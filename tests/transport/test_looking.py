@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,27 @@ def test_a_thread_that_shares_its_processor_goes_to_another_one() -> None:
         finally:
             busy.kill()
     assert found == [True, True]
+
+
+@pytest.mark.skipif(native is None, reason="only the part in C goes to another processor")
+@pytest.mark.skipif(processors() < 2, reason="there is no other one")
+def test_what_a_peer_takes_of_the_processor_adds_up() -> None:
+    """Over looks that wait: one that sends a MiB has it for 80 µs each time, and never sees this
+    thread wait. Until a look in which nobody had it."""
+    before, found = 100_000, []
+    deadline = time.monotonic() + 10
+    while 0 not in found and time.monotonic() < deadline:  # others may run here just now
+        with ends() as (here, there):
+            stream: Any = here
+            stream.roams, stream._taken = True, before
+            there.send(b"x")
+            assert here._more_soon()  # at once: that says nothing
+            assert stream._taken == before
+            assert here.receive() is not None
+            assert not here._more_soon()
+            found.append(stream._taken)
+    assert found[-1] == 0
+    assert all(taken == 0 or taken > before for taken in found)
 
 
 def test_no_byte_comes_after_a_discard() -> None:

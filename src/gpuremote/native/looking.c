@@ -11,7 +11,8 @@
 #include <time.h>
 
 /* A yield that takes so long has most likely let another thread run on this processor, and when
-   others had it for so long in one look, this is not the place to look. */
+   others had it for so long, in one look or in several one after the other, this is not the place to
+   look. */
 #define TAKEN_NS 10000
 #define MUCH_NS (WITHIN_NS / 4)
 /* Between two moves to another processor; one takes some 50 µs. */
@@ -68,7 +69,7 @@ static int there(Stream *s, short events)
 
 int looking_look(Stream *s, short events, long looks, const char *over)
 {
-    long long begin = looking_now(), now = begin, taken = 0;
+    long long begin = looking_now(), now = begin, taken = s->taken;
     long switched = s->roams ? switches() : 0;
     int ready = 0;
     for (long k = 0; k < looks && !ready && now - begin < WITHIN_NS; k++) {
@@ -81,11 +82,13 @@ int looking_look(Stream *s, short events, long looks, const char *over)
         now = looking_now();
         if (s->roams && now - before > TAKEN_NS && switches() != switched) {
             switched = switches();
-            taken += now - before;
-            if (taken > MUCH_NS)
+            s->taken += now - before;
+            if (s->taken > MUCH_NS)
                 step_aside(s);
         }
     }
+    if (now != begin && s->taken == taken)
+        s->taken = 0; /* nobody else was here */
     return ready;
 }
 

@@ -111,6 +111,7 @@ typedef struct {
     long long answered_at;
     Py_ssize_t answer_size;
     long long moved; /* when it last went to another processor */
+    long long taken; /* nanoseconds that others had this one during looks */
     long long sends, receives, messages_sent, messages_received, bytes_sent, bytes_received,
         payload_sent, payload_received, payload_lent;
 } Stream;

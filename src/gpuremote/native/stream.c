@@ -430,6 +430,7 @@ static PyMemberDef stream_members[] = {
     {"_plain", T_BOOL, offsetof(Stream, plain), 0, NULL},
     {"pending_output", T_BOOL, offsetof(Stream, pending), READONLY, NULL},
     {"roams", T_BOOL, offsetof(Stream, roams), 0, NULL},
+    {"_taken", T_LONGLONG, offsetof(Stream, taken), 0, NULL},
     {"_same_host", T_BOOL, offsetof(Stream, same_host), 0, NULL},
     {"_shares", T_BOOL, offsetof(Stream, shares), 0, NULL},
     {"_gap_looks", T_LONG, offsetof(Stream, gap_looks), 0, NULL},
